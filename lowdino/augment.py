@@ -1,0 +1,291 @@
+"""Multi-crop augmentation of whole uint8 batches, on whatever device they are on.
+
+A crop, an antialiased resize and a flip are one linear map along each axis, so all of it is two batched matrix products
+with matrices of each image's own: exact to Pillow's BICUBIC within its rounding, differentiable, and the same code on
+CPU, CUDA and MPS. Blur is two more products. Colour operations are a few fused lines. The data loader only decodes.
+
+Images are (B, 3, H, W) with values in [0, 1] unless said otherwise; every parameter is a tensor of one value an image.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A generator on `device` whose state is a function of the numbers (seed, step, rank) and of nothing else."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def interpolation_matrix(start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor) -> Tensor:
+    """Rows that read `length` pixels from `start` and resample them to `out_size`: (B,) x 2 -> (B, out_size, in_size).
+
+    Cubic kernel with a = -0.5 (Keys, 1981), widened by the scale where it shrinks (antialiasing) and cut at the crop's
+    edges: Pillow's definition. Where `flip`, the rows come in reverse order.
+    """
+    out = torch.arange(out_size, device=start.device, dtype=torch.float32) + 0.5
+    pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) + 0.5
+    out = torch.where(flip[:, None], out_size - out, out)  # (B, out)
+    start, length = start.float()[:, None], length.float()[:, None]  # (B, 1)
+    scale = length / out_size
+    centre = start + out * scale  # (B, out)
+    x = ((pixel - centre[:, :, None]) / scale.clamp(min=1)[:, :, None]).abs()  # (B, out, in)
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    inside = (pixel > start) & (pixel < start + length)  # (B, in)
+    weight = weight * ((x < 2) & inside[:, None, :])
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a matrix along each axis, columns first: (B, C, H, W), (B, h, H), (B, w, W) -> (B, C, h, w).
+
+    The result of either pass is clipped to [0, 1], as Pillow does.
+    """
+    B, C, H, W = images.shape
+    images = torch.bmm(images.reshape(B, C * H, W), columns.transpose(1, 2)).clamp_(0, 1)
+    return torch.matmul(rows[:, None], images.view(B, C, H, -1)).clamp_(0, 1)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | None = None,
+                 vertical_flip: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Crop a box from each image, resize it to a square with antialiased bicubic interpolation, perhaps flip it.
+
+    Args:
+        images: (B, 3, H, W), uint8, or float in [0, 1].
+        boxes: (B, 4) top, left, height, width in pixels, inside the image.
+        out_size: side of the result in pixels.
+        flip, vertical_flip: (B,) bool, mirror left-right and top-bottom; None for none.
+
+    Returns:
+        (B, 3, out_size, out_size) float32 in [0, 1].
+    """
+    images = to_float(images)
+    top, left, height, width = boxes.unbind(dim=1)
+    none = torch.zeros_like(top, dtype=torch.bool)
+    rows = interpolation_matrix(top, height, out_size, images.shape[2], none if vertical_flip is None else vertical_flip)
+    columns = interpolation_matrix(left, width, out_size, images.shape[3], none if flip is None else flip)
+    return separable(images, rows, columns)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in [0, 1]; floats pass."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def random_boxes(sizes: Tensor, scale: tuple[float, float], generator: torch.Generator,
+                 ratio: tuple[float, float] = (3 / 4, 4 / 3), attempts: int = 10) -> Tensor:  # fmt: skip
+    """Boxes of torchvision's RandomResizedCrop: (B, 2) heights and widths -> (B, 4) top, left, height, width.
+
+    The area is uniform in `scale` of the image's, the logarithm of the aspect ratio uniform in `ratio`; the first of ten
+    draws that fits is taken, else the central box that is as large as the ratio allows.
+    """
+    height, width = sizes.float()[:, None].unbind(dim=2)  # (B, 1) each
+    u = torch.rand(len(sizes), attempts, 2, generator=generator, device=sizes.device)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[..., 1])
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, attempts)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    # Where no draw fits: the whole image, cut to the nearest allowed ratio.
+    full_w = torch.minimum(width, (height * ratio[1]).round())
+    full_h = torch.minimum(height, (width / ratio[0]).round())
+    found = fits.any(dim=1, keepdim=True)
+    w = torch.where(found, w.gather(1, first), full_w)
+    h = torch.where(found, h.gather(1, first), full_h)
+
+    u = torch.rand(len(sizes), 2, generator=generator, device=sizes.device)
+    room_y, room_x = height - h, width - w
+    top = torch.where(found, (u[:, :1] * (room_y + 1)).floor().minimum(room_y), (room_y / 2).floor())
+    left = torch.where(found, (u[:, 1:] * (room_x + 1)).floor().minimum(room_x), (room_x / 2).floor())
+    return torch.cat([top, left, h, w], dim=1)
+
+
+def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
+    """The central square with `fraction` of the shorter side: (B, 2) heights and widths -> (B, 4) boxes."""
+    side = (sizes.amin(dim=1) * fraction).round().clamp(min=1)
+    top, left = ((sizes - side[:, None]) / 2).floor().unbind(dim=1)
+    return torch.stack([top, left, side, side], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour and blur
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Luma of ITU-R 601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W)."""
+    r, g, b = images.unbind(dim=1)
+    return (0.299 * r + 0.587 * g + 0.114 * b)[:, None]
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` (B,) of a full circle, in HSV: value and chroma stay.
+
+    With value v, chroma c and hue h in sixths of the circle, channel n (5, 3, 1 for r, g, b) of an HSV colour is
+    v - c * clip(min(k, 4 - k), 0, 1) at k = (n + h) mod 6: no table of six cases.
+    """
+    r, g, b = images.unbind(dim=1)  # (B, H, W)
+    value = images.amax(dim=1)
+    chroma = value - images.amin(dim=1)
+    safe = chroma.clamp(min=1e-8)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    hue = hue + 6 * shift[:, None, None]
+    channels = []
+    for n in (5, 3, 1):
+        k = (n + hue) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, in an order of each image's own.
+
+    Args:
+        factors: (B, 3) of brightness, contrast and saturation; 1 changes nothing.
+        hue: (B,) shift in [-0.5, 0.5]; 0 changes nothing.
+        order: (B, 4) a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue, first to last.
+
+    Three of the four are one form, f * image + (1 - f) * grey, with grey = 0, the mean luma or the luma. So three slots
+    of that form before the hue and three after it, filled or left at f = 1, hold every order with a single turn of hue.
+    """
+    is_hue = order == 3
+    after_hue = is_hue.cumsum(dim=1) > 0  # (B, 4)
+    # The three blends in their order, and for each of them whether hue came before.
+    slots = order[~is_hue].view(-1, 3)
+    late = after_hue[~is_hue].view(-1, 3)
+    factors = factors.gather(1, slots)
+    for when in (False, True):
+        for i in range(3):
+            f = torch.where(late[:, i] == when, factors[:, i], 1.0).view(-1, 1, 1, 1)
+            operation = slots[:, i].view(-1, 1, 1, 1)
+            luma = grayscale(images)
+            grey = torch.where(operation == 1, luma.mean(dim=(2, 3), keepdim=True), luma) * (operation > 0)
+            images = (f * images + (1 - f) * grey).clamp_(0, 1)
+        if not when:
+            images = shift_hue(images, hue)
+    return images
+
+
+def blur_matrix(sigma: Tensor, size: int, reach: int = 4) -> Tensor:
+    """Gaussian of standard deviation `sigma` (B,) along an axis of `size` > `reach` pixels: (B, size, size).
+
+    torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as DINOv2 has it: sampled, cut, normalised, and
+    mirrored about the edge pixels. Output i takes its share of input j directly and through either mirror.
+    """
+    pixel = torch.arange(size, device=sigma.device)
+    i, j = pixel[:, None], pixel  # (size, 1), (size,)
+    taps = torch.arange(-reach, reach + 1, device=sigma.device)
+    decay = -0.5 / sigma.float().clamp(min=1e-4)[:, None, None] ** 2  # (B, 1, 1); 0 becomes the identity
+
+    def share(distance: Tensor) -> Tensor:
+        return torch.exp(decay * distance**2) * (distance <= reach)
+
+    matrix = share((i - j).abs()) + share(i + j) * (j > 0) + share(2 * (size - 1) - i - j) * (j < size - 1)
+    return matrix / share(taps.abs()).sum(dim=2, keepdim=True)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image with its own standard deviation `sigma` (B,) in pixels; 0 changes nothing."""
+    rows, columns = blur_matrix(sigma, images.shape[2]), blur_matrix(sigma, images.shape[3])
+    return separable(images, rows, columns)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert all values of one half and above."""
+    return torch.where(images >= 0.5, 1 - images, images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MultiCrop:
+    """Two global and some local views of each image (DINO's augmentation), drawn for each image by itself.
+
+    __call__(images, sizes, generator): images (B, 3, S, S) uint8, each in the top left corner of its canvas with height
+    and width `sizes` (B, 2); a generator on the same device. Returns a list of normalised float32 tensors, two of
+    (B, 3, global_size, global_size), then `local_number` of (B, 3, local_size, local_size).
+
+    Args:
+        global_size, local_size: sides in pixels. local_number: local views an image.
+        global_scale, local_scale: range of the crop's area as a fraction of the image's.
+        vertical_flip: probability of flipping top-bottom, LowDINO's; left-right is always 0.5.
+        jitter: strengths of brightness, contrast, saturation and hue, applied with probability 0.8.
+        blur: probability for the first global view, the second, the local ones.
+        blur_sigma: range of the blur's standard deviation in pixels.
+        solarize: probability for the second global view.
+        mean, std: of the normalisation, by channel.
+    """
+
+    def __init__(self, global_size: int = 224, local_size: int = 96, local_number: int = 8,
+                 global_scale: tuple[float, float] = (0.4, 1.0), local_scale: tuple[float, float] = (0.05, 0.4),
+                 vertical_flip: float = 0.0, jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+                 blur: tuple[float, float, float] = (1.0, 0.1, 0.5), blur_sigma: tuple[float, float] = (0.1, 2.0),
+                 solarize: float = 0.2, mean: tuple[float, ...] = IMAGENET_MEAN,
+                 std: tuple[float, ...] = IMAGENET_STD):  # fmt: skip
+        self.vertical_flip = vertical_flip
+        self.jitter = jitter
+        self.blur_sigma = blur_sigma
+        self.mean, self.std = mean, std
+        # One row a view: side, scale, probability of blur, probability of solarising.
+        self.views = [(global_size, global_scale, blur[0], 0.0), (global_size, global_scale, blur[1], solarize)]
+        self.views += [(local_size, local_scale, blur[2], 0.0)] * local_number
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
+        with torch.autocast(device_type=images.device.type, enabled=False):
+            images = to_float(images)
+            return [self.view(images, sizes, generator, *view) for view in self.views]
+
+    def view(self, images: Tensor, sizes: Tensor, generator: torch.Generator,
+             size: int, scale: tuple[float, float], blur: float, solar: float) -> Tensor:  # fmt: skip
+        B, device = len(images), images.device
+
+        def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+            return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
+
+        def chance(probability: float) -> Tensor:
+            return uniform(B) < probability
+
+        boxes = random_boxes(sizes, scale, generator)
+        x = resized_crop(images, boxes, size, flip=chance(0.5), vertical_flip=chance(self.vertical_flip))
+
+        jittered = chance(0.8)
+        strength = torch.tensor(self.jitter, device=device)
+        amounts = uniform(B, 4, low=-1.0) * strength * jittered[:, None]
+        x = color_jitter(x, 1 + amounts[:, :3], amounts[:, 3], order=uniform(B, 4).argsort(dim=1))
+        x = torch.where(chance(0.2).view(-1, 1, 1, 1), grayscale(x), x)
+        x = gaussian_blur(x, uniform(B, low=self.blur_sigma[0], high=self.blur_sigma[1]) * chance(blur))
+        x = torch.where(chance(solar).view(-1, 1, 1, 1), solarize(x), x)
+        return normalize(x, self.mean, self.std)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(images - mean) / std by channel."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images - mean) / std
+
+
+@torch.no_grad()
+def central_view(images: Tensor, sizes: Tensor, size: int, mean: tuple[float, ...] = IMAGENET_MEAN,
+                 std: tuple[float, ...] = IMAGENET_STD, fraction: float | None = None) -> Tensor:  # fmt: skip
+    """The view for evaluation: the central square, resized and normalised, (B, 3, S, S) uint8 -> (B, 3, size, size).
+
+    Args:
+        fraction: of the shorter side; None takes the usual 0.875 (resize to 256, crop 224) from 128 pixels on, and the
+            whole side below, where images have no margin to spare.
+    """
+    fraction = fraction or (0.875 if size >= 128 else 1.0)
+    return normalize(resized_crop(images, central_boxes(sizes, fraction), size), mean, std)

@@ -1,0 +1,113 @@
+"""Files that survive: atomic writes, safe reads, and the clean backbone file.
+
+A checkpoint holds tensors and plain Python types only and is read with `weights_only=True`, so that opening one never
+runs code from it.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What classifiers are called in torchvision's and timm's files; a backbone has none.
+CLASSIFIERS = ("fc.", "classifier.", "head.fc.")
+
+
+def save_atomic(path: str | Path, content: Any) -> None:
+    """Write with torch.save so that `path` is, at every moment, complete or absent.
+
+    tmp -> flush -> fsync -> rename -> fsync(folder): a rename is atomic, but only what was flushed to the disk before it
+    survives a power cut, and the rename itself is kept by the folder.
+    """
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: str | Path, content: dict) -> None:
+    """Write `folder/checkpoint.pth`; the one before becomes `checkpoint.prev.pth`."""
+    path = Path(folder) / "checkpoint.pth"
+    new = path.with_name("checkpoint.new.pth")
+    save_atomic(new, content)
+    if path.exists():
+        os.replace(path, path.with_name("checkpoint.prev.pth"))
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def load_checkpoint(folder: str | Path) -> dict | None:
+    """The latest complete checkpoint in `folder`, on the CPU, or None where there is none.
+
+    Between the two renames of `save_checkpoint` only the one before is there; it is then the latest.
+    """
+    for name in ("checkpoint.pth", "checkpoint.prev.pth"):
+        if (Path(folder) / name).exists():
+            return load(Path(folder) / name)
+    return None
+
+
+def load(path: str | Path) -> dict:
+    """Read a file of tensors and plain types, on the CPU, without running any code from it.
+
+    Raises:
+        ValueError: where the file is missing, damaged or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}") from error
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot read {path}: damaged, or not a file of plain tensors ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, where a dict of weights was expected")
+    return content
+
+
+def save_backbone(path: str | Path, backbone: nn.Module, arch: str, mean: tuple[float, ...], std: tuple[float, ...],
+                  image_size: int, epoch: int) -> None:  # fmt: skip
+    """Write the backbone alone, with clean names and all that is needed to use it."""
+    weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+    save_atomic(path, {"arch": arch, "embed_dim": backbone.embed_dim, "mean": list(mean), "std": list(std),
+                       "image_size": image_size, "epoch": epoch, "state_dict": weights})  # fmt: skip
+
+
+def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> None:
+    """Load a backbone file's content, ours or a plain state dict such as timm's, into `backbone`, strictly.
+
+    A classifier in the file is left out by its name; everything else must fit.
+
+    Raises:
+        ValueError: naming what is missing, unexpected or of another shape.
+    """
+    weights: dict[str, Tensor] = content.get("state_dict", content)
+    own = backbone.state_dict()
+    weights = {k: v for k, v in weights.items() if k in own or not k.startswith(CLASSIFIERS)}
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    problems = [f"{len(names)} {what} (first {names[0]})" for names, what in
+                ((missing, "missing"), (extra, "unexpected"), (sorted(shapes), "of another shape")) if names]  # fmt: skip
+    if problems:
+        raise ValueError(f"{source} does not fit this architecture: parameters {', '.join(problems)}")
+    backbone.load_state_dict(weights, strict=True)

@@ -1,0 +1,365 @@
+"""Images in one batch format: uint8 on a square canvas, decoded and nothing more. Augmentation is the device's work.
+
+Sources: a folder (with or without class sub-folders), a text file of paths, torchvision's CIFAR-10, CIFAR-100 and STL-10,
+and demo images made by code.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+NO_LABEL = -1
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, S, S) uint8, each in the top left corner of its canvas
+    sizes: Tensor  # (B, 2) int64, height and width of each
+    labels: Tensor  # (B,) int64, NO_LABEL where there is none
+    indices: Tensor  # (B,) int64, places in the data set
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ImageArray(Dataset):
+    """Images of one size in memory: (N, 3, S, S) uint8 and, where they have labels, (N,) int64."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None):
+        self.images = images
+        self.labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return self.images[index], int(self.labels[index]), index
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A whole batch by one look-up; the loader calls this where it exists."""
+        i = torch.tensor(indices)
+        images = self.images[i]
+        return Batch(images, torch.full((len(i), 2), images.shape[-1]), self.labels[i], i)
+
+    def shorter_side(self, index: int) -> int:
+        return self.images.shape[-1]
+
+
+class ImageFiles(Dataset):
+    """Image files, decoded when asked for.
+
+    Args:
+        paths: of the files. labels: a class for each, or None.
+        max_side: larger images are reduced, on reading, to fit a square of this side in pixels; None keeps all pixels.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, max_side: int | None = None):
+        self.paths = list(paths)
+        self.labels = [NO_LABEL] * len(self.paths) if labels is None else list(labels)
+        self.max_side = max_side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return read_image(self.paths[index], self.max_side), self.labels[index], index
+
+    def shorter_side(self, index: int) -> int:
+        """Height or width, the smaller, from the file's header."""
+        try:
+            with Image.open(self.paths[index]) as image:
+                return min(image.size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read image {self.paths[index]}: {error}") from error
+
+
+def read_image(path: str, max_side: int | None = None) -> Tensor:
+    """Decode any Pillow image to (3, H, W) uint8 RGB; grey of 16 bits is scaled to 8, alpha is dropped.
+
+    Raises:
+        ValueError: naming the file, where it cannot be read or its values have no known range.
+    """
+    try:
+        with Image.open(path) as image:
+            if max_side is not None:
+                image.draft("RGB", (max_side, max_side))  # JPEG only: decode at 1/2, 1/4 or 1/8, not below max_side
+            image.load()
+            if image.mode.startswith("I"):  # 16 bits, or 32 that must hold 16
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError(f"values {values.min()} to {values.max()} do not fit 16 bits; convert it first")
+                image = Image.fromarray((values / 257).round().astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("floating-point values have no known range; convert it to 8 or 16 bits first")
+            image = image.convert("RGB")
+            if max_side is not None:
+                image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def collate(items: Batch | list[tuple[Tensor, int, int]]) -> Batch:
+    """Images of any sizes on the smallest square canvas that holds them all."""
+    if isinstance(items, Batch):
+        return items
+    images, labels, indices = zip(*items)
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    side = int(sizes.max())
+    canvas = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
+    for place, image in zip(canvas, images):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices))
+
+
+def typical_side(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
+    """Median of the shorter sides of an even sample of the images, in pixels."""
+    step = max(len(dataset) // sample, 1)
+    return int(np.median([dataset.shorter_side(i) for i in range(0, len(dataset), step)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order: a function of (seed, epoch), so that nothing of it is saved
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingBatches(Sampler[list[int]]):
+    """This rank's batches of a whole training, from step `start` to step `stop`, without a seam between epochs.
+
+    Step s is the (s mod steps_per_epoch)-th global batch of a permutation that (seed, epoch) determine; the images left
+    over at an epoch's end wait for another permutation. The global batch does not depend on how many ranks share it.
+
+    Raises:
+        ValueError: where there are fewer images than one global batch.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.steps_per_epoch = images // (batch_size * world)
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{images} images are fewer than one batch of {world} x {batch_size}")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shuffled, order = None, None
+        for step in range(self.start, self.stop):
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if epoch != shuffled:
+                seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+                generator = torch.Generator().manual_seed(int(seed >> 1))
+                shuffled, order = epoch, torch.randperm(self.images, generator=generator)
+            first = (i * self.world + self.rank) * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
+
+
+def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory)
+
+
+def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
+    """In order, without repeats; each rank reads every world-th image."""
+    mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+    return DataLoader(mine, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo images
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO_SIDE = 64
+DEMO_TRAIN, DEMO_TEST = 4000, 1000
+GLYPH_SIDE = 13
+GLYPHS_AN_IMAGE = 28
+
+
+def demo_glyphs() -> np.ndarray:
+    """The ten classes: shapes of about equal ink on 13 x 13 pixels, drawn smooth: (10, 13, 13) in [0, 1]."""
+    y, x = np.mgrid[-6:7, -6:7].astype(np.float64)
+    r, square, diamond = np.hypot(x, y), np.maximum(abs(x), abs(y)), abs(x) + abs(y)
+    bar = lambda t, width: abs(t) - width  # noqa: E731  a band of half-width `width` about t = 0
+    # Signed distances, negative inside, in pixels.
+    shapes = [
+        r - 4.1,  # disc
+        abs(r - 4.6) - 0.95,  # ring
+        square - 3.6,  # square
+        abs(square - 4.3) - 0.8,  # frame
+        abs(diamond - 5.2) / 1.4 - 0.95,  # hollow diamond
+        np.maximum(np.minimum(bar(x, 1.2), bar(y, 1.2)), square - 5.4),  # plus
+        np.maximum(np.minimum(bar(x - y, 1.7), bar(x + y, 1.7)), square - 4.6) / 1.4,  # saltire
+        np.maximum(abs(abs(y) - 3.2) - 1.2, abs(x) - 5.2),  # two level bars
+        np.maximum(abs(abs(x) - 3.2) - 1.2, abs(y) - 5.2),  # two upright bars
+        np.hypot(abs(x) - 3.4, abs(y) - 3.4) - 2.0,  # four dots
+    ]
+    return np.clip(0.5 - np.stack(shapes), 0, 1)
+
+
+def demo_images(indices: Sequence[int], chunk: int = 500) -> ImageArray:
+    """Images by index, 64 x 64, class = index mod 10; an index always gives the same image.
+
+    An image is strewn with one kind of glyph over a cloudy ground. The kind is its class, and the one thing that all
+    of its crops share: place, colour, brightness and polarity change from glyph to glyph, and the ground from corner to
+    corner, so that neither raw pixels nor the mean colour of a view tell the class.
+    """
+    indices = np.asarray(indices)
+    glyphs, side, n = demo_glyphs().astype(np.float32), GLYPH_SIDE, GLYPHS_AN_IMAGE
+    # Bilinear weights that stretch a grid of 5 x 5 random colours into clouds.
+    at = np.linspace(0, 4 - 1e-6, DEMO_SIDE)
+    stretch = np.maximum(0, 1 - abs(at[:, None] - np.arange(5))).astype(np.float32)  # (64, 5)
+    offsets = np.arange(side)
+    images = []
+    for part in np.split(indices, range(chunk, len(indices), chunk)):
+        u = np.stack([np.random.default_rng(int(i)).random(75 + n * 6, dtype=np.float32) for i in part])  # (N, ...)
+        ground, u = u[:, :75].reshape(-1, 3, 5, 5), u[:, 75:].reshape(len(part), n, 6)
+        canvas = np.pad(0.25 + 0.5 * (stretch @ ground @ stretch.T), [(0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2])
+        corner = (u[:, :, :2] * DEMO_SIDE).astype(int)  # (N, n, 2), top and left
+        ink = np.where(u[:, :, 2:3] < 0.5, -1, 1) * (0.25 + 0.35 * u[:, :, 3:6])  # (N, n, 3), darker or lighter
+        which = np.arange(len(part))[:, None, None]
+        for k in range(n):
+            rows = corner[:, k, 0, None, None] + offsets[:, None]  # (N, 13, 1)
+            columns = corner[:, k, 1, None, None] + offsets  # (N, 1, 13)
+            stamp = glyphs[part % 10, :, :, None] * ink[:, k, None, None, :]  # (N, 13, 13, 3)
+            canvas[which, :, rows, columns] += stamp
+        canvas = canvas[:, :, side // 2 : -(side // 2), side // 2 : -(side // 2)]
+        images.append((canvas.clip(0, 1) * 255).round().astype(np.uint8))
+    return ImageArray(torch.from_numpy(np.concatenate(images)), torch.from_numpy(indices % 10))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """What a source holds.
+
+    pretrain: all that may be learned from, labels unused. train and test: the labelled images that k-NN remembers and
+    those that it is asked about, None where the source has none. name: in words, for the log.
+    """
+
+    name: str
+    pretrain: ImageArray | ImageFiles
+    train: ImageArray | ImageFiles | None = None
+    test: ImageArray | ImageFiles | None = None
+    classes: int = 0
+
+
+def load(source: str, root: str = "data", download: bool = False, max_side: int | None = None) -> Data:
+    """Open a source by name.
+
+    Args:
+        source: "demo"; "cifar10", "cifar100" or "stl10", kept under `root`; a text file with one path a line, relative
+            to the file's own folder; or a folder, searched recursively. Of a folder with `train/` inside, `train/` is
+            what is learned from, and `val/` or `test/` beside it, both with class sub-folders, what k-NN is tested on.
+        download: fetch one of torchvision's sets where `root` lacks it.
+        max_side: see `ImageFiles`.
+
+    Raises:
+        ValueError: in one sentence, where there is nothing to read.
+    """
+    if source == "demo":
+        train, test = demo_images(range(DEMO_TRAIN)), demo_images(range(10**6, 10**6 + DEMO_TEST))
+        return Data("the built-in demo images", train, train, test, classes=10)
+    if source in ("cifar10", "cifar100", "stl10"):
+        return load_torchvision(source, root, download)
+    path = Path(source)
+    if path.is_file():
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        paths = [str(path.parent / line) for line in lines if line]
+        if not paths:
+            raise ValueError(f"{source} has no lines; it should name one image a line")
+        missing = next((p for p in paths if not os.path.isfile(p)), None)
+        if missing:
+            raise ValueError(f"{source} names {missing}, which does not exist")
+        return Data(f"{len(paths)} images named in {source}", ImageFiles(paths, max_side=max_side))
+    if not path.is_dir():
+        raise ValueError(f"no data at {source}: give a folder, a text file of paths, demo, cifar10, cifar100 or stl10")
+
+    train_path = path / "train"
+    if not train_path.is_dir():
+        return Data(f"folder {source}", ImageFiles(find_images(path), max_side=max_side))
+    paths = find_images(train_path)
+    pretrain = ImageFiles(paths, max_side=max_side)
+    data = Data(f"folder {train_path}", pretrain)
+    test_path = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    names = classes_of(paths, train_path)
+    if test_path is None or names is None:
+        return data
+    test_paths = find_images(test_path)
+    test_names = classes_of(test_paths, test_path)
+    if test_names is None:
+        return data
+    classes = sorted(set(names))
+    unknown = sorted(set(test_names) - set(classes))
+    if unknown:
+        raise ValueError(f"{test_path} has class {unknown[0]!r}, which {train_path} lacks")
+    number = {name: i for i, name in enumerate(classes)}
+    data.train = pretrain
+    pretrain.labels = [number[name] for name in names]
+    data.test = ImageFiles(test_paths, [number[name] for name in test_names], max_side)
+    data.classes = len(classes)
+    return data
+
+
+def find_images(folder: Path) -> list[str]:
+    """All images below a folder, sorted; links are followed, each folder once.
+
+    Raises:
+        ValueError: where there are none, or a folder cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise ValueError(f"cannot read folder {error.filename}: {error.strerror}") from error
+
+    paths, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        paths += [os.path.join(root, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+    if not paths:
+        raise ValueError(f"no images under {folder}; looked for {' '.join(IMG_EXTENSIONS)}")
+    return sorted(paths)
+
+
+def classes_of(paths: list[str], folder: Path) -> list[str] | None:
+    """The name of the sub-folder of `folder` that each image lies in; None where some lie in `folder` itself."""
+    parts = [Path(path).relative_to(folder).parts for path in paths]
+    return [p[0] for p in parts] if all(len(p) > 1 for p in parts) else None
+
+
+def load_torchvision(name: str, root: str, download: bool) -> Data:
+    def images(values: np.ndarray) -> Tensor:  # CIFAR has channels last, STL first
+        tensor = torch.from_numpy(values)
+        return tensor if tensor.shape[1] == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+
+    def split(**which) -> ImageArray:
+        found = kind(root, download=download, **which)
+        labels = found.targets if hasattr(found, "targets") else found.labels
+        return ImageArray(images(found.data), torch.as_tensor(labels, dtype=torch.int64))
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
+    try:
+        if name == "stl10":
+            return Data("STL-10, its unlabelled images", split(split="unlabeled"), split(split="train"),
+                        split(split="test"), classes=10)  # fmt: skip
+        train, test = split(train=True), split(train=False)
+    except RuntimeError as error:
+        raise ValueError(f"{name} under {root}: {error}") from error
+    return Data(name.upper().replace("CIFAR", "CIFAR-"), train, train, test, classes=int(train.labels.max()) + 1)

@@ -1,0 +1,101 @@
+"""Processes and devices: started by torchrun, by SLURM or alone; NCCL on CUDA, gloo on the CPU."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of `world`, on `device`."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """(rank, world, local rank) as torchrun or `srun` set them; (0, 1, 0) alone.
+
+    Under `srun` one task is one rank; MASTER_ADDR and MASTER_PORT must be set where there is more than one.
+    """
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0))
+    # An interactive `python` inside an allocation has SLURM_PROCID too; only `srun` makes several tasks of a step.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return (int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]),
+                int(environment["SLURM_LOCALID"]))  # fmt: skip
+    return 0, 1, 0
+
+
+def start(device: str = "auto") -> Ranks:
+    """Choose the device and, where there are several processes, join them.
+
+    Args:
+        device: "auto" (CUDA, else MPS where there is one process, else CPU), "cuda", "mps" or "cpu".
+
+    Raises:
+        ValueError: where the device is not there, or a node has more processes than GPUs.
+    """
+    rank, world, local = rank_from_environment()
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available here; use --device cpu")
+    if device == "mps" and (not torch.backends.mps.is_available() or world > 1):
+        raise ValueError("--device mps: needs Apple's Metal and a single process")
+    if device == "cuda":
+        # SLURM may show each task one GPU only, whatever its local rank.
+        visible = torch.cuda.device_count()
+        index = 0 if visible == 1 and "SLURM_LOCALID" in os.environ else local
+        if index >= visible:
+            raise ValueError(f"local rank {local} has no GPU of its own: {visible} visible; start {visible} processes "
+                             "a node, or use --device cpu")  # fmt: skip
+        torch.cuda.set_device(index)
+        device = f"cuda:{index}"
+    if world > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world)
+    return Ranks(rank, world, torch.device(device))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def gather_strided(rows: Tensor, total: int) -> Tensor:
+    """Put together what each rank made of every world-th item: (n, ...) of each -> (total, ...) in order, on all ranks."""
+    if not dist.is_initialized():
+        return rows
+    world = dist.get_world_size()
+    longest = -(-total // world)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give every rank the first rank's buffers, batch norm's statistics among them."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

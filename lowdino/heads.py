@@ -1,0 +1,86 @@
+"""The projection head, and the network that runs a backbone and its head over a list of views."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows are unit vectors, times a gain each: (..., in_dim) -> (..., out_dim).
+
+    Weight normalisation (Salimans and Kingma, 2016), worked out inside `forward`: torch's own keeps the normalised
+    weight beside the parameter, and copying or wrapping the module trips over it.
+
+    Args:
+        learn_gain: learn the gain of each row; without it every gain is 1 and the outputs are cosines.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, learn_gain: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.gain = nn.Parameter(torch.ones(out_dim)) if learn_gain else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.normalize(self.weight, dim=1)
+        if self.gain is not None:
+            weight = weight * self.gain[:, None]
+        return F.linear(x, weight)
+
+
+class DINOHead(nn.Module):
+    """MLP, unit length, prototypes: (B, in_dim) -> (B, out_dim) logits (Caron et al., 2021, section 3.1).
+
+    Args:
+        in_dim: the backbone's width.
+        out_dim: number of prototypes, K.
+        use_bn: batch norm after each hidden layer.
+        norm_last_layer: fix the length of every prototype at 1; steadier, and a little worse where it is not needed.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: width of the unit vectors that meet the prototypes.
+        nlayers: linear layers in the MLP, 1 or more.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True,
+                 hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):  # fmt: skip
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(nlayers - 1):
+            layers.append(nn.Linear(in_dim, hidden_dim))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+            in_dim = hidden_dim
+        layers.append(nn.Linear(in_dim, bottleneck_dim))
+        self.mlp = nn.Sequential(*layers)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, learn_gain=not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class MultiViewNetwork(nn.Module):
+    """Backbone and head over a list of views: one forward pass a resolution.
+
+    forward(views): list of V tensors (B, 3, H, W), views of one size side by side in the list.
+    Returns `(features, logits)`: the backbone's (V * B, embed_dim) and the head's (V * B, out_dim), view by view.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        groups: list[list[Tensor]] = []
+        for view in views:
+            if groups and groups[-1][0].shape[-2:] == view.shape[-2:]:
+                groups[-1].append(view)
+            else:
+                groups.append([view])
+        features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
+        return features, self.head(features)

@@ -1,0 +1,162 @@
+"""Self-distillation objectives. All of them work in float32, whatever autocast says, and are right across ranks:
+two ranks with B images each get the centre, and through DDP's averaging the gradients, of one rank with 2B.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """log of the sum of exp over the rows of all ranks: (n, K) -> (1, K). No gradient."""
+    highest = x.amax(dim=0, keepdim=True)
+    if ranks() > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    total = (x - highest).exp().sum(dim=0, keepdim=True)
+    if ranks() > 1:
+        dist.all_reduce(total)
+    return highest + total.log()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Targets that use every prototype equally over the batch of all ranks: (n, K) logits -> (n, K) probabilities.
+
+    Sinkhorn and Knopp's alternating normalisation of exp(logits / temperature), as SwAV (Caron et al., 2020) and DINOv2
+    (Oquab et al., 2023) take it: columns to equal mass, rows to mass 1. Done on logarithms, so that no temperature
+    overflows.
+    """
+    log_q = logits.float() / temperature
+    for _ in range(iterations):
+        log_q = log_q - logsumexp_over_ranks(log_q)
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
+    return log_q.exp()
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the teacher's and the student's distribution over all pairs of different views.
+
+    With teacher logits t of the two global views, student logits s of all V views, centre c, temperatures T_t and T_s,
+        P_t = softmax((t - c) / T_t),  P_s = softmax(s / T_s),  H(t, s) = - sum_k P_t[k] log P_s[k]
+        L = mean of H(t_i, s_j) over i in {0, 1}, j in {0 .. V-1}, j != i            (Caron et al., 2021, equation 3)
+        c <- m c + (1 - m) mean of t over the batch of all ranks                                         (equation 4)
+    `centering="sinkhorn"` takes P_t from Sinkhorn-Knopp instead and leaves c alone. With `alpha`, the P_gg = 2 pairs of
+    global views and the P_gl pairs with a local one have weights of their own (Tan et al., 2023, SSLight):
+        L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl,   the plain mean being alpha = P_gg / (P_gg + P_gl).
+
+    H is evaluated as logsumexp(s / T_s) - P_t . s / T_s, which equals - P_t . log_softmax(s / T_s) because P_t sums to
+    one, and does not keep the (B, K) log-probabilities of every view.
+
+    forward(student, teacher, teacher_temp): lists of (B, out_dim) logits, globals first: V views of the student and the
+    two global ones of the teacher. Returns the loss, a scalar. In training mode it then moves the centre.
+
+    Args:
+        out_dim: number of prototypes, K.
+        student_temp: T_s.
+        center_momentum: m.
+        centering: "softmax" or "sinkhorn".
+        alpha: SSLight's balance in [0, 1]; None for the mean over all pairs.
+
+    Raises:
+        ValueError: for another centering, an alpha out of range, an alpha without local views, other than two teacher
+            views, fewer than two student views.
+    """
+
+    center: Tensor
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9,
+                 centering: str = "softmax", alpha: float | None = None):  # fmt: skip
+        super().__init__()
+        if centering not in ("softmax", "sinkhorn"):
+            raise ValueError(f"centering must be 'softmax' or 'sinkhorn', not {centering!r}")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha balances two losses and must lie in [0, 1], not {alpha}")
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.centering = centering
+        self.alpha = alpha
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], teacher_temp: float) -> Tensor:
+        if len(teacher) != 2 or len(student) < 2:
+            raise ValueError(f"needs 2 teacher and at least 2 student views, got {len(teacher)} and {len(student)}")
+        if self.alpha is not None and len(student) == 2:
+            raise ValueError(f"alpha={self.alpha} balances global against local views, and there are no local ones")
+        with torch.autocast(device_type=student[0].device.type, enabled=False):
+            targets = self.targets(teacher, teacher_temp)
+            loss_g = self.cross_entropy(student[0], targets[1]) + self.cross_entropy(student[1], targets[0])
+            # H is linear in its target: a local view meets both at once.
+            both = targets[0] + targets[1]
+            loss_l = sum(self.cross_entropy(s, both) for s in student[2:])
+        pairs_g, pairs_l = 2, 2 * (len(student) - 2)
+        if self.training and self.centering == "softmax":
+            self.update_center(teacher)
+        if self.alpha is None:
+            return (loss_g + loss_l) / (pairs_g + pairs_l)
+        return self.alpha * loss_g / pairs_g + (1 - self.alpha) * loss_l / pairs_l
+
+    @torch.no_grad()
+    def targets(self, teacher: list[Tensor], teacher_temp: float) -> list[Tensor]:
+        """P_t of the two global views, float32."""
+        if self.centering == "sinkhorn":
+            return list(sinkhorn_knopp(torch.cat(teacher), teacher_temp).chunk(2))
+        return [((t.float() - self.center) / teacher_temp).softmax(dim=-1) for t in teacher]
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean over the batch of - target . log softmax(logits / T_s); a target may sum to any mass."""
+        s = logits.float() / self.student_temp  # (B, K)
+        return (target.sum(dim=-1) * s.logsumexp(dim=-1) - (target * s).sum(dim=-1)).mean()
+
+    @torch.no_grad()
+    def update_center(self, teacher: list[Tensor]) -> None:
+        mean = torch.cat(teacher).float().mean(dim=0, keepdim=True)
+        if ranks() > 1:
+            dist.all_reduce(mean)
+            mean /= ranks()
+        self.center.lerp_(mean, 1 - self.center_momentum)
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks, (n, D) -> (ranks * n, D); the gradient comes back summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        gathered = [torch.empty_like(x) for _ in range(ranks())]
+        dist.all_gather(gathered, x.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(ranks())[dist.get_rank()]
+
+
+class KoLeoLoss(nn.Module):
+    """Spreads features evenly over the sphere: the Kozachenko-Leonenko estimate of their entropy, negated.
+
+        L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features             (Sablayrolles et al., 2019)
+
+    as in DINOv2, on the features of one view of each image; neighbours are sought in the batch of all ranks. Nearest
+    neighbours come from the largest inner product, |z_i - z_j|^2 = 2 - 2 z_i . z_j, and only the distance to the chosen
+    one is differentiated.
+
+    forward(features): (n, D) with n >= 2 over all ranks. Returns a scalar.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            z = F.normalize(features.float(), dim=-1)
+            everyone = GatherRows.apply(z) if ranks() > 1 else z  # (N, D)
+            own = torch.arange(len(z), device=z.device) + (dist.get_rank() * len(z) if ranks() > 1 else 0)
+            with torch.no_grad():
+                similarity = z @ everyone.T  # (n, N)
+                similarity[torch.arange(len(z), device=z.device), own] = -2
+                nearest = similarity.argmax(dim=1)
+            distance = (z - everyone[nearest]).pow(2).sum(dim=-1).clamp_min(1e-16).sqrt()
+            return -(distance + 1e-8).log().mean()

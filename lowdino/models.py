@@ -1,0 +1,304 @@
+"""Small backbones: MobileViT and ResNet5M by hand, the usual torchvision ConvNets without their classifier.
+
+Every backbone keeps one contract:
+    embed_dim                             width of the pooled features
+    forward((B, 3, H, W))                 -> (B, embed_dim), the mean over the last feature map
+    forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the last feature map
+for any H, W >= 32, odd and non-square sizes included.
+
+    arch                  parameters  embed_dim
+    mobilevit_xxs            951,024        320
+    mobilevit_xs           1,932,848        384
+    mobilevit_s            4,937,632        640
+    resnet5m               4,956,480        512
+"""
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178). The state_dict has the names and shapes of timm's
+# `mobilevit_{xxs,xs,s}` with `num_classes=0`, so weights go both ways with strict=True.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, batch norm and, unless it ends a residual branch, SiLU."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_dim)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.silu(x, inplace=True) if self.act else x
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block (Sandler et al., 2018): widen 1x1, depthwise 3x3, narrow 1x1 without activation."""
+
+    def __init__(self, in_dim: int, out_dim: int, stride: int, expansion: float):
+        super().__init__()
+        hidden = int(in_dim * expansion)
+        self.conv1_1x1 = ConvNormAct(in_dim, hidden)
+        self.conv2_kxk = ConvNormAct(hidden, hidden, 3, stride, groups=hidden)
+        self.conv3_1x1 = ConvNormAct(hidden, out_dim, act=False)
+        self.residual = stride == 1 and in_dim == out_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
+        return x + y if self.residual else y
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x), inplace=True))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm transformer layer: attention over tokens, then an MLP of twice the width on each."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MobileViTBlock(nn.Module):
+    """Local features by convolution, global ones by attention, fused with the input (section 3.1 of the paper).
+
+    The map is cut into 2x2 patches. Attention joins the pixels that have the same place in their patches, so each of
+    the four sequences sees the whole image at a quarter of the cost, and the 3x3 convolutions before and after it join
+    the four. A map of odd side is resized to whole patches, bilinearly, and back again.
+    """
+
+    def __init__(self, dim: int, transformer_dim: int, depth: int, num_heads: int = 4):
+        super().__init__()
+        self.conv_kxk = ConvNormAct(dim, dim, 3)
+        self.conv_1x1 = nn.Conv2d(dim, transformer_dim, 1, bias=False)
+        self.transformer = nn.Sequential(*(TransformerLayer(transformer_dim, num_heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(transformer_dim)
+        self.conv_proj = ConvNormAct(transformer_dim, dim)
+        self.conv_fusion = ConvNormAct(2 * dim, dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # B images, C channels, a map of H x W pixels = (h x w patches) of 2 x 2 pixels
+        shortcut = x
+        x = self.conv_1x1(self.conv_kxk(x))
+        B, C, H, W = x.shape
+        h, w = (H + 1) // 2, (W + 1) // 2
+        odd = (H, W) != (2 * h, 2 * w)
+        if odd:
+            x = F.interpolate(x, size=(2 * h, 2 * w), mode="bilinear", align_corners=False)
+
+        x = x.reshape(B, C, h, 2, w, 2).permute(0, 3, 5, 2, 4, 1)  # (B, 2, 2, h, w, C)
+        x = self.norm(self.transformer(x.reshape(B * 4, h * w, C)))  # (B * 4, h * w, C)
+        x = x.view(B, 2, 2, h, w, C).permute(0, 5, 3, 1, 4, 2)  # (B, C, h, 2, w, 2)
+        x = x.reshape(B, C, 2 * h, 2 * w)
+
+        if odd:
+            x = F.interpolate(x, size=(H, W), mode="bilinear", align_corners=False)
+        return self.conv_fusion(torch.cat([shortcut, self.conv_proj(x)], dim=1))
+
+
+class MobileViT(nn.Module):
+    """MobileViT without classifier; the map has 1/32 of the input's side.
+
+    Args:
+        dims: channels of the five stages.
+        transformer_dims: token widths of the attention blocks in the last three stages.
+        embed_dim: channels of the final 1x1 convolution.
+        expansion: of the inverted residual blocks.
+    """
+
+    def __init__(self, dims: tuple[int, ...], transformer_dims: tuple[int, ...], embed_dim: int, expansion: float):
+        super().__init__()
+        self.embed_dim = embed_dim
+        d1, d2, d3, d4, d5 = dims
+        t3, t4, t5 = transformer_dims
+
+        def local(in_dim: int, out_dim: int, stride: int) -> InvertedResidual:
+            return InvertedResidual(in_dim, out_dim, stride, expansion)
+
+        self.stem = ConvNormAct(3, 16, 3, stride=2)  # stride 2
+        self.stages = nn.Sequential(
+            nn.Sequential(local(16, d1, 1)),  # 2
+            nn.Sequential(local(d1, d2, 2), local(d2, d2, 1), local(d2, d2, 1)),  # 4
+            nn.Sequential(local(d2, d3, 2), MobileViTBlock(d3, t3, depth=2)),  # 8
+            nn.Sequential(local(d3, d4, 2), MobileViTBlock(d4, t4, depth=4)),  # 16
+            nn.Sequential(local(d4, d5, 2), MobileViTBlock(d5, t5, depth=3)),  # 32
+        )
+        self.final_conv = ConvNormAct(d5, embed_dim)
+        self.apply(init_weights)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.final_conv(self.stages(self.stem(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x).mean(dim=(2, 3))
+
+
+def init_weights(module: nn.Module) -> None:
+    """He's normal initialisation of convolutions (by fan-out, as ResNets), 0.02 truncated normal for linear layers."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ResNet5M, the LowDINO paper's plain ConvNet (Prathapaneni and Shashank, 2023): torchvision's names, its own shape.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016), 1x1 where the shape changes."""
+
+    def __init__(self, in_dim: int, out_dim: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_dim, out_dim, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_dim)
+        self.conv2 = nn.Conv2d(out_dim, out_dim, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_dim)
+        self.downsample = None
+        if stride != 1 or in_dim != out_dim:
+            self.downsample = nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, stride, bias=False), nn.BatchNorm2d(out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class ResNet5M(nn.Module):
+    """7x7/2 stem of 64, 3x3/2 max-pool, then basic blocks 64 x3, 128 x6 (/2), 512 x1 (/2): 1/16 of the input's side."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_dim = 512
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(*(BasicBlock(64, 64) for _ in range(3)))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), *(BasicBlock(128, 128) for _ in range(5)))
+        self.layer3 = nn.Sequential(BasicBlock(128, 512, stride=2))
+        self.apply(init_weights)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x).mean(dim=(2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's networks under the same contract, with torchvision's parameter names.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResNet(torchvision.models.ResNet):
+    def __init__(self, block: type, layers: list[int]):
+        super().__init__(block, layers)
+        self.embed_dim = self.fc.in_features
+        self.fc = nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x).mean(dim=(2, 3))
+
+
+class MobileNet(nn.Module):
+    def __init__(self, features: nn.Sequential):
+        super().__init__()
+        self.features = features
+        self.embed_dim = features[-1].out_channels
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x).mean(dim=(2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Factories: one name an architecture, all at random initialisation.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHS = (
+    "mobilevit_xxs", "mobilevit_xs", "mobilevit_s", "resnet5m",
+    "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_small",
+)  # fmt: skip
+
+
+def mobilevit_xxs() -> MobileViT:
+    return MobileViT((16, 24, 48, 64, 80), (64, 80, 96), embed_dim=320, expansion=2)
+
+
+def mobilevit_xs() -> MobileViT:
+    return MobileViT((32, 48, 64, 80, 96), (96, 120, 144), embed_dim=384, expansion=4)
+
+
+def mobilevit_s() -> MobileViT:
+    return MobileViT((32, 64, 96, 128, 160), (144, 192, 240), embed_dim=640, expansion=4)
+
+
+def resnet5m() -> ResNet5M:
+    return ResNet5M()
+
+
+def resnet18() -> ResNet:
+    return ResNet(TorchvisionBasicBlock, [2, 2, 2, 2])
+
+
+def resnet34() -> ResNet:
+    return ResNet(TorchvisionBasicBlock, [3, 4, 6, 3])
+
+
+def resnet50() -> ResNet:
+    return ResNet(Bottleneck, [3, 4, 6, 3])
+
+
+def mobilenet_v2() -> MobileNet:
+    return MobileNet(torchvision.models.mobilenet_v2(weights=None).features)
+
+
+def mobilenet_v3_small() -> MobileNet:
+    return MobileNet(torchvision.models.mobilenet_v3_small(weights=None).features)

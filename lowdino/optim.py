@@ -1,0 +1,65 @@
+"""What the optimisation needs beside torch.optim: parameter groups, clipping by parameter, LARS."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups: weights, which decay, and biases, norms and gains, which do not (`weight_decay` 0, `decays` False)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "decays": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """Scale each parameter's gradient down to a Euclidean norm of `max_norm`, in place and without synchronising.
+
+    This is DINO's clipping, a limit for every tensor by itself; `torch.nn.utils.clip_grad_norm_` limits all together.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(scales.unbind()))
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017, arXiv 1708.03888), with momentum.
+
+    For a weight w with gradient g: d = g + weight_decay * w; d <- d * trust * |w| / |d|; v <- momentum * v + d;
+    w <- w - lr * v. Biases and norms (one dimension or none) take the plain momentum step without decay, as in BYOL.
+
+    Args:
+        lr: learning rate. weight_decay: of weights. momentum: of the velocity v. trust: the trust coefficient.
+    """
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 1e-3):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                d = p.grad
+                if p.ndim > 1:
+                    d = d.add(p, alpha=group["weight_decay"])
+                    w_norm, d_norm = p.norm(), d.norm()
+                    # A weight or a gradient of zero has no direction to scale: its rate is left alone.
+                    rate = torch.where((w_norm > 0) & (d_norm > 0), group["trust"] * w_norm / d_norm, 1.0)
+                    d = d * rate
+                state = self.state[p]
+                if "velocity" not in state:
+                    state["velocity"] = torch.zeros_like(p)
+                state["velocity"].mul_(group["momentum"]).add_(d)
+                p.add_(state["velocity"], alpha=-group["lr"])
+        return loss

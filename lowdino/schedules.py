@@ -1,0 +1,24 @@
+"""Schedules: pure functions of the step, so that a resumed run needs nothing but its step."""
+
+import math
+
+
+def cosine(step: int, total_steps: int, start: float, end: float, warmup_steps: int = 0, warmup_start: float = 0.0):
+    """Linear warm-up from `warmup_start` to `start`, then half a cosine down (or up) towards `end`.
+
+    The values are those of DINO's `cosine_scheduler`: the last warm-up step has `start`, so has the first step after
+    it, and the last step of all is one cosine step short of `end`.
+
+    Args:
+        step: 0 <= step < total_steps.
+        warmup_steps: how many of `total_steps` warm up.
+    """
+    if step < warmup_steps:
+        return warmup_start + (start - warmup_start) * step / max(warmup_steps - 1, 1)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+def linear(step: int, steps: int, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` at step `steps` in a straight line, and `end` from then on."""
+    return end if step >= steps else start + (end - start) * step / steps

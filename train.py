@@ -1,0 +1,438 @@
+#!/usr/bin/env python3
+"""Pre-train a small backbone without labels, by self-distillation with a momentum teacher (DINO, LowDINO, SSLight).
+
+    python train.py --arch mobilevit_xxs                                  demo images, one process
+    torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lowdino
+from lowdino import augment, checkpoint, data, distributed, ema, evaluate, models, monitor, optim, schedules
+from lowdino.heads import DINOHead, MultiViewNetwork
+from lowdino.losses import DINOLoss, KoLeoLoss
+
+# A preset replaces the defaults of the flags it names; a flag given by hand wins over both.
+PRESETS = {
+    # Table 2 of Prathapaneni and Shashank (2023); resnet5m takes 10 crops, see `parse`.
+    "lowdino": dict(
+        epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=64, min_lr=1e-6, warmup_epochs=10,
+        optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4, clip_grad=2.0, out_dim=1024, hidden_dim=512,
+        norm_last_layer=False, use_bn_in_head=False, momentum_teacher=0.9995, teacher_temp=0.04,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1, global_crops_size=224,
+        global_crops_scale=[0.4, 1.0], local_crops_number=2, local_crops_size=224, local_crops_scale=[0.05, 0.4],
+        vertical_flip=0.5,
+    ),
+    # Caron et al. (2021): the defaults of the authors' main_dino.py.
+    "dino": dict(
+        epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=256, min_lr=1e-6, warmup_epochs=10,
+        optimizer="adamw", weight_decay=0.04, weight_decay_end=0.4, clip_grad=3.0, out_dim=65536, hidden_dim=2048,
+        norm_last_layer=True, use_bn_in_head=False, momentum_teacher=0.996, teacher_temp=0.04,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=1,
+        global_crops_size=224, global_crops_scale=[0.4, 1.0], local_crops_number=8, local_crops_size=96,
+        local_crops_scale=[0.05, 0.4], vertical_flip=0.0,
+    ),
+    # Tan et al. (2023), DINO with re-balanced views on ConvNets: the authors' configuration.
+    "sslight": dict(
+        epochs=200, batch_size_per_gpu=128, lr=0.48, lr_reference_batch=256, min_lr=4.8e-3, warmup_epochs=10,
+        optimizer="lars", weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0, out_dim=4096, hidden_dim=2048,
+        norm_last_layer=True, use_bn_in_head=True, momentum_teacher=0.996, teacher_temp=0.07,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=50, student_temp=0.1, freeze_last_layer=1, alpha=0.4,
+        global_crops_size=224, global_crops_scale=[0.3, 1.0], local_crops_number=6, local_crops_size=128,
+        local_crops_scale=[0.05, 0.3], vertical_flip=0.0,
+    ),
+}  # fmt: skip
+
+# Settings that a resumed run may change, because they do not change what it computes.
+FREE_SETTINGS = {"output_dir", "data_path", "data_root", "download", "device", "num_workers", "log_freq", "knn_freq",
+                 "nb_knn", "saveckp_freq"}  # fmt: skip
+
+
+def bool_flag(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="settings of a paper; flags given by hand win over it")
+
+    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(models.ARCHS)}")
+    add("--init", metavar="FILE", help="backbone file to start from: ours, or a state dict such as timm's MobileViT")
+    add("--out_dim", type=int, default=1024, help="number of prototypes, the width K of the head's output")
+    add("--hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
+    add("--use_bn_in_head", type=bool_flag, default=False, metavar="BOOL", help="batch norm in the head")
+    add("--norm_last_layer", type=bool_flag, default=True, metavar="BOOL",
+        help="keep all prototypes at length 1: steadier; without it often a little better")  # fmt: skip
+
+    add("--momentum_teacher", type=float, default=0.996,
+        help="EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as 0.9995")  # fmt: skip
+    add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="teacher's temperature at the start")
+    add("--teacher_temp", type=float, default=0.04, help="teacher's temperature after its warm-up")
+    add("--warmup_teacher_temp_epochs", type=int, default=0, help="epochs of that warm-up")
+    add("--centering", choices=["softmax", "sinkhorn"], default="softmax", help="what keeps the teacher's output even")
+    add("--center_momentum", type=float, default=0.9, help="EMA momentum of the softmax centre")
+    add("--alpha", type=float, help="weight of the global against the local views (SSLight); none: mean over all pairs")
+    add("--koleo_weight", type=float, default=0.0, help="weight of the KoLeo regulariser (DINOv2 uses 0.1)")
+
+    add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw")
+    add("--epochs", type=int, default=100)
+    add("--batch_size_per_gpu", type=int, default=64, help="images a process and step")
+    add("--lr", type=float, default=5e-4, help="peak learning rate, for a total batch of --lr_reference_batch")
+    add("--lr_reference_batch", type=int, default=256, help="--lr scales in proportion to total batch / this; 0: never")
+    add("--warmup_epochs", type=int, default=10, help="epochs over which the learning rate rises")
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end of its cosine")
+    add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
+    add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
+    add("--clip_grad", type=float, default=3.0, help="limit of each parameter's gradient norm; 0: none")
+    add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
+    add("--amp", choices=["bf16", "fp16", "none"], help="autocast type; default: bf16 on CUDA, none elsewhere")
+
+    add("--global_crops_size", type=int, help="side of global views; default: suits the images, 224 at most")
+    add("--global_crops_scale", type=float, nargs=2, default=[0.4, 1.0], metavar=("MIN", "MAX"),
+        help="area of global crops as a fraction of the image's")  # fmt: skip
+    add("--local_crops_number", type=int, default=8, help="local views an image")
+    add("--local_crops_size", type=int, help="side of local views; default: 3/7 of the global ones, 32 at least")
+    add("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.4], metavar=("MIN", "MAX"),
+        help="area of local crops as a fraction of the image's")  # fmt: skip
+    add("--vertical_flip", type=float, default=0.0, help="probability of a top-bottom flip")
+
+    add("--data_path", default="demo",
+        help="folder (with or without sub-folders), text file with one path a line, cifar10, cifar100, stl10 or demo")  # fmt: skip
+    add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
+    add("--download", action="store_true", help="fetch cifar10, cifar100 or stl10 where --data_root lacks it")
+    add("--output_dir", default="output", help="where all is written; a run that was stopped goes on from here")
+    add("--saveckp_freq", type=int, default=20, help="keep a numbered checkpoint every so many epochs; 0: none")
+    add("--knn_freq", type=int, default=10, help="k-NN accuracy every so many epochs, where there are labels; 0: never")
+    add("--nb_knn", type=int, default=20, help="neighbours of that k-NN")
+    add("--log_freq", type=int, default=10, help="a log line every so many steps")
+    add("--seed", type=int, default=0)
+    add("--num_workers", type=int, help="loader processes a rank; default: 0 for images in memory, else up to 10")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, over the preset's settings, over the defaults."""
+    preset = parser.parse_known_args(argv)[0].preset
+    if preset:
+        parser.set_defaults(**PRESETS[preset])
+        if preset == "lowdino" and parser.parse_args(argv).arch == "resnet5m":
+            parser.set_defaults(local_crops_number=8)
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags by themselves, in one sentence, or None."""
+    for name in ("out_dim", "hidden_dim", "epochs", "batch_size_per_gpu", "log_freq", "nb_knn"):
+        if getattr(args, name) < 1:
+            return f"--{name} must be at least 1, not {getattr(args, name)}"
+    for name in ("local_crops_number", "warmup_teacher_temp_epochs", "lr_reference_batch", "warmup_epochs", "min_lr",
+                 "weight_decay", "weight_decay_end", "clip_grad", "freeze_last_layer", "saveckp_freq", "knn_freq",
+                 "koleo_weight", "seed", "lr"):  # fmt: skip
+        if not 0 <= getattr(args, name) < math.inf:
+            return f"--{name} must be 0 or more, not {getattr(args, name)}"
+    for name in ("student_temp", "warmup_teacher_temp", "teacher_temp"):
+        if not 0 < getattr(args, name) < math.inf:
+            return f"--{name} must be above 0, not {getattr(args, name)}"
+    for name in ("momentum_teacher", "center_momentum", "vertical_flip", "alpha"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            return f"--{name} must lie between 0 and 1, not {value}"
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            return f"--{name} needs 0 < MIN <= MAX <= 1, fractions of the image's area, not {low} {high}"
+    for name in ("global_crops_size", "local_crops_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 32:
+            return f"--{name} must be at least 32 pixels, not {getattr(args, name)}"
+    if args.arch not in models.ARCHS:
+        return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
+    if args.num_workers is not None and args.num_workers < 0:
+        return f"--num_workers must be 0 or more, not {args.num_workers}"
+    if args.warmup_epochs > args.epochs:
+        return f"--warmup_epochs {args.warmup_epochs} is longer than the training, --epochs {args.epochs}"
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        return (f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than the training, "
+                f"--epochs {args.epochs}")  # fmt: skip
+    if args.alpha is not None and args.local_crops_number == 0:
+        return "--alpha balances global against local views, and --local_crops_number is 0"
+    if args.use_bn_in_head and args.batch_size_per_gpu * 2 < 2:
+        return "--use_bn_in_head needs two views a step at least"
+    if args.init and not os.path.isfile(args.init):
+        return f"--init {args.init} does not exist"
+    return None
+
+
+def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
+    """Open the data and fill in what depends on it and on the machine.
+
+    Raises:
+        ValueError: in one sentence, where data and settings do not go together.
+    """
+    if args.amp == "fp16" and ranks.device.type != "cuda":
+        raise ValueError(f"--amp fp16 needs a CUDA device, and this is {ranks.device.type}; use bf16 or none")
+    if args.amp is None:
+        args.amp = "bf16" if ranks.device.type == "cuda" else "none"
+
+    if args.download and not ranks.first:
+        torch.distributed.barrier()  # the first rank downloads, the others read
+    source = data.load(args.data_path, args.data_root, args.download and ranks.first)
+    if args.download and ranks.first and ranks.world > 1:
+        torch.distributed.barrier()
+
+    if args.global_crops_size is None:
+        # The largest multiple of 32 that asks for no pixels that a typical image lacks.
+        args.global_crops_size = min(max(data.typical_side(source.pretrain) // 32 * 32, 32), 224)
+    if args.local_crops_size is None:
+        args.local_crops_size = max(round(args.global_crops_size * 3 / 7 / 16) * 16, 32)
+    if isinstance(source.pretrain, data.ImageFiles):
+        # A crop of a quarter of the area still has a pixel for each of its view.
+        for files in (source.pretrain, source.test):
+            if files is not None:
+                files.max_side = 2 * args.global_crops_size
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        in_memory = isinstance(source.pretrain, data.ImageArray)
+        args.num_workers = 0 if in_memory else min(max(cores // local_world, 1), 10)
+
+    total = args.batch_size_per_gpu * ranks.world
+    if len(source.pretrain) < total:
+        raise ValueError(f"{source.name}: {len(source.pretrain)} images are fewer than one batch of {total} "
+                         f"({ranks.world} x --batch_size_per_gpu {args.batch_size_per_gpu})")  # fmt: skip
+    return source
+
+
+def build_optimizer(args: argparse.Namespace, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    groups = optim.parameter_groups(student)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return optim.LARS(groups)
+
+
+def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Data, ranks: distributed.Ranks) -> float:
+    """Top-1 accuracy of weighted k-NN on the test images, the training images being the memory."""
+
+    def view(images, sizes):
+        x = augment.central_view(images, sizes, args.global_crops_size)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    features = []
+    for images in (source.train, source.test):
+        batches = data.evaluation_loader(images, 256, args.num_workers, ranks.rank, ranks.world)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.amp != "none"):
+            own = evaluate.extract_features(backbone, batches, view, ranks.device)
+        features.append([distributed.gather_strided(rows, len(images)) for rows in own])
+    (train_features, train_labels), (test_features, test_labels) = features
+    scores = evaluate.knn_classify(train_features, train_labels, test_features, args.nb_knn, num_classes=source.classes)
+    return evaluate.accuracy(scores, test_labels)
+
+
+def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data) -> None:
+    device, first = ranks.device, ranks.first
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    log = monitor.Log(output, active=first)
+    log.say(f"data: {source.name}, {len(source.pretrain)} images; global views {args.global_crops_size} px, "
+            f"{args.local_crops_number} local views {args.local_crops_size} px")  # fmt: skip
+
+    # Networks.
+    torch.manual_seed(args.seed)
+    backbone = lowdino.build_backbone(args.arch)
+    if args.init:
+        checkpoint.load_backbone_weights(backbone, checkpoint.load(args.init), args.init)
+    head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
+    network = MultiViewNetwork(backbone, head).to(device, memory_format=torch.channels_last)
+    if ranks.world > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    teacher = ema.make_teacher(network)
+    criterion = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha).to(device)
+    koleo = KoLeoLoss()
+    optimizer = build_optimizer(args, network, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    teacher_parameters, student_parameters = ema.paired_parameters(teacher, network)
+
+    # Go on where an earlier run stopped.
+    step, first_knn = 0, None
+    settings = {k: v for k, v in vars(args).items() if k not in FREE_SETTINGS}
+    settings |= {"world": ranks.world, "images": len(source.pretrain)}
+    saved = checkpoint.load_checkpoint(output)
+    if saved is not None:
+        changed = [f"{k} {saved['settings'].get(k)}, not {v}" for k, v in settings.items() if saved["settings"].get(k) != v]
+        if changed:
+            raise ValueError(f"{output} holds a run with {'; '.join(changed)}: give the same settings to go on with it, "
+                             "or another --output_dir")  # fmt: skip
+        network.load_state_dict(saved["student"])
+        teacher.load_state_dict(saved["teacher"])
+        criterion.load_state_dict(saved["loss"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, first_knn = saved["step"], saved["first_knn"]
+        log.say(f"going on from {output} after step {step}")
+    if first:
+        log.rewind(step)
+        (output / "args.json").write_text(json.dumps(vars(args) | {"world": ranks.world}, indent=2) + "\n")
+        log.say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+
+    student = network
+    if ranks.world > 1:
+        student = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                          broadcast_buffers=False)  # fmt: skip
+    multicrop = augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number,
+                                  args.global_crops_scale, args.local_crops_scale, args.vertical_flip)  # fmt: skip
+
+    total_batch = args.batch_size_per_gpu * ranks.world
+    epoch_steps = len(source.pretrain) // total_batch
+    total_steps = args.epochs * epoch_steps
+    peak_lr = args.lr * (total_batch / args.lr_reference_batch if args.lr_reference_batch else 1)
+    batches = data.TrainingBatches(len(source.pretrain), args.batch_size_per_gpu, args.seed, step, total_steps,
+                                   ranks.rank, ranks.world)  # fmt: skip
+    loader = data.training_loader(source.pretrain, batches, args.num_workers, pin_memory=device.type == "cuda")
+
+    def evaluate_knn(epoch: int) -> float | None:
+        if source.test is None or not args.knn_freq:
+            return None
+        distributed.broadcast_buffers(teacher)
+        accuracy = knn_accuracy(args, teacher.backbone, source, ranks)
+        log.say(f"epoch {epoch}: k-NN (k={args.nb_knn}) of the teacher {accuracy:.4f}")
+        log.record(step=step, epoch=epoch, knn=accuracy)
+        return accuracy
+
+    if step == 0:
+        first_knn = evaluate_knn(0)
+    elif step == total_steps:
+        log.say(f"already finished: {args.epochs} epochs; give another --output_dir to train anew")
+
+    network.train(), teacher.train(), criterion.train()
+    clock = monitor.Clock()
+    loss_sum, loss_steps = torch.zeros((), device=device), 0
+    accuracy = None
+    for images, sizes, _, _ in loader:
+        clock.waited()
+        epoch = step // epoch_steps
+
+        # Schedules: functions of the step.
+        lr = schedules.cosine(step, total_steps, peak_lr, args.min_lr, args.warmup_epochs * epoch_steps)
+        weight_decay = schedules.cosine(step, total_steps, args.weight_decay, args.weight_decay_end)
+        momentum = schedules.cosine(step, total_steps, args.momentum_teacher, 1.0)
+        teacher_temp = schedules.linear(step, args.warmup_teacher_temp_epochs * epoch_steps,
+                                        args.warmup_teacher_temp, args.teacher_temp)  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+        # Views.
+        images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+        generator = augment.seeded_generator(device, args.seed, step, ranks.rank)
+        views = multicrop(images, sizes, generator)
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+        if step == 0 and first:
+            monitor.save_views(output / "crops.png", views, multicrop.mean, multicrop.std)
+
+        # Teacher on the global views, student on all, loss.
+        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "none"):
+            with torch.no_grad():
+                _, teacher_logits = teacher(views[:2])
+            features, student_logits = student(views)
+        loss = criterion(student_logits.chunk(len(views)), teacher_logits.chunk(2), teacher_temp)
+        objective = loss
+        if args.koleo_weight:
+            objective = loss + args.koleo_weight * sum(koleo(f) for f in features.chunk(len(views))[:2])
+
+        # Backward, clip, step.
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(objective).backward()
+        scaler.unscale_(optimizer)
+        if epoch < args.freeze_last_layer:
+            for parameter in network.head.last_layer.parameters():
+                parameter.grad = None
+        if args.clip_grad:
+            optim.clip_gradients_by_parameter(student_parameters, args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+
+        # The teacher follows.
+        ema.update(teacher_parameters, student_parameters, momentum)
+
+        # Log, evaluate, save.
+        step += 1
+        loss_sum, loss_steps = loss_sum + loss.detach(), loss_steps + 1
+        clock.stepped(total_batch)
+        end_of_epoch = step % epoch_steps == 0
+        if step % args.log_freq == 0 or end_of_epoch:
+            mean_loss = distributed.mean_over_ranks(loss_sum / loss_steps).item()
+            loss_sum, loss_steps = torch.zeros((), device=device), 0
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"the loss is {mean_loss} at step {step}: a lower --lr, a longer --warmup_epochs "
+                                         f"or --norm_last_layer true may help; {output} keeps the last epoch")  # fmt: skip
+            ratio, memory, speed = mean_loss / math.log(args.out_dim), monitor.memory_mb(device), clock.read(total_steps - step)
+            log.say(f"epoch {epoch} step {step}/{total_steps} loss {mean_loss:.4f} loss/lnK {ratio:.4f} lr {lr:.2e} "
+                    f"wd {weight_decay:.4f} momentum {momentum:.5f} {speed['images_per_s']:.0f} images/s "
+                    f"wait {speed['data_wait']:.0%} memory {memory:.0f} MiB eta {monitor.duration(speed['eta_s'])}")  # fmt: skip
+            log.record(step=step, epoch=epoch, loss=mean_loss, loss_over_lnk=ratio, lr=lr, weight_decay=weight_decay,
+                       momentum=momentum, teacher_temp=teacher_temp, memory_mb=memory, **speed)  # fmt: skip
+        if end_of_epoch:
+            epoch += 1
+            if step == total_steps or (args.knn_freq and epoch % args.knn_freq == 0):
+                accuracy = evaluate_knn(epoch)
+            if first:
+                state = {"student": network.state_dict(), "teacher": teacher.state_dict(),
+                         "loss": criterion.state_dict(), "optimizer": optimizer.state_dict(),
+                         "scaler": scaler.state_dict(), "step": step, "first_knn": first_knn, "settings": settings}  # fmt: skip
+                checkpoint.save_checkpoint(output, state)
+                checkpoint.save_backbone(output / "backbone.pth", teacher.backbone, args.arch, multicrop.mean,
+                                         multicrop.std, args.global_crops_size, epoch)  # fmt: skip
+                if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                    checkpoint.save_atomic(output / f"checkpoint{epoch:04}.pth", state)
+            clock.restart()
+    if accuracy is not None:
+        log.say(f"k-NN (k={args.nb_knn}) accuracy: {accuracy:.4f} after {args.epochs} epochs, "
+                f"{first_knn:.4f} before the first")  # fmt: skip
+    log.say(f"backbone: {output / 'backbone.pth'}")
+
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.bfloat16}
+
+
+def main() -> None:
+    parser = get_parser()
+    args = parse(parser)
+    rank, world, _ = distributed.rank_from_environment()
+
+    def refuse(message: str) -> None:
+        """One sentence and exit code 2, from one rank."""
+        if rank == 0:
+            parser.exit(2, f"train.py: error: {message}\n")
+        raise SystemExit(2)
+
+    if message := check(args):
+        refuse(message)
+    try:
+        ranks = distributed.start(args.device)
+    except ValueError as error:
+        parser.exit(2, f"train.py: error: {error}\n")  # it may concern any one rank
+    try:
+        train(args, ranks, settle(args, ranks))
+    except (ValueError, FloatingPointError) as error:
+        refuse(str(error))
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
