@@ -187,27 +187,14 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     if args.amp is None:
         args.amp = "bf16" if ranks.device.type == "cuda" else "none"
 
-    if args.download and not ranks.first:
-        torch.distributed.barrier()  # the first rank downloads, the others read
-    source = data.load(args.data_path, args.data_root, args.download and ranks.first)
-    if args.download and ranks.first and ranks.world > 1:
-        torch.distributed.barrier()
-
+    source = data.load_on_ranks(args.data_path, args.data_root, args.download, ranks.rank)
     if args.global_crops_size is None:
-        # The largest multiple of 32 that asks for no pixels that a typical image lacks.
-        args.global_crops_size = min(max(data.typical_side(source.pretrain) // 32 * 32, 32), 224)
+        args.global_crops_size = data.suitable_size(source.pretrain)
     if args.local_crops_size is None:
         args.local_crops_size = max(round(args.global_crops_size * 3 / 7 / 16) * 16, 32)
-    if isinstance(source.pretrain, data.ImageFiles):
-        # A crop of a quarter of the area still has a pixel for each of its view.
-        for files in (source.pretrain, source.test):
-            if files is not None:
-                files.max_side = 2 * args.global_crops_size
+    source.limit_side(2 * args.global_crops_size)  # a crop of a quarter of the area still fills its view
     if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        in_memory = isinstance(source.pretrain, data.ImageArray)
-        args.num_workers = 0 if in_memory else min(max(cores // local_world, 1), 10)
+        args.num_workers = data.default_workers(source.pretrain)
 
     total = args.batch_size_per_gpu * ranks.world
     if len(source.pretrain) < total:
@@ -235,8 +222,7 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     features = []
     for images in (source.train, source.test):
         batches = data.evaluation_loader(images, 256, args.num_workers, ranks.rank, ranks.world)
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.amp != "none"):
-            own = evaluate.extract_features(backbone, batches, view, ranks.device)
+        own = evaluate.extract_features(backbone, batches, view, ranks.device)
         features.append([distributed.gather_strided(rows, len(images)) for rows in own])
     (train_features, train_labels), (test_features, test_labels) = features
     scores = evaluate.knn_classify(train_features, train_labels, test_features, args.nb_knn, num_classes=source.classes)

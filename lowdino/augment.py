@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -69,13 +70,25 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
 
     Returns:
         (B, 3, out_size, out_size) float32 in [0, 1].
+
+    Clipping between the two passes makes their order matter, by some levels at sharp edges. Pillow before version 13
+    always resized along the width first; since then a box that loses more than twice as much in height as in width is
+    resized along the height first, and so it is here: such an image goes through transposed.
     """
     images = to_float(images)
+    side = max(images.shape[2:])
+    if images.shape[2] != images.shape[3]:
+        images = F.pad(images, (0, side - images.shape[3], 0, side - images.shape[2]))
     top, left, height, width = boxes.unbind(dim=1)
     none = torch.zeros_like(top, dtype=torch.bool)
-    rows = interpolation_matrix(top, height, out_size, images.shape[2], none if vertical_flip is None else vertical_flip)
-    columns = interpolation_matrix(left, width, out_size, images.shape[3], none if flip is None else flip)
-    return separable(images, rows, columns)
+    rows = interpolation_matrix(top, height, out_size, side, none if vertical_flip is None else vertical_flip)
+    columns = interpolation_matrix(left, width, out_size, side, none if flip is None else flip)
+    lost_height, lost_width = height - out_size, width - out_size
+    transposed = ((lost_height > 0) & (lost_height > 2 * lost_width))[:, None, None]
+    rows, columns = torch.where(transposed, columns, rows), torch.where(transposed, rows, columns)
+    transposed = transposed[:, None]
+    views = separable(torch.where(transposed, images.transpose(2, 3), images), rows, columns)
+    return torch.where(transposed, views.transpose(2, 3), views)
 
 
 def to_float(images: Tensor) -> Tensor:

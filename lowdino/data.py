@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -123,10 +124,22 @@ def collate(items: Batch | list[tuple[Tensor, int, int]]) -> Batch:
     return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices))
 
 
-def typical_side(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
-    """Median of the shorter sides of an even sample of the images, in pixels."""
+def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
+    """Side of the views that suit a set of images: what a typical one has, in whole 32s, from 32 to 224 pixels.
+
+    Typical is the median of the shorter side over an even sample.
+    """
     step = max(len(dataset) // sample, 1)
-    return int(np.median([dataset.shorter_side(i) for i in range(0, len(dataset), step)]))
+    side = int(np.median([dataset.shorter_side(i) for i in range(0, len(dataset), step)]))
+    return min(max(side // 32 * 32, 32), 224)
+
+
+def default_workers(dataset: Dataset) -> int:
+    """Loader processes for this rank: none for images in memory, else one a core of its share, 10 at most."""
+    if isinstance(dataset, ImageArray):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,8 +270,14 @@ class Data:
     test: ImageArray | ImageFiles | None = None
     classes: int = 0
 
+    def limit_side(self, max_side: int) -> None:
+        """Let files be reduced on reading to fit a square of `max_side` pixels; see `ImageFiles`."""
+        for images in (self.pretrain, self.train, self.test):
+            if isinstance(images, ImageFiles):
+                images.max_side = max_side
 
-def load(source: str, root: str = "data", download: bool = False, max_side: int | None = None) -> Data:
+
+def load(source: str, root: str = "data", download: bool = False) -> Data:
     """Open a source by name.
 
     Args:
@@ -266,7 +285,6 @@ def load(source: str, root: str = "data", download: bool = False, max_side: int 
             to the file's own folder; or a folder, searched recursively. Of a folder with `train/` inside, `train/` is
             what is learned from, and `val/` or `test/` beside it, both with class sub-folders, what k-NN is tested on.
         download: fetch one of torchvision's sets where `root` lacks it.
-        max_side: see `ImageFiles`.
 
     Raises:
         ValueError: in one sentence, where there is nothing to read.
@@ -285,15 +303,15 @@ def load(source: str, root: str = "data", download: bool = False, max_side: int 
         missing = next((p for p in paths if not os.path.isfile(p)), None)
         if missing:
             raise ValueError(f"{source} names {missing}, which does not exist")
-        return Data(f"{len(paths)} images named in {source}", ImageFiles(paths, max_side=max_side))
+        return Data(f"{len(paths)} images named in {source}", ImageFiles(paths))
     if not path.is_dir():
         raise ValueError(f"no data at {source}: give a folder, a text file of paths, demo, cifar10, cifar100 or stl10")
 
     train_path = path / "train"
     if not train_path.is_dir():
-        return Data(f"folder {source}", ImageFiles(find_images(path), max_side=max_side))
+        return Data(f"folder {source}", ImageFiles(find_images(path)))
     paths = find_images(train_path)
-    pretrain = ImageFiles(paths, max_side=max_side)
+    pretrain = ImageFiles(paths)
     data = Data(f"folder {train_path}", pretrain)
     test_path = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     names = classes_of(paths, train_path)
@@ -310,9 +328,21 @@ def load(source: str, root: str = "data", download: bool = False, max_side: int 
     number = {name: i for i, name in enumerate(classes)}
     data.train = pretrain
     pretrain.labels = [number[name] for name in names]
-    data.test = ImageFiles(test_paths, [number[name] for name in test_names], max_side)
+    data.test = ImageFiles(test_paths, [number[name] for name in test_names])
     data.classes = len(classes)
     return data
+
+
+def load_on_ranks(source: str, root: str, download: bool, rank: int) -> Data:
+    """`load` in every process of a job, where only the first may download and the others wait for it."""
+    if not (download and dist.is_initialized()):
+        return load(source, root, download)
+    if rank != 0:
+        dist.barrier()
+    found = load(source, root, download and rank == 0)
+    if rank == 0:
+        dist.barrier()
+    return found
 
 
 def find_images(folder: Path) -> list[str]:

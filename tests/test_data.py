@@ -1,0 +1,159 @@
+"""Reading any picture, any folder; the order of batches; the demo images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lowdino import augment, data, evaluate
+
+
+def gradient(dtype=np.uint8, top=255):
+    return (np.linspace(0, 1, 20 * 30).reshape(20, 30) * top).round().astype(dtype)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp", "webp", "ppm", "pgm"])
+def test_every_mode_and_type_becomes_pillows_rgb(tmp_path, mode, ending):
+    image = Image.fromarray(np.stack([gradient(), gradient().T.copy().reshape(20, 30), 255 - gradient()], axis=2)).convert(mode)
+    path = tmp_path / f"picture.{ending}"
+    try:
+        image.save(path)
+    except (OSError, KeyError):
+        pytest.skip(f"{ending} holds no {mode}")
+    read = data.read_image(str(path))
+    assert read.shape == (3, 20, 30) and read.dtype == torch.uint8
+    np.testing.assert_array_equal(read.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB")))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, ending):
+    path = tmp_path / f"deep.{ending}"
+    Image.fromarray(gradient(np.uint16, 65535)).save(path)
+    np.testing.assert_array_equal(data.read_image(str(path))[1].numpy(), (gradient(np.uint16, 65535) / 257).round())
+
+
+def test_values_without_a_known_range_are_refused(tmp_path):
+    Image.fromarray(gradient(np.float32, 1)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="float.tif: floating-point values have no known range"):
+        data.read_image(str(tmp_path / "float.tif"))
+    Image.fromarray(gradient(np.int32, 10**6)).save(tmp_path / "wide.tif")
+    with pytest.raises(ValueError, match="wide.tif: values 0 to 1000000 do not fit 16 bits"):
+        data.read_image(str(tmp_path / "wide.tif"))
+
+
+def test_damaged_file_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_text("not a picture")
+    with pytest.raises(ValueError, match="cannot read image .*broken.jpg"):
+        data.read_image(str(tmp_path / "broken.jpg"))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (90, 1000), (40, 30)])
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_large_images_are_reduced_to_fit(tmp_path, size, ending):
+    path = tmp_path / f"large.{ending}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    height, width = data.read_image(str(path), max_side=64).shape[1:]
+    shrink = min(64 / max(size), 1)
+    assert abs(height - size[0] * shrink) <= 1 and abs(width - size[1] * shrink) <= 1
+
+
+def test_collate_puts_images_in_the_corner_of_one_canvas():
+    images = [torch.full((3, h, w), 9, dtype=torch.uint8) for h, w in ((4, 7), (6, 2))]
+    batch = data.collate([(images[0], 1, 5), (images[1], 0, 8)])
+    assert batch.images.shape == (2, 3, 7, 7)
+    assert batch.sizes.tolist() == [[4, 7], [6, 2]] and batch.labels.tolist() == [1, 0] and batch.indices.tolist() == [5, 8]
+    assert batch.images[0, :, :4].min() == 9 and batch.images[0, :, 4:].max() == 0
+    assert batch.images[1, :, :6, :2].min() == 9 and batch.images.sum() == 9 * 3 * (28 + 12)
+
+
+def test_folders_with_and_without_classes(picture_folder):
+    found = data.load(str(picture_folder))
+    assert len(found.pretrain) == 24 and len(found.test) == 8 and found.classes == 2
+    assert found.train.labels == [0] * 12 + [1] * 12 and "/dark/" in found.train.paths[0]
+    flat = data.load(str(picture_folder / "train"))
+    assert len(flat.pretrain) == 24 and flat.test is None
+
+
+def test_list_of_paths(picture_folder):
+    listing = picture_folder / "some.txt"
+    listing.write_text("train/dark/0.png\n\n" + str(picture_folder / "val" / "light" / "3.png") + "\n")
+    found = data.load(str(listing))
+    assert len(found.pretrain) == 2 and found.pretrain[1][0].shape == (3, 40, 32)
+    listing.write_text("train/dark/none.png\n")
+    with pytest.raises(ValueError, match="some.txt names .*none.png, which does not exist"):
+        data.load(str(listing))
+
+
+def test_links_are_followed_once(picture_folder):
+    (picture_folder / "train" / "loop").symlink_to(picture_folder / "train")
+    assert len(data.find_images(picture_folder / "train")) == 24
+
+
+def test_nothing_to_read_is_said(tmp_path, picture_folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images under .*; looked for .jpg"):
+        data.find_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no data at nowhere: give a folder"):
+        data.load("nowhere")
+    (picture_folder / "val" / "grey").mkdir()
+    Image.new("RGB", (32, 32)).save(picture_folder / "val" / "grey" / "0.png")
+    with pytest.raises(ValueError, match="val has class 'grey', which .*train lacks"):
+        data.load(str(picture_folder))
+    with pytest.raises(ValueError, match="cifar10 under .*not found"):
+        data.load("cifar10", root=str(tmp_path))
+
+
+def test_size_that_suits_the_images(tmp_path):
+    def folder(name, sizes):
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("RGB", size).save(tmp_path / name / f"{i}.png")
+        return data.load(str(tmp_path / name)).pretrain
+
+    assert data.suitable_size(folder("small", [(20, 30)])) == 32
+    assert data.suitable_size(folder("middle", [(100, 99), (40, 40), (130, 97)])) == 96
+    assert data.suitable_size(folder("large", [(640, 480)] * 3)) == 224
+
+
+def test_batches_are_a_permutation_an_epoch_and_resume_anywhere():
+    everything = list(data.TrainingBatches(23, 4, seed=3, start=0, stop=15))
+    for epoch in range(3):
+        images = sum(everything[epoch * 5 : epoch * 5 + 5], [])
+        assert len(set(images)) == 20 and max(images) < 23
+    assert everything[0] != everything[5]
+    for start in (1, 5, 7, 14):
+        assert list(data.TrainingBatches(23, 4, seed=3, start=start, stop=15)) == everything[start:]
+    assert everything != list(data.TrainingBatches(23, 4, seed=4, start=0, stop=15))
+    halves = [list(data.TrainingBatches(23, 2, seed=3, start=0, stop=15, rank=r, world=2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == everything
+    with pytest.raises(ValueError, match="7 images are fewer than one batch of 2 x 4"):
+        data.TrainingBatches(7, 4, seed=0, start=0, stop=1, world=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder, workers):
+    images = data.load(str(picture_folder)).pretrain
+    batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=7)
+    for batch, indices in zip(data.training_loader(images, batches, workers, pin_memory=False), batches):
+        assert batch.indices.tolist() == indices
+        assert torch.equal(batch.images[2, :, :40, :32], images[indices[2]][0])
+
+
+def test_demo_is_deterministic_by_index_and_balanced():
+    several, one = data.demo_images([3, 14, 1_000_007]), data.demo_images([14])
+    assert several.images.shape == (3, 3, 64, 64) and several.labels.tolist() == [3, 4, 7]
+    assert torch.equal(several.images[1], one.images[0])
+    assert not torch.equal(data.demo_images([4]).images[0], one.images[0])
+
+
+def test_demo_is_not_solved_by_pixels():
+    train, test = data.demo_images(range(1000)), data.demo_images(range(10**6, 10**6 + 500))
+    pixels = [images.images.flatten(1).float() for images in (train, test)]
+    assert evaluate.accuracy(evaluate.knn_classify(pixels[0], train.labels, pixels[1]), test.labels) < 0.35
+
+
+def test_evaluation_loader_shares_images_among_ranks():
+    images = data.demo_images(range(7))
+    parts = [torch.cat([b.indices for b in data.evaluation_loader(images, 2, 0, rank, 2)]).tolist() for rank in (0, 1)]
+    assert parts == [[0, 2, 4, 6], [1, 3, 5]]

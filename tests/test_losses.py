@@ -1,0 +1,172 @@
+"""Losses against loops in float64 numpy, and across two ranks against one."""
+
+import math
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from lowdino.losses import DINOLoss, KoLeoLoss, sinkhorn_knopp
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def loop_loss(student, teacher, center, teacher_temp, student_temp, alpha):
+    """Equation by equation, one image and one pair at a time."""
+    by_kind = {"global": [], "local": []}
+    for i, t in enumerate(teacher):
+        for j, s in enumerate(student):
+            if i != j:
+                h = [-(softmax((t[b] - center) / teacher_temp) * np.log(softmax(s[b] / student_temp))).sum() for b in range(len(t))]
+                by_kind["global" if j < 2 else "local"].append(np.mean(h))
+    if alpha is None:
+        return np.mean(by_kind["global"] + by_kind["local"])
+    return alpha * np.mean(by_kind["global"]) + (1 - alpha) * np.mean(by_kind["local"])
+
+
+def logits(views, batch=5, width=7, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(0, scale, (batch, width)) for _ in range(views)]
+
+
+def tensors(arrays, **options):
+    return [torch.tensor(a, dtype=torch.float32, **options) for a in arrays]
+
+
+@pytest.mark.parametrize("views, alpha", [(2, None), (5, None), (5, 0.4), (10, 0.0), (3, 1.0)])
+def test_dino_loss_and_centre(views, alpha):
+    student, teacher = logits(views, seed=1), logits(2, seed=2)
+    loss = DINOLoss(7, student_temp=0.1, center_momentum=0.9, alpha=alpha)
+    center = np.zeros(7)
+    for step in range(3):
+        ours = loss(tensors(student), tensors(teacher), 0.05)
+        assert ours.item() == pytest.approx(loop_loss(student, teacher, center, 0.05, 0.1, alpha), rel=1e-5)
+        center = 0.9 * center + 0.1 * np.concatenate(teacher).mean(axis=0)
+        assert loss.center.shape == (1, 7)
+        np.testing.assert_allclose(loss.center[0].numpy(), center, rtol=1e-5, atol=1e-7)
+
+
+def test_dino_gradient_is_that_of_the_definition():
+    student, teacher = logits(4, seed=1), logits(2, seed=2)
+    ours = tensors(student, requires_grad=True)
+    teacher_tensors = tensors(teacher, requires_grad=True)
+    DINOLoss(7)(ours, teacher_tensors, 0.04).backward()
+    reference = [torch.tensor(s, requires_grad=True) for s in student]
+    pairs = [-(torch.tensor(teacher[i]).div(0.04).softmax(1) * reference[j].div(0.1).log_softmax(1)).sum(1).mean()
+             for i in range(2) for j in range(4) if i != j]  # fmt: skip
+    torch.stack(pairs).mean().backward()
+    for a, b in zip(ours, reference):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-7)
+    assert all(t.grad is None for t in teacher_tensors)
+
+
+def test_evaluation_mode_leaves_the_centre():
+    loss = DINOLoss(7).eval()
+    loss(tensors(logits(2)), tensors(logits(2)), 0.04)
+    assert loss.center.abs().sum() == 0
+
+
+def test_uniform_logits_give_ln_k():
+    assert DINOLoss(100)([torch.zeros(3, 100)] * 4, [torch.zeros(3, 100)] * 2, 0.04).item() == pytest.approx(math.log(100))
+
+
+def test_sinkhorn_is_the_alternating_normalisation():
+    t = np.concatenate(logits(2, batch=6, seed=3, scale=0.3))
+    q = np.exp(t / 0.07)
+    for _ in range(3):
+        q /= q.sum(axis=0, keepdims=True)
+        q /= q.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(sinkhorn_knopp(torch.tensor(t), 0.07).numpy(), q, rtol=1e-4)
+    student, teacher = logits(3, batch=6, seed=4), np.split(t, 2)
+    ours = DINOLoss(7, centering="sinkhorn")(tensors(student), tensors(teacher), 0.07).item()
+    h = [-(q[i * 6 + b] * np.log(softmax(student[j][b] / 0.1))).sum() for i in range(2) for j in range(3) if i != j for b in range(6)]
+    assert ours == pytest.approx(np.mean(h), rel=1e-4)
+
+
+def test_sinkhorn_survives_extreme_logits():
+    q = sinkhorn_knopp(torch.randn(8, 50) * 100, 0.04)
+    assert torch.isfinite(q).all()
+    torch.testing.assert_close(q.sum(dim=1), torch.ones(8))
+
+
+def test_loss_is_float32_under_autocast():
+    student, teacher = logits(3, seed=1), logits(2, seed=2)
+    exact = DINOLoss(7)(tensors(student), tensors(teacher), 0.04)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = DINOLoss(7)(tensors(student), tensors(teacher), 0.04)
+        spread = KoLeoLoss()(tensors(student)[0])
+    assert ours.dtype == spread.dtype == torch.float32 and ours.item() == exact.item()
+
+
+def test_koleo_is_the_nearest_neighbours_log_distance():
+    features = logits(1, batch=9, width=4, seed=5)[0]
+    z = features / np.linalg.norm(features, axis=1, keepdims=True)
+    nearest = [min(np.linalg.norm(z[i] - z[j]) for j in range(9) if j != i) for i in range(9)]
+    assert KoLeoLoss()(torch.tensor(features)).item() == pytest.approx(-np.mean(np.log(nearest)), rel=1e-5)
+
+
+def test_koleo_of_identical_rows_has_a_finite_gradient():
+    features = torch.ones(4, 3, requires_grad=True)
+    KoLeoLoss()(features).backward()
+    assert torch.isfinite(features.grad).all()
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: DINOLoss(7, centering="mean"), "centering must be 'softmax' or 'sinkhorn', not 'mean'"),
+    (lambda: DINOLoss(7, alpha=1.5), r"must lie in \[0, 1\], not 1.5"),
+    (lambda: DINOLoss(7, alpha=0.4)(tensors(logits(2)), tensors(logits(2)), 0.04), "there are no local ones"),
+    (lambda: DINOLoss(7)(tensors(logits(2)), tensors(logits(1)), 0.04), "needs 2 teacher .* got 1 and 2"),
+])  # fmt: skip
+def test_bad_input(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+RANKS = textwrap.dedent("""
+    import sys, torch, torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    sys.path.insert(0, {root!r})
+    from lowdino.losses import DINOLoss, KoLeoLoss
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    x, t = torch.randn(3, 8, 6), torch.randn(2, 8, 10)  # views, images, width
+    model = nn.Linear(6, 10)
+    own = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    result = {{}}
+    for centering in ("softmax", "sinkhorn"):
+        loss = DINOLoss(10, centering=centering, alpha=0.4)
+        model.zero_grad()
+        for step in range(2):
+            logits = wrapped(x[:, own].flatten(0, 1)).chunk(3)
+            (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0])).backward()
+        result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
+    if rank == 0:
+        torch.save(result, {out!r})
+""")
+
+
+def test_two_ranks_give_the_centre_and_gradients_of_one(tmp_path, run_script):
+    from conftest import ROOT
+
+    results = []
+    for ranks in (1, 2):
+        script, out = tmp_path / f"ranks{ranks}.py", str(tmp_path / f"{ranks}.pth")
+        text = RANKS.format(root=str(ROOT), out=out)
+        if ranks == 1:
+            text = text.replace('init_process_group("gloo")', 'init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)')
+        script.write_text(text)
+        run_script(script, ranks=ranks)
+        results.append(torch.load(out, weights_only=True))
+    for centering in ("softmax", "sinkhorn"):
+        for one, two in zip(results[0][centering], results[1][centering]):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        assert results[0][centering][1].abs().sum() > 0
+    assert results[0]["softmax"][0].abs().sum() > 0 and results[0]["sinkhorn"][0].abs().sum() == 0

@@ -1,0 +1,130 @@
+"""Heads, schedules, EMA, clipping and LARS against values worked out by hand or in numpy."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowdino import ema, optim, schedules
+from lowdino.heads import DINOHead, MultiViewNetwork
+
+
+def test_head_is_mlp_unit_length_unit_prototypes():
+    head = DINOHead(6, 9, hidden_dim=5, bottleneck_dim=4).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    w = {k: v.detach().numpy() for k, v in head.named_parameters()}
+    z = x.numpy()
+    for layer in (0, 2, 4):
+        z = z @ w[f"mlp.{layer}.weight"].T + w[f"mlp.{layer}.bias"]
+        if layer < 4:
+            z = np.array([[0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in z])  # GELU
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    prototypes = w["last_layer.weight"] / np.linalg.norm(w["last_layer.weight"], axis=1, keepdims=True)
+    np.testing.assert_allclose(head(x).detach().numpy(), z @ prototypes.T, rtol=1e-9)
+    assert "last_layer.gain" not in w
+
+
+def test_head_options():
+    head = DINOHead(6, 9, use_bn=True, norm_last_layer=False, hidden_dim=5, bottleneck_dim=4)
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in head.modules()) == 2
+    with torch.no_grad():
+        head.last_layer.gain.fill_(3.0)
+    x = torch.randn(8, 6)
+    free = head(x)
+    head.last_layer.gain = None
+    torch.testing.assert_close(free, 3 * head(x))
+    copy.deepcopy(head)(x)  # what weight_norm's hooks used to refuse
+
+
+def test_network_runs_one_forward_a_resolution():
+    class Counter(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            Counter.calls += 1
+            return x.mean(dim=(2, 3))
+
+    network = MultiViewNetwork(Counter(), nn.Linear(3, 2))
+    views = [torch.randn(4, 3, s, s) for s in (8, 8, 6, 6, 6)]
+    features, logits = network(views)
+    assert Counter.calls == 2 and features.shape == (20, 3) and logits.shape == (20, 2)
+    torch.testing.assert_close(features, torch.cat([v.mean(dim=(2, 3)) for v in views]))
+
+
+def test_cosine_is_the_originals():
+    """DINO's list: linspace for the warm-up, then end + (start - end)(1 + cos(pi i / n)) / 2 for the n others."""
+    ramp = np.linspace(0, 0.5, 4)
+    n = 6
+    fall = 0.1 + 0.2 * (1 + np.cos(np.pi * np.arange(n) / n))
+    ours = [schedules.cosine(s, 10, 0.5, 0.1, warmup_steps=4) for s in range(10)]
+    np.testing.assert_allclose(ours, np.concatenate([ramp, fall]), atol=1e-12)
+    assert schedules.cosine(0, 4, 0.996, 1.0) == 0.996
+    assert schedules.cosine(2, 4, 0.996, 1.0) == pytest.approx(0.998)
+    assert schedules.cosine(0, 4, 1.0, 0.0, warmup_steps=4) == 0.0  # nothing but warm-up
+    assert schedules.cosine(3, 4, 1.0, 0.0, warmup_steps=4) == 1.0
+
+
+def test_linear():
+    assert [schedules.linear(s, 4, 0.04, 0.08) for s in (0, 1, 4, 9)] == pytest.approx([0.04, 0.05, 0.08, 0.08])
+    assert schedules.linear(0, 0, 0.04, 0.07) == 0.07
+
+
+def test_teacher_follows_by_name_and_keeps_its_own_buffers():
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    teacher = ema.make_teacher(student)
+    pairs = ema.paired_parameters(teacher, student)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1.0)
+        student[1].running_mean.fill_(7.0)
+    before = {k: v.clone() for k, v in teacher.named_parameters()}
+    ema.update(*pairs, 0.9)
+    ema.update(*pairs, 0.9)
+    for name, p in teacher.named_parameters():
+        torch.testing.assert_close(p, before[name] + 1 - 0.9**2)
+    assert teacher[1].running_mean.abs().sum() == 0
+
+
+def test_teacher_that_is_the_student_is_refused():
+    student = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match="share the storage of .*'weight'.*must be a copy"):
+        ema.paired_parameters(student, student)
+    with pytest.raises(ValueError, match="different parameters: .*'0.bias'"):
+        ema.paired_parameters(nn.Sequential(nn.Linear(3, 4)), student)
+
+
+def test_clipping_is_by_parameter():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.tensor([3.0, 0.0, 4.0])
+    parameters[1].grad = torch.full((2, 2), 0.1)
+    optim.clip_gradients_by_parameter(parameters, 2.0)
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([1.2, 0.0, 1.6]))
+    torch.testing.assert_close(parameters[1].grad, torch.full((2, 2), 0.1))
+    assert parameters[2].grad is None
+
+
+def test_groups_spare_biases_norms_and_gains():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), DINOHead(4, 5, norm_last_layer=False))
+    decays, spared = optim.parameter_groups(model)
+    assert decays["decays"] and not spared["decays"] and spared["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decays["params"]) and all(p.ndim <= 1 for p in spared["params"])
+    assert len(decays["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_lars_by_hand():
+    w, b = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([1.0]))
+    lars = optim.LARS([w, b], lr=0.1, weight_decay=0.5, momentum=0.9, trust=0.01)
+    wn, bn, vw, vb = np.array([[3.0, 4.0]]), np.array([1.0]), 0, 0
+    for _ in range(3):
+        w.grad, b.grad = torch.tensor([[1.0, -2.0]]), torch.tensor([0.3])
+        lars.step()
+        d = np.array([[1.0, -2.0]]) + 0.5 * wn
+        d = d * 0.01 * np.linalg.norm(wn) / np.linalg.norm(d)
+        vw, vb = 0.9 * vw + d, 0.9 * vb + np.array([0.3])
+        wn, bn = wn - 0.1 * vw, bn - 0.1 * vb
+        np.testing.assert_allclose(w.detach().numpy(), wn, rtol=1e-6)
+        np.testing.assert_allclose(b.detach().numpy(), bn, rtol=1e-6)
