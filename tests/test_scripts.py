@@ -1,0 +1,220 @@
+"""The scripts from outside: what they write, refuse, print, and that a stopped run ends as an unstopped one."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import eval_knn
+import lowdino
+import train
+from conftest import ROOT
+
+SMALL = ["--arch", "mobilevit_xxs", "--batch_size_per_gpu", "4", "--local_crops_number", "1", "--out_dim", "16",
+         "--hidden_dim", "32", "--warmup_epochs", "1", "--log_freq", "2", "--device", "cpu", "--knn_freq", "1"]  # fmt: skip
+
+
+def records(folder, key):
+    return [r[key] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in r]
+
+
+def assert_same_run(a, b):
+    """Two output folders end in the same weights, optimizer state, centre and losses, bit for bit."""
+    ends = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (a, b)]
+    assert ends[0]["step"] == ends[1]["step"]
+
+    def compare(x, y, where):
+        if isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for k in x:
+                compare(x[k], y[k], f"{where}.{k}")
+        elif isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), f"{where} differs by {(x - y).abs().max()}"
+        elif isinstance(x, list):
+            for i, (p, q) in enumerate(zip(x, y, strict=True)):
+                compare(p, q, f"{where}[{i}]")
+        else:
+            assert x == y, where
+
+    for part in ("student", "teacher", "loss", "optimizer"):
+        compare(ends[0][part], ends[1][part], part)
+    assert records(a, "loss") == records(b, "loss") and len(records(a, "loss")) > 2
+
+
+def test_training_writes_what_it_should(picture_folder, tmp_path, run_script):
+    out = tmp_path / "out"
+    done = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
+                      "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
+    assert {"args.json", "backbone.pth", "checkpoint.pth", "checkpoint.prev.pth", "checkpoint0001.pth", "checkpoint0002.pth",
+            "crops.png", "log.jsonl"} == set(os.listdir(out))  # fmt: skip
+    line = done.stdout.splitlines()
+    assert "24 images; global views 32 px, 1 local views 32 px" in line[0]
+    assert re.search(r"epoch 0 step 2/12 loss \d.\d+ loss/lnK \d.\d+ lr .* wd .* momentum .* images/s wait .* memory .* eta", done.stdout)
+    assert re.search(r"k-NN \(k=20\) accuracy: \d.\d+ after 2 epochs, \d.\d+ before the first", done.stdout)
+    assert json.loads((out / "args.json").read_text())["optimizer"] == "lars"
+    assert records(out, "step") == [0, 2, 4, 6, 6, 8, 10, 12, 12] and len(records(out, "knn")) == 3
+    backbone = lowdino.load_backbone(str(out / "backbone.pth"))
+    assert backbone.epoch == 2 and backbone.image_size == 32
+    teacher = torch.load(out / "checkpoint.pth", weights_only=True)["teacher"]
+    assert all(torch.equal(v, teacher[f"backbone.{k}"]) for k, v in backbone.state_dict().items())
+
+    # k-NN of the file is what training printed, and the floors have no file.
+    shown = run_script("eval_knn.py", "--weights", out / "backbone.pth", "--data_path", picture_folder, "--nb_knn", 5, 20)
+    assert re.search(r"\(k=20\) top-1 (\d.\d+)", shown.stdout)[1] == f"{records(out, 'knn')[-1]:.4f}"
+    assert "top-5" not in shown.stdout  # two classes
+
+    again = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
+                       "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
+    assert "already finished: 2 epochs" in again.stdout
+    other = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 3, check=False)
+    assert other.returncode == 2 and "holds a run with" in other.stderr and "epochs 2, not 3" in other.stderr
+    assert other.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (2, 0)])
+def test_killed_run_goes_on_to_the_same_end(picture_folder, tmp_path, run_script, ranks, workers):
+    flags = [*SMALL, "--data_path", picture_folder, "--epochs", 4, "--num_workers", workers, "--knn_freq", 0]
+    run_script("train.py", *flags, "--output_dir", tmp_path / "whole", ranks=ranks)
+    stopped = tmp_path / "stopped"
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    process = subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *map(str, flags), "--output_dir", str(stopped)],
+                               env=os.environ | {"OMP_NUM_THREADS": "1" if ranks > 1 else "2"}, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    while not (stopped / "checkpoint.pth").exists():
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torch.load(stopped / "checkpoint.pth", weights_only=True)["step"] < torch.load(tmp_path / "whole" / "checkpoint.pth", weights_only=True)["step"]
+    done = run_script("train.py", *flags, "--output_dir", stopped, ranks=ranks)
+    assert f"going on from {stopped} after step" in done.stdout
+    assert_same_run(tmp_path / "whole", stopped)
+
+
+def test_training_on_cifar10(cifar10, tmp_path, run_script):
+    for split, count in (("train", 8), ("test", 2)):
+        for name in os.listdir(cifar10 / split):
+            (tmp_path / "few" / split / name).mkdir(parents=True)
+            for file in sorted(os.listdir(cifar10 / split / name))[:count]:
+                shutil.copy(cifar10 / split / name / file, tmp_path / "few" / split / name)
+    done = run_script("train.py", *SMALL, "--data_path", tmp_path / "few", "--output_dir", tmp_path / "out", "--epochs", 1,
+                      "--centering", "sinkhorn", "--optimizer", "sgd", "--amp", "bf16")  # fmt: skip
+    assert "80 images; global views 32 px" in done.stdout and "accuracy" in done.stdout
+    for flags in (["--pixels"], ["--arch", "resnet5m"], ["--weights", tmp_path / "out" / "backbone.pth"]):
+        shown = run_script("eval_knn.py", *flags, "--data_path", tmp_path / "few")
+        assert "(k=80) top-1" in shown.stdout and "top-5" in shown.stdout  # 200 neighbours of 80
+
+
+def test_a_backbone_file_starts_a_training(picture_folder, tmp_path, run_script):
+    torch.manual_seed(5)
+    weights = lowdino.build_backbone("mobilevit_xxs").state_dict()
+    torch.save(weights | {"head.fc.weight": torch.zeros(10, 320)}, tmp_path / "timm.pth")  # as timm with a classifier
+    flags = [*SMALL, "--data_path", picture_folder, "--epochs", 1, "--lr", 0, "--min_lr", 0, "--weight_decay", 0]
+    run_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "out")
+    trained = torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)["state_dict"]
+    moved = [k for k, v in trained.items() if "running" not in k and "batches" not in k and not torch.allclose(v, weights[k])]
+    assert moved == []
+    wrong = run_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "no", "--arch",
+                       "resnet5m", check=False)  # fmt: skip
+    assert wrong.returncode == 2 and "timm.pth does not fit this architecture" in wrong.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--global_crops_scale", "0.4", "1.4"], "--global_crops_scale needs 0 < MIN <= MAX <= 1"),
+    (["--local_crops_scale", "0.4", "0.05"], "--local_crops_scale needs 0 < MIN <= MAX <= 1"),
+    (["--epochs", "5"], "--warmup_epochs 10 is longer than the training, --epochs 5"),
+    (["--warmup_teacher_temp_epochs", "101"], "--warmup_teacher_temp_epochs 101 is longer than the training"),
+    (["--arch", "vit_huge"], "--arch vit_huge is unknown; choose from mobilevit_xxs"),
+    (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu must be at least 1, not 0"),
+    (["--teacher_temp", "0"], "--teacher_temp must be above 0, not 0.0"),
+    (["--momentum_teacher", "1.5"], "--momentum_teacher must lie between 0 and 1, not 1.5"),
+    (["--lr", "-1"], "--lr must be 0 or more, not -1.0"),
+    (["--lr", "nan"], "--lr must be 0 or more, not nan"),
+    (["--global_crops_size", "16"], "--global_crops_size must be at least 32 pixels, not 16"),
+    (["--alpha", "0.4", "--local_crops_number", "0"], "--alpha balances global against local views"),
+    (["--init", "/no/such/file"], "--init /no/such/file does not exist"),
+    (["--num_workers", "-1"], "--num_workers must be 0 or more, not -1"),
+])  # fmt: skip
+def test_wrong_flags_are_refused_in_one_sentence(flags, message):
+    answer = train.check(train.parse(train.get_parser(), flags))
+    assert answer.startswith(message) and "\n" not in answer
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("train.py", ["--arch", "vit_huge"], "train.py: error: --arch vit_huge is unknown"),
+    ("train.py", ["--data_path", "/nowhere"], "train.py: error: no data at /nowhere"),
+    ("train.py", ["--batch_size_per_gpu", "5000"], "4000 images are fewer than one batch of 5000"),
+    ("train.py", ["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a CUDA device"),
+    ("eval_knn.py", [], "eval_knn.py: error: give a backbone, --weights FILE or --arch NAME, or else --pixels"),
+    ("eval_knn.py", ["--weights", "/nowhere.pth"], "eval_knn.py: error: no file /nowhere.pth"),
+])  # fmt: skip
+def test_scripts_exit_with_2_and_one_line(script, flags, message, tmp_path, run_script):
+    done = run_script(script, *flags, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_knn_flags_are_checked():
+    def answer(*flags):
+        return eval_knn.check(eval_knn.get_parser().parse_args(flags))
+
+    assert answer("--pixels") is None and answer("--arch", "resnet5m") is None
+    assert answer("--pixels", "--arch", "resnet5m").startswith("give a backbone")
+    assert answer("--pixels", "--nb_knn", "0").startswith("--nb_knn must be at least 1")
+    assert answer("--pixels", "--temperature", "0.001").startswith("--temperature must be at least 0.0115")
+    assert answer("--pixels", "--image_size", "8").startswith("--image_size must be at least 32")
+
+
+def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, run_script):
+    done = run_script("eval_knn.py", "--pixels", "--data_path", picture_folder / "train", check=False)
+    assert done.returncode == 2 and "has no labels to test on: k-NN needs train/ and val/" in done.stderr
+    trained = run_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--output_dir", tmp_path / "o")
+    assert "k-NN" not in trained.stdout
+
+
+def test_presets_are_the_papers_and_flags_win():
+    def settings(*flags):
+        return train.parse(train.get_parser(), flags)
+
+    lowdino_preset = settings("--preset", "lowdino", "--lr", "0.1")
+    assert (lowdino_preset.momentum_teacher, lowdino_preset.out_dim, lowdino_preset.clip_grad) == (0.9995, 1024, 2.0)
+    assert lowdino_preset.lr == 0.1 and lowdino_preset.local_crops_number == 2 and not lowdino_preset.norm_last_layer
+    assert settings("--preset", "lowdino", "--arch", "resnet5m").local_crops_number == 8
+    assert settings("--preset", "lowdino", "--arch", "resnet5m", "--local_crops_number", "3").local_crops_number == 3
+    assert settings("--preset", "dino").out_dim == 65536 and settings("--preset", "dino").local_crops_size == 96
+    sslight = settings("--preset", "sslight")
+    assert (sslight.alpha, sslight.optimizer, sslight.local_crops_size) == (0.4, "lars", 128)
+    for preset in train.PRESETS:
+        assert train.check(settings("--preset", preset)) is None
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval_knn.py"])
+def test_help_shows_defaults_and_touches_no_network(script):
+    cut_off = ("import socket, sys, runpy\n"
+               "def refuse(*a, **k): raise SystemExit('network touched')\n"
+               "socket.socket.connect = socket.getaddrinfo = refuse\n"
+               f"sys.argv = [{script!r}, '--help']\n"
+               f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", cut_off], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "(default: " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(p.name for p in (ROOT / "lowdino").glob("*.py") if p.name != "__init__.py"))
+def test_each_module_imports_alone(module, tmp_path):
+    tree = ast.parse((ROOT / "lowdino" / module).read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {"." * n.level + (n.module or "") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    for name in imported:
+        top = name.split(".")[0]
+        assert top in {"torch", "torchvision", "numpy", "PIL"} | set(sys.stdlib_module_names), f"{module} imports {name}"
+    shutil.copy(ROOT / "lowdino" / module, tmp_path)
+    done = subprocess.run([sys.executable, "-c", f"import {module[:-3]}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
