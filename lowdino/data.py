@@ -235,11 +235,11 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> ImageArray:
     offsets = np.arange(side)
     images = []
     for part in np.split(indices, range(chunk, len(indices), chunk)):
-        u = np.stack([np.random.default_rng(int(i)).random(75 + n * 6, dtype=np.float32) for i in part])  # (N, ...)
-        ground, u = u[:, :75].reshape(-1, 3, 5, 5), u[:, 75:].reshape(len(part), n, 6)
-        canvas = np.pad(0.25 + 0.5 * (stretch @ ground @ stretch.T), [(0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2])
+        u = np.stack([np.random.default_rng(int(i)).random(75 + n * 5, dtype=np.float32) for i in part])  # (N, ...)
+        ground, u = u[:, :75].reshape(-1, 3, 5, 5), u[:, 75:].reshape(len(part), n, 5)
+        canvas = np.pad(0.2 + 0.2 * (stretch @ ground @ stretch.T), [(0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2])
         corner = (u[:, :, :2] * DEMO_SIDE).astype(int)  # (N, n, 2), top and left
-        ink = np.where(u[:, :, 2:3] < 0.5, -1, 1) * (0.25 + 0.35 * u[:, :, 3:6])  # (N, n, 3), darker or lighter
+        ink = 0.3 + 0.3 * u[:, :, 2:]  # (N, n, 3)
         which = np.arange(len(part))[:, None, None]
         for k in range(n):
             rows = corner[:, k, 0, None, None] + offsets[:, None]  # (N, 13, 1)

@@ -163,6 +163,27 @@ class MobileViT(nn.Module):
         )
         self.final_conv = ConvNormAct(d5, embed_dim)
         self.apply(init_weights)
+        self.init_to_agree()
+
+    @torch.no_grad()
+    def init_to_agree(self) -> None:
+        """Start as a network that gives two views of an image similar features.
+
+        Self-distillation bootstraps: the teacher's answer for one view is the student's target for another, and where
+        random features of the two do not correlate the target is noise, whose best answer is the uniform one. With He's
+        initialisation alone they do not: a stride-2 depthwise filter of random signs hashes its input. So here
+          - depthwise filters start as a mean with some noise, an antialiased subsampling;
+          - residual branches start at zero (Goyal et al., 2017), as does most of what attention adds: the fusion
+            convolution starts as the identity on its shortcut, with a tenth of its noise.
+        """
+        for block in self.modules():
+            if isinstance(block, InvertedResidual):
+                block.conv2_kxk.conv.weight.mul_(0.3).add_(1 / 9)
+                if block.residual:
+                    nn.init.zeros_(block.conv3_1x1.bn.weight)
+            elif isinstance(block, MobileViTBlock):
+                fusion = block.conv_fusion.conv.weight.mul_(0.1)  # (dim, 2 * dim, 3, 3), the shortcut's half first
+                fusion[:, : len(fusion), 1, 1] += torch.eye(len(fusion))
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.final_conv(self.stages(self.stem(x)))
@@ -216,6 +237,9 @@ class ResNet5M(nn.Module):
         self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), *(BasicBlock(128, 128) for _ in range(5)))
         self.layer3 = nn.Sequential(BasicBlock(128, 512, stride=2))
         self.apply(init_weights)
+        for block in self.modules():  # residual branches start at zero, for the reason of MobileViT.init_to_agree
+            if isinstance(block, BasicBlock):
+                nn.init.zeros_(block.bn2.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)

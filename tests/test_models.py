@@ -103,3 +103,16 @@ def test_torchvisions_networks_are_torchvisions(arch):
 def test_unknown_architecture_is_named():
     with pytest.raises(ValueError, match="unknown architecture 'vit_giant'; choose from mobilevit_xxs"):
         lowdino.build_backbone("vit_giant")
+
+
+@pytest.mark.parametrize("arch", ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s"])
+def test_features_of_a_shifted_image_agree_at_initialisation(arch):
+    """What self-distillation bootstraps from: 0.57 to 0.70 here, where He's initialisation alone has 0.01 to 0.04."""
+    torch.manual_seed(0)
+    model = lowdino.build_backbone(arch).train()
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.normal(size=(64, 3, 17, 17))).float()
+    images = torch.nn.functional.interpolate(images, size=(68, 68), mode="bicubic")  # smooth, as photographs are
+    with torch.no_grad():
+        a, b = model(images[:, :, :64, :64]), model(images[:, :, 4:, 4:])
+    assert torch.cosine_similarity(a - a.mean(0), b - b.mean(0)).mean() > 0.5
