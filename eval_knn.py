@@ -44,8 +44,10 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
     if min(args.nb_knn) < 1:
         return f"--nb_knn must be at least 1, not {min(args.nb_knn)}"
-    if not 0.0115 <= args.temperature < float("inf"):
-        return f"--temperature must be at least 0.0115 (below, exp(1 / temperature) overflows), not {args.temperature}"
+    if not 0.013 <= args.temperature < float("inf"):
+        return f"--temperature must be at least 0.013 (below, sums of exp(1 / temperature) overflow), not {args.temperature}"
+    if not 0 <= args.seed < 2**63:
+        return f"--seed must lie between 0 and 2^63, not {args.seed}"
     if args.image_size is not None and args.image_size < 32:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
     if args.batch_size_per_gpu < 1:
@@ -113,7 +115,9 @@ def main() -> None:
     try:
         run(args, distributed.start(args.device))
     except ValueError as error:
-        parser.exit(2, f"eval_knn.py: error: {error}\n")
+        # Of an error in a loader's process the last line is its own; the others are that process's traceback.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        parser.exit(2, f"eval_knn.py: error: {sentence}\n")
     finally:
         distributed.stop()
 

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -60,15 +61,21 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+
 # Settings that a resumed run may change, because they do not change what it computes.
 FREE_SETTINGS = {"output_dir", "data_path", "data_root", "download", "device", "num_workers", "log_freq", "knn_freq",
-                 "nb_knn", "saveckp_freq"}  # fmt: skip
+                 "saveckp_freq"}  # fmt: skip
 
 
 def bool_flag(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1")
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -88,12 +95,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--momentum_teacher", type=float, default=0.996,
         help="EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as 0.9995")  # fmt: skip
     add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
-    add("--warmup_teacher_temp", type=float, default=0.04, help="teacher's temperature at the start")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="teacher's temperature at the start of its warm-up, if it has one")
     add("--teacher_temp", type=float, default=0.04, help="teacher's temperature after its warm-up")
     add("--warmup_teacher_temp_epochs", type=int, default=0, help="epochs of that warm-up")
     add("--centering", choices=["softmax", "sinkhorn"], default="softmax", help="what keeps the teacher's output even")
-    add("--center_momentum", type=float, default=0.9, help="EMA momentum of the softmax centre")
-    add("--alpha", type=float, help="weight of the global against the local views (SSLight); none: mean over all pairs")
+    add("--center_momentum", type=float, default=0.9, help="EMA momentum of the centre, with softmax centering")
+    add("--alpha", type=number_or_none, help="weight of the global against the local views (SSLight); none: mean over all pairs")
     add("--koleo_weight", type=float, default=0.0, help="weight of the KoLeo regulariser (DINOv2 uses 0.1)")
 
     add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw")
@@ -145,7 +152,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 def check(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    for name in ("out_dim", "hidden_dim", "epochs", "batch_size_per_gpu", "log_freq", "nb_knn"):
+    if args.out_dim < 2:
+        return f"--out_dim must be at least 2, not {args.out_dim}"
+    if args.batch_size_per_gpu < 2:
+        return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {args.batch_size_per_gpu}"
+    if args.seed >= 2**63:
+        return f"--seed must be below 2^63, not {args.seed}"
+    for name in ("hidden_dim", "epochs", "log_freq", "nb_knn"):
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, not {getattr(args, name)}"
     for name in ("local_crops_number", "warmup_teacher_temp_epochs", "lr_reference_batch", "warmup_epochs", "min_lr",
@@ -178,8 +191,6 @@ def check(args: argparse.Namespace) -> str | None:
                 f"--epochs {args.epochs}")  # fmt: skip
     if args.alpha is not None and args.local_crops_number == 0:
         return "--alpha balances global against local views, and --local_crops_number is 0"
-    if args.use_bn_in_head and args.batch_size_per_gpu * 2 < 2:
-        return "--use_bn_in_head needs two views a step at least"
     if args.init and not os.path.isfile(args.init):
         return f"--init {args.init} does not exist"
     return None
@@ -209,7 +220,23 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     if len(source.pretrain) < total:
         raise ValueError(f"{source.name}: {len(source.pretrain)} images are fewer than one batch of {total} "
                          f"({ranks.world} x --batch_size_per_gpu {args.batch_size_per_gpu})")  # fmt: skip
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
     return source
+
+
+def build_network(args: argparse.Namespace, ranks: distributed.Ranks) -> MultiViewNetwork:
+    torch.manual_seed(args.seed)
+    backbone = lowdino.build_backbone(args.arch)
+    if args.init:
+        checkpoint.load_backbone_weights(backbone, checkpoint.load(args.init), args.init)
+    head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
+    network = MultiViewNetwork(backbone, head).to(ranks.device, memory_format=torch.channels_last)
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
 
 
 def build_optimizer(args: argparse.Namespace, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -238,46 +265,50 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     return evaluate.accuracy(scores, test_labels)
 
 
+def restore(saved: dict, parts: dict, settings: dict, output: Path) -> tuple[int, float | None]:
+    """Load a checkpoint into the parts; returns its step and the k-NN accuracy before the first.
+
+    Raises:
+        ValueError: naming each setting that differs from the saved run's.
+    """
+    if "settings" not in saved:
+        raise ValueError(f"{output}/checkpoint.pth is not a checkpoint of train.py; give another --output_dir")
+    theirs = saved["settings"]
+    changed = [f"{k} {theirs.get(k)}, not {v}" for k, v in settings.items() if theirs.get(k) != v]
+    if changed:
+        raise ValueError(f"{output} holds a run with {'; '.join(changed)}: give the same settings to go on with it, "
+                         "or another --output_dir")  # fmt: skip
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"], saved["first_knn"]
+
+
 def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data) -> None:
     device, first = ranks.device, ranks.first
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     log = monitor.Log(output, active=first)
     log.say(f"data: {source.name}, {len(source.pretrain)} images; global views {args.global_crops_size} px, "
             f"{args.local_crops_number} local views {args.local_crops_size} px")  # fmt: skip
 
-    # Networks.
-    torch.manual_seed(args.seed)
-    backbone = lowdino.build_backbone(args.arch)
-    if args.init:
-        checkpoint.load_backbone_weights(backbone, checkpoint.load(args.init), args.init)
-    head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
-    network = MultiViewNetwork(backbone, head).to(device, memory_format=torch.channels_last)
-    if ranks.world > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network = build_network(args, ranks)
     teacher = ema.make_teacher(network)
+    teacher_parameters, student_parameters = ema.paired_parameters(teacher, network)
     criterion = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha).to(device)
     koleo = KoLeoLoss()
     optimizer = build_optimizer(args, network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    teacher_parameters, student_parameters = ema.paired_parameters(teacher, network)
+    # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
+    multicrop = augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number,
+                                  args.global_crops_scale, args.local_crops_scale, args.vertical_flip,
+                                  blur_sigma=(0.1, max(2 * args.global_crops_size / 224, 0.1))).to(device)  # fmt: skip
 
-    # Go on where an earlier run stopped.
-    step, first_knn = 0, None
+    # All that has a state, and what a resumed run must share with the one that stopped.
+    parts = {"student": network, "teacher": teacher, "loss": criterion, "optimizer": optimizer, "scaler": scaler}
     settings = {k: v for k, v in vars(args).items() if k not in FREE_SETTINGS}
-    settings |= {"world": ranks.world, "images": len(source.pretrain)}
-    saved = checkpoint.load_checkpoint(output)
-    if saved is not None:
-        changed = [f"{k} {saved['settings'].get(k)}, not {v}" for k, v in settings.items() if saved["settings"].get(k) != v]
-        if changed:
-            raise ValueError(f"{output} holds a run with {'; '.join(changed)}: give the same settings to go on with it, "
-                             "or another --output_dir")  # fmt: skip
-        network.load_state_dict(saved["student"])
-        teacher.load_state_dict(saved["teacher"])
-        criterion.load_state_dict(saved["loss"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        step, first_knn = saved["step"], saved["first_knn"]
+    settings |= {"world": ranks.world, "images": source.pretrain.fingerprint()}
+    step, first_knn = 0, None
+    if saved := checkpoint.load_checkpoint(output):
+        step, first_knn = restore(saved, parts, settings, output)
         log.say(f"going on from {output} after step {step}")
     if first:
         log.rewind(step)
@@ -286,12 +317,10 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
 
     student = network
     if ranks.world > 1:
-        student = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                          broadcast_buffers=False)  # fmt: skip
-    # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
-    multicrop = augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number,
-                                  args.global_crops_scale, args.local_crops_scale, args.vertical_flip,
-                                  blur_sigma=(0.1, max(2 * args.global_crops_size / 224, 0.1)))  # fmt: skip
+        # Batch norm's buffers need no exchange in training; the option that says so was renamed in torch 2.15.
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        student = DistributedDataParallel(network, [device.index] if device.type == "cuda" else None, **{option: False})
 
     total_batch = args.batch_size_per_gpu * ranks.world
     epoch_steps = len(source.pretrain) // total_batch
@@ -315,7 +344,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     elif step == total_steps:
         log.say(f"already finished: {args.epochs} epochs; give another --output_dir to train anew")
 
-    network.train(), teacher.train(), criterion.train()
+    for part in (network, teacher, criterion):
+        part.train()
     clock = monitor.Clock()
     loss_sum, loss_steps = torch.zeros((), device=device), 0
     accuracy = None
@@ -335,14 +365,14 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
 
         # Views.
         images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
-        generator = augment.seeded_generator(device, args.seed, step, ranks.rank)
+        generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order
         views = multicrop(images, sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         if step == 0 and first:
-            monitor.save_views(output / "crops.png", views, multicrop.mean, multicrop.std)
+            monitor.save_views(output / "crops.png", views, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
         # Teacher on the global views, student on all, loss.
-        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "none"):
+        with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
             with torch.no_grad():
                 _, teacher_logits = teacher(views[:2])
             features, student_logits = student(views)
@@ -376,7 +406,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
             loss_sum, loss_steps = torch.zeros((), device=device), 0
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss is {mean_loss} at step {step}: a lower --lr, a longer --warmup_epochs "
-                                         f"or --norm_last_layer true may help; {output} keeps the last epoch")  # fmt: skip
+                                         f"or --norm_last_layer true may help; {output} keeps what was saved before")  # fmt: skip
             ratio, memory, speed = mean_loss / math.log(args.out_dim), monitor.memory_mb(device), clock.read(total_steps - step)
             log.say(f"epoch {epoch} step {step}/{total_steps} loss {mean_loss:.4f} loss/lnK {ratio:.4f} lr {lr:.2e} "
                     f"wd {weight_decay:.4f} momentum {momentum:.5f} {speed['images_per_s']:.0f} images/s "
@@ -388,14 +418,13 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
             if step == total_steps or (args.knn_freq and epoch % args.knn_freq == 0):
                 accuracy = evaluate_knn(epoch)
             if first:
-                state = {"student": network.state_dict(), "teacher": teacher.state_dict(),
-                         "loss": criterion.state_dict(), "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict(), "step": step, "first_knn": first_knn, "settings": settings}  # fmt: skip
-                checkpoint.save_checkpoint(output, state)
-                checkpoint.save_backbone(output / "backbone.pth", teacher.backbone, args.arch, multicrop.mean,
-                                         multicrop.std, args.global_crops_size, epoch)  # fmt: skip
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"step": step, "first_knn": first_knn, "settings": settings}
+                checkpoint.save_backbone(output / "backbone.pth", teacher.backbone, args.arch, augment.IMAGENET_MEAN,
+                                         augment.IMAGENET_STD, args.global_crops_size, epoch)  # fmt: skip
                 if args.saveckp_freq and epoch % args.saveckp_freq == 0:
                     checkpoint.save_atomic(output / f"checkpoint{epoch:04}.pth", state)
+                checkpoint.save_checkpoint(output, state)  # last: a run that is killed before it does this epoch again
             clock.restart()
     if accuracy is not None:
         log.say(f"k-NN (k={args.nb_knn}) accuracy: {accuracy:.4f} after {args.epochs} epochs, "
@@ -403,30 +432,18 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     log.say(f"backbone: {output / 'backbone.pth'}")
 
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.bfloat16}
-
-
 def main() -> None:
     parser = get_parser()
     args = parse(parser)
-    rank, world, _ = distributed.rank_from_environment()
-
-    def refuse(message: str) -> None:
-        """One sentence and exit code 2, from one rank."""
-        if rank == 0:
-            parser.exit(2, f"train.py: error: {message}\n")
-        raise SystemExit(2)
-
     if message := check(args):
-        refuse(message)
+        parser.exit(2, f"train.py: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
     try:
         ranks = distributed.start(args.device)
-    except ValueError as error:
-        parser.exit(2, f"train.py: error: {error}\n")  # it may concern any one rank
-    try:
         train(args, ranks, settle(args, ranks))
     except (ValueError, FloatingPointError) as error:
-        refuse(str(error))
+        # Of an error in a loader's process the last line is its own; the others are that process's traceback.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        parser.exit(2, f"train.py: error: {sentence}\n")
     finally:
         distributed.stop()
 

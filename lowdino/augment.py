@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -172,11 +172,9 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     Three of the four are one form, f * image + (1 - f) * grey, with grey = 0, the mean luma or the luma. So three slots
     of that form before the hue and three after it, filled or left at f = 1, hold every order with a single turn of hue.
     """
-    is_hue = order == 3
-    after_hue = is_hue.cumsum(dim=1) > 0  # (B, 4)
-    # The three blends in their order, and for each of them whether hue came before.
-    slots = order[~is_hue].view(-1, 3)
-    late = after_hue[~is_hue].view(-1, 3)
+    place = order.argsort(dim=1)  # (B, 4) of each operation in its image's order
+    slots = place[:, :3].argsort(dim=1)  # (B, 3) the blends, first to last
+    late = place.gather(1, slots) > place[:, 3:]  # (B, 3) behind the hue
     factors = factors.gather(1, slots)
     for when in (False, True):
         for i in range(3):
@@ -224,10 +222,10 @@ def solarize(images: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class MultiCrop:
+class MultiCrop(nn.Module):
     """Two global and some local views of each image (DINO's augmentation), drawn for each image by itself.
 
-    __call__(images, sizes, generator): images (B, 3, S, S) uint8, each in the top left corner of its canvas with height
+    forward(images, sizes, generator): images (B, 3, S, S) uint8, each in the top left corner of its canvas with height
     and width `sizes` (B, 2); a generator on the same device. Returns a list of normalised float32 tensors, two of
     (B, 3, global_size, global_size), then `local_number` of (B, 3, local_size, local_size).
 
@@ -248,16 +246,19 @@ class MultiCrop:
                  blur: tuple[float, float, float] = (1.0, 0.1, 0.5), blur_sigma: tuple[float, float] = (0.1, 2.0),
                  solarize: float = 0.2, mean: tuple[float, ...] = IMAGENET_MEAN,
                  std: tuple[float, ...] = IMAGENET_STD):  # fmt: skip
+        super().__init__()
         self.vertical_flip = vertical_flip
-        self.jitter = jitter
         self.blur_sigma = blur_sigma
-        self.mean, self.std = mean, std
+        # Buffers, because a constant that is copied to a GPU in every step makes the host wait for it.
+        self.register_buffer("jitter", torch.tensor(jitter), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
         # One row a view: side, scale, probability of blur, probability of solarising.
         self.views = [(global_size, global_scale, blur[0], 0.0), (global_size, global_scale, blur[1], solarize)]
         self.views += [(local_size, local_scale, blur[2], 0.0)] * local_number
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
         with torch.autocast(device_type=images.device.type, enabled=False):
             images = to_float(images)
             return [self.view(images, sizes, generator, *view) for view in self.views]
@@ -276,8 +277,7 @@ class MultiCrop:
         x = resized_crop(images, boxes, size, flip=chance(0.5), vertical_flip=chance(self.vertical_flip))
 
         jittered = chance(0.8)
-        strength = torch.tensor(self.jitter, device=device)
-        amounts = uniform(B, 4, low=-1.0) * strength * jittered[:, None]
+        amounts = uniform(B, 4, low=-1.0) * self.jitter * jittered[:, None]
         x = color_jitter(x, 1 + amounts[:, :3], amounts[:, 3], order=uniform(B, 4).argsort(dim=1))
         x = torch.where(chance(0.2).view(-1, 1, 1, 1), grayscale(x), x)
         x = gaussian_blur(x, uniform(B, low=self.blur_sigma[0], high=self.blur_sigma[1]) * chance(blur))
@@ -285,9 +285,9 @@ class MultiCrop:
         return normalize(x, self.mean, self.std)
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: Tensor | tuple[float, ...], std: Tensor | tuple[float, ...]) -> Tensor:
     """(images - mean) / std by channel."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (torch.as_tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     return (images - mean) / std
 
 

@@ -59,11 +59,17 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     """The latest complete checkpoint in `folder`, on the CPU, or None where there is none.
 
     Between the two renames of `save_checkpoint` only the one before is there; it is then the latest.
+
+    Raises:
+        ValueError: where the latest is damaged.
     """
-    for name in ("checkpoint.pth", "checkpoint.prev.pth"):
-        if (Path(folder) / name).exists():
-            return load(Path(folder) / name)
-    return None
+    latest, previous = Path(folder) / "checkpoint.pth", Path(folder) / "checkpoint.prev.pth"
+    if not latest.exists():
+        return load(previous) if previous.exists() else None
+    try:
+        return load(latest)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to go on from {previous}" if previous.exists() else str(error)) from error
 
 
 def load(path: str | Path) -> dict:
@@ -77,8 +83,7 @@ def load(path: str | Path) -> dict:
     except FileNotFoundError as error:
         raise ValueError(f"no file {path}") from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way there is
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read {path}: damaged, or not a file of plain tensors ({reason})") from error
+        raise ValueError(f"cannot read {path}: it is damaged, or not a file of plain tensors") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, where a dict of weights was expected")
     return content
@@ -101,6 +106,10 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
         ValueError: naming what is missing, unexpected or of another shape.
     """
     weights: dict[str, Tensor] = content.get("state_dict", content)
+    if "settings" in weights:
+        raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()):
+        raise ValueError(f"{source} holds no state dict, names with a tensor each")
     own = backbone.state_dict()
     weights = {k: v for k, v in weights.items() if k in own or not k.startswith(CLASSIFIERS)}
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

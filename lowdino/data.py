@@ -4,6 +4,7 @@ Sources: a folder (with or without class sub-folders), a text file of paths, tor
 and demo images made by code.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,13 +57,16 @@ class ImageArray(Dataset):
     def shorter_side(self, index: int) -> int:
         return self.images.shape[-1]
 
+    def fingerprint(self) -> str:
+        return f"{len(self)} of {self.images.shape[-1]} px"
+
 
 class ImageFiles(Dataset):
     """Image files, decoded when asked for.
 
     Args:
         paths: of the files. labels: a class for each, or None.
-        max_side: larger images are reduced, on reading, to fit a square of this side in pixels; None keeps all pixels.
+        max_side: larger images are reduced on reading, see `read_image`; None keeps all pixels.
     """
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, max_side: int | None = None):
@@ -76,6 +80,12 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         return read_image(self.paths[index], self.max_side), self.labels[index], index
 
+    def fingerprint(self) -> str:
+        """Count and names, less the folder that all of them lie in, so that a moved folder is still the same."""
+        top = os.path.commonpath([os.path.dirname(path) for path in self.paths])
+        names = "\n".join(os.path.relpath(path, top) for path in self.paths)
+        return f"{len(self)}, names {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
     def shorter_side(self, index: int) -> int:
         """Height or width, the smaller, from the file's header."""
         try:
@@ -87,6 +97,9 @@ class ImageFiles(Dataset):
 
 def read_image(path: str, max_side: int | None = None) -> Tensor:
     """Decode any Pillow image to (3, H, W) uint8 RGB; grey of 16 bits is scaled to 8, alpha is dropped.
+
+    Args:
+        max_side: reduce the shorter side to at most this many pixels, and the longer one to at most twice as many.
 
     Raises:
         ValueError: naming the file, where it cannot be read or its values have no known range.
@@ -105,7 +118,10 @@ def read_image(path: str, max_side: int | None = None) -> Tensor:
                 raise ValueError("floating-point values have no known range; convert it to 8 or 16 bits first")
             image = image.convert("RGB")
             if max_side is not None:
-                image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+                scale = min(max_side / min(image.size), 2 * max_side / max(image.size))
+                if scale < 1:
+                    smaller = [max(round(side * scale), 1) for side in image.size]
+                    image = image.resize(smaller, Image.Resampling.BICUBIC, reducing_gap=2.0)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -172,7 +188,7 @@ class TrainingBatches(Sampler[list[int]]):
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, self.steps_per_epoch)
             if epoch != shuffled:
-                seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+                seed = np.random.SeedSequence([0, self.seed, epoch]).generate_state(1, np.uint64)[0]
                 generator = torch.Generator().manual_seed(int(seed >> 1))
                 shuffled, order = epoch, torch.randperm(self.images, generator=generator)
             first = (i * self.world + self.rank) * self.batch_size
@@ -184,7 +200,13 @@ def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
-    """In order, without repeats; each rank reads every world-th image."""
+    """In order, without repeats; each rank reads every world-th image.
+
+    Raises:
+        ValueError: where there is not one image for every rank.
+    """
+    if len(dataset) < world:
+        raise ValueError(f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer")
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     return DataLoader(mine, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
 
@@ -271,7 +293,7 @@ class Data:
     classes: int = 0
 
     def limit_side(self, max_side: int) -> None:
-        """Let files be reduced on reading to fit a square of `max_side` pixels; see `ImageFiles`."""
+        """Let files be reduced on reading; see `read_image`."""
         for images in (self.pretrain, self.train, self.test):
             if isinstance(images, ImageFiles):
                 images.max_side = max_side
@@ -296,7 +318,10 @@ def load(source: str, root: str = "data", download: bool = False) -> Data:
         return load_torchvision(source, root, download)
     path = Path(source)
     if path.is_file():
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not a text file; give a folder of images, or a list of paths") from error
         paths = [str(path.parent / line) for line in lines if line]
         if not paths:
             raise ValueError(f"{source} has no lines; it should name one image a line")
@@ -390,6 +415,7 @@ def load_torchvision(name: str, root: str, download: bool) -> Data:
             return Data("STL-10, its unlabelled images", split(split="unlabeled"), split(split="train"),
                         split(split="test"), classes=10)  # fmt: skip
         train, test = split(train=True), split(train=False)
-    except RuntimeError as error:
-        raise ValueError(f"{name} under {root}: {error}") from error
+    except (RuntimeError, OSError) as error:  # absent or corrupted; no network
+        hint = "the download failed" if download else "not found; add --download, or name its folder by --data_root"
+        raise ValueError(f"{name} under {root}: {hint}") from error
     return Data(name.upper().replace("CIFAR", "CIFAR-"), train, train, test, classes=int(train.labels.max()) + 1)

@@ -53,7 +53,7 @@ def knn_classify(train_features: Tensor, train_labels: Tensor, test_features: Te
 
     Args:
         k: neighbours; where there are fewer training features, all of them.
-        temperature: T of the votes exp(cosine / T); above 0.0115, where exp(1 / T) leaves float32.
+        temperature: T of the votes exp(cosine / T); at least 0.013, or the sum of many votes leaves float32.
         num_classes: width of the result; None for the largest label plus one.
 
     Returns:

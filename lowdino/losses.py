@@ -153,6 +153,8 @@ class KoLeoLoss(nn.Module):
         with torch.autocast(device_type=features.device.type, enabled=False):
             z = F.normalize(features.float(), dim=-1)
             everyone = GatherRows.apply(z) if ranks() > 1 else z  # (N, D)
+            if len(everyone) < 2:
+                raise ValueError("KoLeo needs two images at least: one has no neighbour")
             own = torch.arange(len(z), device=z.device) + (dist.get_rank() * len(z) if ranks() > 1 else 0)
             with torch.no_grad():
                 similarity = z @ everyone.T  # (n, N)

@@ -60,7 +60,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "cannot read .*damaged"),
+    (b"", "cannot read .*: it is damaged, or not a file of plain tensors"),
     (b"some text", "cannot read .*damaged"),
     (None, "no file "),
     (Malicious(), "cannot read .*not a file of plain tensors"),
@@ -82,6 +82,24 @@ def test_truncated_file_is_refused(tmp_path):
     (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:2000])
     with pytest.raises(ValueError, match="cannot read .*damaged"):
         checkpoint.load(tmp_path / "x.pth")
+
+
+def test_damaged_checkpoint_names_the_one_before(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, {"step": step})
+    (tmp_path / "checkpoint.pth").write_bytes(b"half a fi")
+    with pytest.raises(ValueError, match="checkpoint.pth: it is damaged.*; delete it to go on from .*checkpoint.prev.pth"):
+        checkpoint.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({0: torch.zeros(1)}, "holds no state dict"),
+    ({"state_dict": [1]}, "holds no state dict"),
+    ({"settings": {}, "student": {}}, "is a training checkpoint; give the backbone.pth beside it"),
+])  # fmt: skip
+def test_files_that_hold_no_backbone(content, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_backbone_weights(nn.Linear(2, 3), content, "file")
 
 
 def test_weights_that_do_not_fit_are_counted():

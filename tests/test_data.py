@@ -48,13 +48,13 @@ def test_damaged_file_is_named(tmp_path):
         data.read_image(str(tmp_path / "broken.jpg"))
 
 
-@pytest.mark.parametrize("size", [(300, 200), (90, 1000), (40, 30)])
+@pytest.mark.parametrize("size", [(300, 200), (90, 1000), (40, 30), (20, 120), (20, 300)])
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_large_images_are_reduced_to_fit(tmp_path, size, ending):
+def test_large_images_are_reduced(tmp_path, size, ending):
     path = tmp_path / f"large.{ending}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
     height, width = data.read_image(str(path), max_side=64).shape[1:]
-    shrink = min(64 / max(size), 1)
+    shrink = min(64 / min(size), 128 / max(size), 1)
     assert abs(height - size[0] * shrink) <= 1 and abs(width - size[1] * shrink) <= 1
 
 
@@ -85,6 +85,14 @@ def test_list_of_paths(picture_folder):
         data.load(str(listing))
 
 
+def test_fingerprint_is_of_the_names_below_the_folder(picture_folder, tmp_path):
+    before = data.load(str(picture_folder)).pretrain.fingerprint()
+    moved = picture_folder.rename(tmp_path / "moved")
+    assert data.load(str(moved)).pretrain.fingerprint() == before
+    (moved / "train" / "dark" / "0.png").rename(moved / "train" / "dark" / "00.png")
+    assert data.load(str(moved)).pretrain.fingerprint() != before
+
+
 def test_links_are_followed_once(picture_folder):
     (picture_folder / "train" / "loop").symlink_to(picture_folder / "train")
     assert len(data.find_images(picture_folder / "train")) == 24
@@ -94,13 +102,18 @@ def test_nothing_to_read_is_said(tmp_path, picture_folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images under .*; looked for .jpg"):
         data.find_images(tmp_path / "empty")
+    (tmp_path / "image.png").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="image.png is not a text file"):
+        data.load(str(tmp_path / "image.png"))
+    with pytest.raises(ValueError, match="3 images to evaluate are fewer than the 4 ranks"):
+        data.evaluation_loader(data.demo_images(range(3)), 2, 0, 0, 4)
     with pytest.raises(ValueError, match="no data at nowhere: give a folder"):
         data.load("nowhere")
     (picture_folder / "val" / "grey").mkdir()
     Image.new("RGB", (32, 32)).save(picture_folder / "val" / "grey" / "0.png")
     with pytest.raises(ValueError, match="val has class 'grey', which .*train lacks"):
         data.load(str(picture_folder))
-    with pytest.raises(ValueError, match="cifar10 under .*not found"):
+    with pytest.raises(ValueError, match="cifar10 under .*not found; add --download"):
         data.load("cifar10", root=str(tmp_path))
 
 

@@ -119,6 +119,7 @@ def test_koleo_of_identical_rows_has_a_finite_gradient():
     (lambda: DINOLoss(7, centering="mean"), "centering must be 'softmax' or 'sinkhorn', not 'mean'"),
     (lambda: DINOLoss(7, alpha=1.5), r"must lie in \[0, 1\], not 1.5"),
     (lambda: DINOLoss(7, alpha=0.4)(tensors(logits(2)), tensors(logits(2)), 0.04), "there are no local ones"),
+    (lambda: KoLeoLoss()(torch.randn(1, 4)), "needs two images at least"),
     (lambda: DINOLoss(7)(tensors(logits(2)), tensors(logits(1)), 0.04), "needs 2 teacher .* got 1 and 2"),
 ])  # fmt: skip
 def test_bad_input(build, message):
