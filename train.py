@@ -23,9 +23,9 @@ from lowdino.losses import DINOLoss, KoLeoLoss
 
 # A preset replaces the defaults of the flags it names; a flag given by hand wins over both.
 PRESETS = {
-    # One small machine, thousands of pictures, from random weights. From DINO's defaults, with what held up in
-    # tests/bench_start.py: batch norm in the head, two views only, a teacher that follows faster because there are
-    # hundreds of steps and not hundreds of thousands, and the learning rate that such short runs bear.
+    # One small machine, thousands of pictures, from random weights: DINO's defaults, with two views only, a head of
+    # LowDINO's size with batch norm, a teacher that follows faster and a higher learning rate, because such a run has
+    # hundreds of steps and not hundreds of thousands. Chosen by a few runs of minutes on the demo images.
     "small": dict(
         epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=64, min_lr=1e-6, warmup_epochs=1,
         optimizer="adamw", weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0, out_dim=1024, hidden_dim=512,

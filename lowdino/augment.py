@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     """A generator on `device` whose state is a function of the numbers (seed, step, rank) and of nothing else."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

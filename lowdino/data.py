@@ -189,7 +189,7 @@ class TrainingBatches(Sampler[list[int]]):
             epoch, i = divmod(step, self.steps_per_epoch)
             if epoch != shuffled:
                 seed = np.random.SeedSequence([0, self.seed, epoch]).generate_state(1, np.uint64)[0]
-                generator = torch.Generator().manual_seed(int(seed >> 1))
+                generator = torch.Generator().manual_seed(int(seed) >> 1)
                 shuffled, order = epoch, torch.randperm(self.images, generator=generator)
             first = (i * self.world + self.rank) * self.batch_size
             yield order[first : first + self.batch_size].tolist()
