@@ -36,10 +36,15 @@ class Batch(NamedTuple):
 
 
 class ImageArray(Dataset):
-    """Images of one size in memory: (N, 3, S, S) uint8 and, where they have labels, (N,) int64."""
+    """Images of one size in memory: (N, 3, S, S) uint8 and, where they have labels, (N,) int64.
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None):
+    Args:
+        view_side: the side at which their content is still to be seen, for `suitable_size`; None for S.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, view_side: int | None = None):
         self.images = images
+        self.view_side = view_side or images.shape[-1]
         self.labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
 
     def __len__(self) -> int:
@@ -55,7 +60,7 @@ class ImageArray(Dataset):
         return Batch(images, torch.full((len(i), 2), images.shape[-1]), self.labels[i], i)
 
     def shorter_side(self, index: int) -> int:
-        return self.images.shape[-1]
+        return self.view_side
 
     def fingerprint(self) -> str:
         return f"{len(self)} of {self.images.shape[-1]} px"
@@ -270,7 +275,8 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> ImageArray:
             canvas[which, :, rows, columns] += stamp
         canvas = canvas[:, :, side // 2 : -(side // 2), side // 2 : -(side // 2)]
         images.append((canvas.clip(0, 1) * 255).round().astype(np.uint8))
-    return ImageArray(torch.from_numpy(np.concatenate(images)), torch.from_numpy(indices % 10))
+    # Half the side shows the glyphs as well, at a quarter of the cost.
+    return ImageArray(torch.from_numpy(np.concatenate(images)), torch.from_numpy(indices % 10), view_side=DEMO_SIDE // 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as output:
             args = train.parse(train.get_parser(), [
-                "--preset", "small", "--arch", flags.arch, "--global_crops_size", "32", "--epochs", str(flags.epochs),
+                "--preset", "small", "--arch", flags.arch, "--epochs", str(flags.epochs),
                 "--seed", str(flags.seed), "--device", "cpu", "--output_dir", output, *changes])  # fmt: skip
             assert train.check(args) is None
             ranks = distributed.Ranks(0, 1, torch.device("cpu"))

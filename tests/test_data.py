@@ -126,6 +126,7 @@ def test_size_that_suits_the_images(tmp_path):
 
     assert data.suitable_size(folder("small", [(20, 30)])) == 32
     assert data.suitable_size(folder("middle", [(100, 99), (40, 40), (130, 97)])) == 96
+    assert data.suitable_size(data.demo_images(range(3))) == 32
     assert data.suitable_size(folder("large", [(640, 480)] * 3)) == 224
 
 
