@@ -105,9 +105,9 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
     """
-    weights: dict[str, Tensor] = content.get("state_dict", content)
-    if "settings" in weights:
+    if "settings" in content:
         raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
+    weights: dict[str, Tensor] = content.get("state_dict", content)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()):
         raise ValueError(f"{source} holds no state dict, names with a tensor each")
     own = backbone.state_dict()

@@ -251,8 +251,8 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> ImageArray:
     """Images by index, 64 x 64, class = index mod 10; an index always gives the same image.
 
     An image is strewn with one kind of glyph over a cloudy ground. The kind is its class, and the one thing that all
-    of its crops share: place, colour, brightness and polarity change from glyph to glyph, and the ground from corner to
-    corner, so that neither raw pixels nor the mean colour of a view tell the class.
+    of its crops share: place, colour and brightness change from glyph to glyph, and the ground from corner to corner, so
+    that neither raw pixels nor the mean colour of a view tell the class.
     """
     indices = np.asarray(indices)
     glyphs, side, n = demo_glyphs().astype(np.float32), GLYPH_SIDE, GLYPHS_AN_IMAGE

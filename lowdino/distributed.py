@@ -46,12 +46,12 @@ def start(device: str = "auto") -> Ranks:
         ValueError: where the device is not there, or a node has more processes than GPUs.
     """
     rank, world, local = rank_from_environment()
+    mps = torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps") and world == 1
     if device == "auto":
-        mps = torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps") and world == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available here; use --device cpu")
-    if device == "mps" and not (torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps") and world == 1):
+    if device == "mps" and not mps:
         raise ValueError("--device mps: needs Apple's Metal, torch 2.5 or newer and a single process")
     if device == "cuda":
         # SLURM may show each task one GPU only, whatever its local rank.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowdino import augment, data, evaluate
+from lowdino import data, evaluate
 
 
 def gradient(dtype=np.uint8, top=255):
