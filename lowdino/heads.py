@@ -59,15 +59,20 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, learn_gain=not norm_last_layer)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """The unit vectors that meet the prototypes: (B, in_dim) -> (B, bottleneck_dim)."""
+        return F.normalize(self.mlp(x), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        return self.last_layer(self.embed(x))
 
 
 class MultiViewNetwork(nn.Module):
     """Backbone and head over a list of views: one forward pass a resolution.
 
     forward(views): list of V tensors (B, 3, H, W), views of one size side by side in the list.
-    Returns `(features, logits)`: the backbone's (V * B, embed_dim) and the head's (V * B, out_dim), view by view.
+    Returns `(features, embeddings, logits)`, view by view: the backbone's (V * B, embed_dim), the head's unit vectors
+    (V * B, bottleneck_dim) and its (V * B, out_dim).
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
@@ -75,7 +80,7 @@ class MultiViewNetwork(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         groups: list[list[Tensor]] = []
         for view in views:
             if groups and groups[-1][0].shape[-2:] == view.shape[-2:]:
@@ -83,4 +88,5 @@ class MultiViewNetwork(nn.Module):
             else:
                 groups.append([view])
         features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
-        return features, self.head(features)
+        embeddings = self.head.embed(features)
+        return features, embeddings, self.head.last_layer(embeddings)

@@ -162,3 +162,27 @@ class KoLeoLoss(nn.Module):
                 nearest = similarity.argmax(dim=1)
             distance = (z - everyone[nearest]).pow(2).sum(dim=-1).clamp_min(1e-16).sqrt()
             return -(distance + 1e-8).log().mean()
+
+
+class InfoNCELoss(nn.Module):
+    """Each view must find the other view of its image among those of the whole batch (van den Oord et al., 2018).
+
+        L = - 1/2n sum_i [ log softmax_j(a_i . b_j / T)[i] + log softmax_j(b_i . a_j / T)[i] ]
+
+    over the n images of all ranks, a and b the unit embeddings of the two global views; symmetric as in MoCo v3 (Chen,
+    Xie and He, 2021), without its momentum branch. It needs no teacher, so it learns from the first step.
+
+    forward(a, b): (n, D) unit vectors each. Returns a scalar.
+    """
+
+    def __init__(self, temperature: float = 0.2):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(device_type=a.device.type, enabled=False):
+            a, b = a.float(), b.float()
+            all_a, all_b = (GatherRows.apply(x) if ranks() > 1 else x for x in (a, b))  # (N, D)
+            own = torch.arange(len(a), device=a.device) + (dist.get_rank() * len(a) if ranks() > 1 else 0)
+            a_to_b, b_to_a = a @ all_b.T / self.temperature, b @ all_a.T / self.temperature  # (n, N)
+            return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2

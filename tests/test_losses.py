@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowdino.losses import DINOLoss, KoLeoLoss, sinkhorn_knopp
+from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, sinkhorn_knopp
 
 
 def softmax(x):
@@ -99,7 +99,9 @@ def test_loss_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = DINOLoss(7)(tensors(student), tensors(teacher), 0.04)
         spread = KoLeoLoss()(tensors(student)[0])
-    assert ours.dtype == spread.dtype == torch.float32 and ours.item() == exact.item()
+        contrast = InfoNCELoss()(*tensors(student)[:2])
+    assert contrast.item() == InfoNCELoss()(*tensors(student)[:2]).item()
+    assert ours.dtype == spread.dtype == contrast.dtype == torch.float32 and ours.item() == exact.item()
 
 
 def test_koleo_is_the_nearest_neighbours_log_distance():
@@ -113,6 +115,17 @@ def test_koleo_of_identical_rows_has_a_finite_gradient():
     features = torch.ones(4, 3, requires_grad=True)
     KoLeoLoss()(features).backward()
     assert torch.isfinite(features.grad).all()
+
+
+def test_infonce_is_the_loop_over_both_views():
+    a, b = logits(2, batch=6, width=4, seed=6)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    terms = []
+    for first, second in ((a, b), (b, a)):
+        for i in range(6):
+            weights = [math.exp(first[i] @ second[j] / 0.3) for j in range(6)]
+            terms.append(-math.log(weights[i] / sum(weights)))
+    assert InfoNCELoss(0.3)(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 @pytest.mark.parametrize("build, message", [
@@ -132,7 +145,7 @@ RANKS = textwrap.dedent("""
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     sys.path.insert(0, {root!r})
-    from lowdino.losses import DINOLoss, KoLeoLoss
+    from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss
 
     rank, world = 0, 1
     if "RANK" in os.environ:
@@ -149,7 +162,7 @@ RANKS = textwrap.dedent("""
         model.zero_grad()
         for step in range(2):
             logits = wrapped(x[:, own].flatten(0, 1)).chunk(3)
-            (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0])).backward()
+            (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0]) + InfoNCELoss()(*logits[:2])).backward()
         result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
     if rank == 0:
         torch.save(result, {out!r})
