@@ -19,18 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, ema, evaluate, models, monitor, optim, schedules
 from lowdino.heads import DINOHead, MultiViewNetwork
-from lowdino.losses import DINOLoss, KoLeoLoss
+from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss
 
 # A preset replaces the defaults of the flags it names; a flag given by hand wins over both.
 PRESETS = {
-    # One small machine, thousands of pictures, from random weights: DINO's defaults, with two views only, a head of
-    # LowDINO's size with batch norm, a teacher that follows faster and a higher learning rate, because such a run has
-    # hundreds of steps and not hundreds of thousands. Chosen by a few runs of minutes on the demo images.
+    # One small machine, thousands of pictures, random weights: two views, a head of LowDINO's size with batch norm, and
+    # InfoNCE beside DINO's loss, fading. Chosen by runs of minutes on the demo images and CIFAR-10; see the README.
+    # AdamW's learning rate is one for batches of 64 to 256; the teacher's momentum follows from the number of steps.
     "small": dict(
-        epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=64, min_lr=1e-6, warmup_epochs=1,
+        epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         optimizer="adamw", weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0, out_dim=1024, hidden_dim=512,
-        norm_last_layer=True, use_bn_in_head=True, momentum_teacher=0.98, teacher_temp=0.04, warmup_teacher_temp=0.04,
-        warmup_teacher_temp_epochs=0, student_temp=0.1, global_crops_scale=[0.4, 1.0], local_crops_number=0,
+        norm_last_layer=True, use_bn_in_head=True, momentum_teacher=None, teacher_temp=0.04, warmup_teacher_temp=0.04,
+        warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0, infonce_weight=1.0,
+        global_crops_scale=[0.2, 1.0], local_crops_number=0,
     ),
     # Table 2 of Prathapaneni and Shashank (2023); resnet5m takes 10 crops, see `parse`.
     "lowdino": dict(
@@ -92,8 +93,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--norm_last_layer", type=bool_flag, default=True, metavar="BOOL",
         help="keep all prototypes at length 1: steadier; without it often a little better")  # fmt: skip
 
-    add("--momentum_teacher", type=float, default=0.996,
-        help="EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as 0.9995")  # fmt: skip
+    add("--momentum_teacher", type=number_or_none, default=0.996,
+        help="EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as 0.9995; none: "
+             "1 - 1/(2 sqrt(steps))")  # fmt: skip
     add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher's temperature at the start of its warm-up, if it has one")
     add("--teacher_temp", type=float, default=0.04, help="teacher's temperature after its warm-up")
@@ -103,12 +105,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--alpha", type=number_or_none, help="weight of the global against the local views (SSLight); none: mean over all pairs")
     add("--koleo_weight", type=float, default=0.0, help="weight of the KoLeo regulariser (DINOv2 uses 0.1)")
 
+    add("--infonce_weight", type=float, default=0.0,
+        help="weight of InfoNCE between the global views at the start, falling to 0 on a cosine: it teaches a network "
+             "whose own teacher knows nothing yet; 1 with random weights and few steps")  # fmt: skip
+
     add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw")
     add("--epochs", type=int, default=100)
     add("--batch_size_per_gpu", type=int, default=64, help="images a process and step")
     add("--lr", type=float, default=5e-4, help="peak learning rate, for a total batch of --lr_reference_batch")
     add("--lr_reference_batch", type=int, default=256, help="--lr scales in proportion to total batch / this; 0: never")
-    add("--warmup_epochs", type=int, default=10, help="epochs over which the learning rate rises")
+    add("--warmup_epochs", type=float, default=10, help="epochs over which the learning rate rises, perhaps a part of one")
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end of its cosine")
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
     add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
@@ -163,7 +169,7 @@ def check(args: argparse.Namespace) -> str | None:
             return f"--{name} must be at least 1, not {getattr(args, name)}"
     for name in ("local_crops_number", "warmup_teacher_temp_epochs", "lr_reference_batch", "warmup_epochs", "min_lr",
                  "weight_decay", "weight_decay_end", "clip_grad", "freeze_last_layer", "saveckp_freq", "knn_freq",
-                 "koleo_weight", "seed", "lr"):  # fmt: skip
+                 "koleo_weight", "infonce_weight", "seed", "lr"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             return f"--{name} must be 0 or more, not {getattr(args, name)}"
     for name in ("student_temp", "warmup_teacher_temp", "teacher_temp"):
@@ -220,6 +226,9 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     if len(source.pretrain) < total:
         raise ValueError(f"{source.name}: {len(source.pretrain)} images are fewer than one batch of {total} "
                          f"({ranks.world} x --batch_size_per_gpu {args.batch_size_per_gpu})")  # fmt: skip
+    if args.momentum_teacher is None:
+        # 0.98 at 600 steps, 0.99 at 2,500, as runs on the demo images and CIFAR-10 wanted it; DINO's 0.996 at 16,000.
+        args.momentum_teacher = 1 - 0.5 / math.sqrt(args.epochs * (len(source.pretrain) // total))
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -265,6 +274,15 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     return evaluate.accuracy(scores, test_labels)
 
 
+def vital_signs(targets: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
+    """What `monitor.Health` judges by, of the teacher's answers over all ranks and of one view's features on this one."""
+    mean_target = distributed.mean_over_ranks(targets.mean(dim=0))
+    entropy = distributed.mean_over_ranks(monitor.mean_entropy(targets))
+    std, rank = monitor.spread(features)
+    return {"entropy": entropy.item(), "entropy_of_mean": monitor.mean_entropy(mean_target[None]).item(),
+            "feature_std": std.item(), "effective_rank": rank.item()}  # fmt: skip
+
+
 def restore(saved: dict, parts: dict, settings: dict, output: Path) -> tuple[int, float | None]:
     """Load a checkpoint into the parts; returns its step and the k-NN accuracy before the first.
 
@@ -294,7 +312,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     teacher = ema.make_teacher(network)
     teacher_parameters, student_parameters = ema.paired_parameters(teacher, network)
     criterion = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha).to(device)
-    koleo = KoLeoLoss()
+    koleo, infonce = KoLeoLoss(), InfoNCELoss()
     optimizer = build_optimizer(args, network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
@@ -325,6 +343,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     total_batch = args.batch_size_per_gpu * ranks.world
     epoch_steps = len(source.pretrain) // total_batch
     total_steps = args.epochs * epoch_steps
+    warmup_steps = round(args.warmup_epochs * epoch_steps)
     peak_lr = args.lr * (total_batch / args.lr_reference_batch if args.lr_reference_batch else 1)
     batches = data.TrainingBatches(len(source.pretrain), args.batch_size_per_gpu, args.seed, step, total_steps,
                                    ranks.rank, ranks.world)  # fmt: skip
@@ -347,14 +366,17 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     for part in (network, teacher, criterion):
         part.train()
     clock = monitor.Clock()
+    health, teacher_norms = monitor.Health(args.out_dim), None
     loss_sum, loss_steps = torch.zeros((), device=device), 0
     accuracy = None
     for images, sizes, _, _ in loader:
         clock.waited()
         epoch = step // epoch_steps
+        end_of_epoch = (step + 1) % epoch_steps == 0
+        logging = (step + 1) % args.log_freq == 0 or end_of_epoch
 
         # Schedules: functions of the step.
-        lr = schedules.cosine(step, total_steps, peak_lr, args.min_lr, args.warmup_epochs * epoch_steps)
+        lr = schedules.cosine(step, total_steps, peak_lr, args.min_lr, warmup_steps)
         weight_decay = schedules.cosine(step, total_steps, args.weight_decay, args.weight_decay_end)
         momentum = schedules.cosine(step, total_steps, args.momentum_teacher, 1.0)
         teacher_temp = schedules.linear(step, args.warmup_teacher_temp_epochs * epoch_steps,
@@ -374,12 +396,17 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         # Teacher on the global views, student on all, loss.
         with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
             with torch.no_grad():
-                _, teacher_logits = teacher(views[:2])
-            features, student_logits = student(views)
+                _, _, teacher_logits = teacher(views[:2])
+            features, embeddings, student_logits = student(views)
+        if logging:  # before the centre moves
+            targets = torch.cat(criterion.targets(teacher_logits.chunk(2), teacher_temp))
         loss = criterion(student_logits.chunk(len(views)), teacher_logits.chunk(2), teacher_temp)
         objective = loss
+        if args.infonce_weight:
+            weight = schedules.cosine(step, total_steps, args.infonce_weight, 0.0)
+            objective = objective + weight * infonce(*embeddings.chunk(len(views))[:2])
         if args.koleo_weight:
-            objective = loss + args.koleo_weight * sum(koleo(f) for f in features.chunk(len(views))[:2])
+            objective = objective + args.koleo_weight * sum(koleo(f) for f in features.chunk(len(views))[:2])
 
         # Backward, clip, step.
         optimizer.zero_grad(set_to_none=True)
@@ -400,19 +427,25 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         step += 1
         loss_sum, loss_steps = loss_sum + loss.detach(), loss_steps + 1
         clock.stepped(total_batch)
-        end_of_epoch = step % epoch_steps == 0
-        if step % args.log_freq == 0 or end_of_epoch:
+        if logging:
             mean_loss = distributed.mean_over_ranks(loss_sum / loss_steps).item()
             loss_sum, loss_steps = torch.zeros((), device=device), 0
             if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"the loss is {mean_loss} at step {step}: a lower --lr, a longer --warmup_epochs "
-                                         f"or --norm_last_layer true may help; {output} keeps what was saved before")  # fmt: skip
+                raise FloatingPointError(f"diverging loss: it is {mean_loss} at step {step}: a lower --lr, a longer "
+                                         f"--warmup_epochs or --norm_last_layer true may help; {output} keeps what was "
+                                         "saved before")  # fmt: skip
             ratio, memory, speed = mean_loss / math.log(args.out_dim), monitor.memory_mb(device), clock.read(total_steps - step)
+            signals = vital_signs(targets, features.chunk(len(views))[0])
+            previous_norms, teacher_norms = teacher_norms, torch.stack(torch._foreach_norm(teacher_parameters))
+            moved = previous_norms is None or not torch.equal(previous_norms, teacher_norms)
             log.say(f"epoch {epoch} step {step}/{total_steps} loss {mean_loss:.4f} loss/lnK {ratio:.4f} lr {lr:.2e} "
-                    f"wd {weight_decay:.4f} momentum {momentum:.5f} {speed['images_per_s']:.0f} images/s "
+                    f"wd {weight_decay:.4f} momentum {momentum:.5f} entropy {signals['entropy']:.2f} of mean "
+                    f"{signals['entropy_of_mean']:.2f} std {signals['feature_std']:.2f} rank {signals['effective_rank']:.0f} {speed['images_per_s']:.0f} images/s "
                     f"wait {speed['data_wait']:.0%} memory {memory:.0f} MiB eta {monitor.duration(speed['eta_s'])}")  # fmt: skip
             log.record(step=step, epoch=epoch, loss=mean_loss, loss_over_lnk=ratio, lr=lr, weight_decay=weight_decay,
-                       momentum=momentum, teacher_temp=teacher_temp, memory_mb=memory, **speed)  # fmt: skip
+                       momentum=momentum, teacher_temp=teacher_temp, memory_mb=memory, **signals, **speed)  # fmt: skip
+            for news in health.read(step, loss=mean_loss, teacher_moved=moved, **signals):
+                log.say(f"health: {news}")
         if end_of_epoch:
             epoch += 1
             if step == total_steps or (args.knn_freq and epoch % args.knn_freq == 0):
@@ -429,6 +462,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     if accuracy is not None:
         log.say(f"k-NN (k={args.nb_knn}) accuracy: {accuracy:.4f} after {args.epochs} epochs, "
                 f"{first_knn:.4f} before the first")  # fmt: skip
+    if clock.steps:
+        log.say(f"health: {health.verdict()}")
     log.say(f"backbone: {output / 'backbone.pth'}")
 
 

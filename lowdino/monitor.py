@@ -1,6 +1,7 @@
-"""What a run tells: log lines for people, JSONL for programs, the first views as a picture."""
+"""What a run tells: log lines for people, JSONL for programs, the first views as a picture, and whether it is well."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -101,3 +102,83 @@ def save_views(path: str | Path, views: list[Tensor], mean: tuple[float, ...], s
         before = room // 2
         columns.append(F.pad(view, (before, room - before, before, room - before), value=0.5))
     save_image(torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), path, nrow=len(views), pad_value=1.0)
+
+
+@torch.no_grad()
+def mean_entropy(probabilities: Tensor) -> Tensor:
+    """Mean entropy of the rows of (n, K), in nats."""
+    return torch.special.entr(probabilities).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> tuple[Tensor, Tensor]:
+    """How far unit features (n, D) scatter about their mean, and over how many directions.
+
+    Returns the root mean square distance from the mean, in [0, 1], and the effective rank (sum l)^2 / sum l^2 of their
+    covariance's eigenvalues l (the participation ratio), from 1 to min(n - 1, D); 0 where all features are one.
+    """
+    z = F.normalize(features.float(), dim=1)
+    z = z - z.mean(dim=0)
+    gram = z @ z.T  # (n, n), of the covariance's non-zero eigenvalues
+    total = gram.trace()
+    return (total / len(z)).clamp_min(0).sqrt(), total**2 / gram.square().sum().clamp_min(1e-20)
+
+
+class Health:
+    """Judges without labels whether self-distillation is learning, and names the flag to change.
+
+    A sign counts once it has held at every reading for `PATIENCE` steps, because a healthy run starts near some of them.
+    The signs follow DINO (Caron et al., 2021, section 5.3 and figure 7): entropy and KL tell the collapses apart. All
+    entropies are in nats, ln K being the entropy of the uniform answer over K prototypes.
+
+    read(...): the sentences that are new at this step: a sign that has lasted, or one that is over.
+    verdict(): one sentence on the state at the last reading.
+    """
+
+    PATIENCE = 200
+
+    def __init__(self, out_dim: int):
+        self.uniform = math.log(out_dim)
+        self.since: dict[str, int] = {}  # the step at which a sign was first seen, for those seen at the last reading
+        self.told: dict[str, str] = {}
+
+    def signs(self, loss: float, entropy: float, entropy_of_mean: float, feature_std: float, effective_rank: float,
+              teacher_moved: bool) -> dict[str, str]:  # fmt: skip
+        """The signs of one reading, name and sentence."""
+        if loss > 1.05 * self.uniform:  # whatever else is wrong follows from it
+            return {"diverging loss": f"the loss {loss:.2f} is above that of a uniform answer, ln K = {self.uniform:.2f}: "
+                                      "lower --lr, or lengthen --warmup_epochs"}  # fmt: skip
+        signs = {}
+        if not teacher_moved:
+            signs["teacher stands still"] = ("its parameters are those of the reading before: lower --momentum_teacher, "
+                                             "or raise --lr")  # fmt: skip
+        if feature_std < 0.01 or effective_rank < 1.5:
+            signs["dead features"] = (f"the backbone's features hardly differ between images (std {feature_std:.4f}, "
+                                      f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight, and look at "
+                                      "crops.png, whether the pictures differ at all")  # fmt: skip
+        if entropy > 0.99 * self.uniform:
+            signs["uniform collapse"] = (
+                f"the teacher answers every image alike, all prototypes equally (entropy {entropy:.2f}, of the mean answer "
+                f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): raise --infonce_weight, or lower --teacher_temp")  # fmt: skip
+        elif entropy_of_mean < 0.1 * self.uniform or entropy_of_mean - entropy < 0.01 * self.uniform:
+            signs["one-cluster collapse"] = (
+                f"the teacher answers every image alike, with few prototypes (entropy {entropy:.2f}, of the mean answer "
+                f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): lower --center_momentum, raise --teacher_temp, or use "
+                "--centering sinkhorn")  # fmt: skip
+        elif loss - entropy < 0.02 * self.uniform:
+            signs["nothing left to learn"] = (
+                f"the student already answers as the teacher (KL {loss - entropy:.3f}): raise --out_dim, widen "
+                "--global_crops_scale, or add local views")  # fmt: skip
+        return signs
+
+    def read(self, step: int, **values: float | bool) -> list[str]:
+        signs = self.signs(**values)
+        self.since = {name: self.since.get(name, step) for name in signs}
+        lasting = {name: text for name, text in signs.items() if step - self.since[name] >= self.PATIENCE}
+        news = [f"{name}: {text}" for name, text in lasting.items() if name not in self.told]
+        news += [f"{name}: over" for name in self.told if name not in signs]
+        self.told = {name: text for name, text in (self.told | lasting).items() if name in signs}
+        return news
+
+    def verdict(self) -> str:
+        return "; ".join(f"{name}: {text}" for name, text in self.told.items()) or "no sign of collapse"

@@ -20,7 +20,8 @@ from conftest import ROOT
 from lowdino import distributed
 
 SMALL = ["--arch", "mobilevit_xxs", "--batch_size_per_gpu", "4", "--local_crops_number", "1", "--out_dim", "16",
-         "--hidden_dim", "32", "--warmup_epochs", "1", "--log_freq", "2", "--device", "cpu", "--knn_freq", "1"]  # fmt: skip
+         "--hidden_dim", "32", "--warmup_epochs", "1", "--log_freq", "2", "--device", "cpu", "--knn_freq", "1",
+         "--infonce_weight", "1"]  # fmt: skip
 
 
 def records(folder, key):
@@ -58,8 +59,9 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, run_script):
             "crops.png", "log.jsonl"} == set(os.listdir(out))  # fmt: skip
     line = done.stdout.splitlines()
     assert "24 images; global views 32 px, 1 local views 32 px" in line[0]
-    assert re.search(r"epoch 0 step 2/12 loss \d.\d+ loss/lnK \d.\d+ lr .* wd .* momentum .* images/s wait .* memory .* eta", done.stdout)
+    assert re.search(r"epoch 0 step 2/12 loss \d.\d+ loss/lnK \d.\d+ lr .* wd .* momentum .* entropy .* of mean .* std .* rank .* images/s wait .* memory .* eta", done.stdout)
     assert re.search(r"k-NN \(k=20\) accuracy: \d.\d+ after 2 epochs, \d.\d+ before the first", done.stdout)
+    assert "health: no sign of collapse" in done.stdout  # 12 steps are too few for any other verdict
     assert json.loads((out / "args.json").read_text())["optimizer"] == "lars"
     assert records(out, "step") == [0, 2, 4, 6, 6, 8, 10, 12, 12] and len(records(out, "knn")) == 3
     backbone = lowdino.load_backbone(str(out / "backbone.pth"))
@@ -74,7 +76,7 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, run_script):
 
     again = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
                        "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
-    assert "already finished: 2 epochs" in again.stdout
+    assert "already finished: 2 epochs" in again.stdout and "health:" not in again.stdout
     other = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 3, check=False)
     assert other.returncode == 2 and "holds a run with" in other.stderr and "epochs 2, not 3" in other.stderr
     assert other.stderr.count("\n") == 1
@@ -223,6 +225,13 @@ def test_presets_are_the_papers_and_flags_win():
     assert (sslight.alpha, sslight.optimizer, sslight.local_crops_size) == (0.4, "lars", 128)
     for preset in train.PRESETS:
         assert train.check(settings("--preset", preset)) is None
+
+
+def test_teacher_momentum_follows_from_the_number_of_steps(picture_folder, tmp_path):
+    flags = ["--preset", "small", "--data_path", str(picture_folder), "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path / "o")]
+    args = train.parse(train.get_parser(), [*flags, "--epochs", "4"])
+    train.settle(args, distributed.Ranks(0, 1, torch.device("cpu")))
+    assert args.momentum_teacher == pytest.approx(1 - 1 / (2 * 24**0.5))  # 24 images, 6 steps an epoch
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval_knn.py"])

@@ -47,10 +47,13 @@ def test_network_runs_one_forward_a_resolution():
             Counter.calls += 1
             return x.mean(dim=(2, 3))
 
-    network = MultiViewNetwork(Counter(), nn.Linear(3, 2))
+    head = DINOHead(3, 2, hidden_dim=4, bottleneck_dim=5)
+    network = MultiViewNetwork(Counter(), head)
     views = [torch.randn(4, 3, s, s) for s in (8, 8, 6, 6, 6)]
-    features, logits = network(views)
-    assert Counter.calls == 2 and features.shape == (20, 3) and logits.shape == (20, 2)
+    features, embeddings, logits = network(views)
+    assert Counter.calls == 2 and features.shape == (20, 3) and embeddings.shape == (20, 5) and logits.shape == (20, 2)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(20))
+    torch.testing.assert_close(logits, head(features))
     torch.testing.assert_close(features, torch.cat([v.mean(dim=(2, 3)) for v in views]))
 
 

@@ -1,0 +1,125 @@
+"""The health report: each verdict on a run that is made to fail that way, and none on one that is well."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lowdino
+import train
+from lowdino import data, distributed, monitor
+
+# Small enough for 150 steps in seconds.
+SMALL = ["--preset", "small", "--batch_size_per_gpu", "8", "--global_crops_size", "32", "--hidden_dim", "64", "--out_dim", "64",
+         "--freeze_last_layer", "0", "--lr_reference_batch", "0", "--warmup_epochs", "0", "--lr", "3e-3",
+         "--epochs", "3", "--knn_freq", "0", "--device", "cpu", "--log_freq", "10"]  # fmt: skip
+
+
+class Tiny(nn.Module):
+    """A backbone of two convolutions."""
+
+    embed_dim = 16
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                                    nn.Conv2d(8, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU())  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x).mean(dim=(2, 3))
+
+
+def test_entropy_and_spread_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(5), size=7)
+    p[0] = [1, 0, 0, 0, 0]
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1).mean()
+    assert monitor.mean_entropy(torch.tensor(p)).item() == pytest.approx(entropy)
+
+    x = rng.normal(size=(40, 6)) * [3, 2, 1, 0.1, 0.1, 0.1] + 1
+    z = x / np.linalg.norm(x, axis=1, keepdims=True)
+    eigenvalues = np.linalg.eigvalsh(np.cov(z.T, bias=True))
+    std, rank = monitor.spread(torch.tensor(x))
+    assert std.item() == pytest.approx(math.sqrt(eigenvalues.sum()), rel=1e-4)
+    assert rank.item() == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum(), rel=1e-4)
+    std, rank = monitor.spread(torch.ones(5, 3))
+    assert std.item() == pytest.approx(0, abs=1e-6) and rank.item() == pytest.approx(0, abs=1e-6)
+
+
+WELL = dict(loss=3.5, entropy=2.0, entropy_of_mean=3.0, feature_std=0.3, effective_rank=8.0, teacher_moved=True)
+
+
+def test_a_sign_counts_once_it_lasts_and_until_it_is_over():
+    health = monitor.Health(64)
+    uniform = WELL | dict(entropy=4.15, entropy_of_mean=4.158, loss=4.159)
+    assert health.read(10, **uniform) == [] and health.read(200, **uniform) == []
+    assert health.read(205, **WELL) == []  # it left by itself: nothing was said
+    assert health.read(210, **uniform) == [] and health.verdict() == "no sign of collapse"
+    news = health.read(410, **uniform)
+    assert len(news) == 1 and news[0].startswith("uniform collapse: ") and "raise --infonce_weight" in news[0]
+    assert health.read(420, **uniform) == [] and health.verdict() == news[0]  # said once
+    assert health.read(430, **WELL) == ["uniform collapse: over"] and health.verdict() == "no sign of collapse"
+
+
+@pytest.mark.parametrize("name, flag, values", [
+    ("one-cluster collapse", "--center_momentum", dict(entropy=0.01, entropy_of_mean=0.02, loss=0.03)),
+    ("one-cluster collapse", "--center_momentum", dict(entropy=2.0, entropy_of_mean=2.01)),  # several, the same for all
+    ("dead features", "--lr", dict(feature_std=0.001)),
+    ("dead features", "--lr", dict(effective_rank=1.2)),
+    ("diverging loss", "--lr", dict(loss=6.0)),
+    ("nothing left to learn", "--global_crops_scale", dict(loss=2.01)),
+    ("teacher stands still", "--momentum_teacher", dict(teacher_moved=False)),
+])  # fmt: skip
+def test_each_sign_alone(name, flag, values):
+    signs = monitor.Health(64).signs(**WELL | values)
+    assert list(signs) == [name] and flag in signs[name]
+    assert monitor.Health(64).signs(**WELL) == {}
+
+
+def some_images(kind):
+    """400 images: the demo's, all black, or black and grey in turn, which no augmentation confuses."""
+    if kind == "demo":
+        return data.demo_images(range(400))
+    images = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
+    if kind == "black or grey":
+        images[::2] = 110
+    return data.ImageArray(images)
+
+
+RUNS = [
+    ("no sign of collapse", "demo", []),
+    ("uniform collapse", "demo", ["--teacher_temp", "1", "--warmup_teacher_temp", "1"]),  # no sharpening
+    ("one-cluster collapse", "demo", ["--center_momentum", "1", "--infonce_weight", "0"]),  # no centring
+    ("teacher stands still", "demo", ["--momentum_teacher", "1"]),
+    ("diverging loss", "demo", ["--lr", "10", "--optimizer", "sgd", "--norm_last_layer", "false", "--clip_grad", "0"]),
+    ("dead features", "black", []),
+    ("nothing left to learn", "black or grey", ["--out_dim", "2"]),
+]
+
+
+@pytest.mark.parametrize("verdict, images, flags", RUNS, ids=[name for name, *_ in RUNS])
+def test_runs_made_to_fail_are_named(verdict, images, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(monitor.Health, "PATIENCE", 40)
+    monkeypatch.setattr(lowdino, "build_backbone", lambda arch: Tiny())
+    args = train.parse(train.get_parser(), [*SMALL, *flags, "--output_dir", str(tmp_path)])
+    assert train.check(args) is None
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    train.settle(args, ranks)
+    train.train(args, ranks, data.Data("some images", some_images(images)))
+    said = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    names = {line.split(":")[0] for line in said}
+    assert verdict in names
+    if images == "demo":  # pictures that are all alike, or of two kinds, have other signs too
+        assert names == {verdict} and said[-1].startswith(verdict)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowdino, "build_backbone", lambda arch: Tiny())
+    args = train.parse(train.get_parser(), [*SMALL, "--lr", "1e30", "--output_dir", str(tmp_path)])
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    train.settle(args, ranks)
+    with pytest.raises(FloatingPointError, match="diverging loss: it is nan at step 10: a lower --lr"):
+        train.train(args, ranks, data.Data("some images", some_images("demo")))
