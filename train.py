@@ -440,8 +440,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
             moved = previous_norms is None or not torch.equal(previous_norms, teacher_norms)
             log.say(f"epoch {epoch} step {step}/{total_steps} loss {mean_loss:.4f} loss/lnK {ratio:.4f} lr {lr:.2e} "
                     f"wd {weight_decay:.4f} momentum {momentum:.5f} entropy {signals['entropy']:.2f} of mean "
-                    f"{signals['entropy_of_mean']:.2f} std {signals['feature_std']:.2f} rank {signals['effective_rank']:.0f} {speed['images_per_s']:.0f} images/s "
-                    f"wait {speed['data_wait']:.0%} memory {memory:.0f} MiB eta {monitor.duration(speed['eta_s'])}")  # fmt: skip
+                    f"{signals['entropy_of_mean']:.2f} std {signals['feature_std']:.2f} rank "
+                    f"{signals['effective_rank']:.0f} {speed['images_per_s']:.0f} images/s wait {speed['data_wait']:.0%} memory {memory:.0f} MiB eta {monitor.duration(speed['eta_s'])}")  # fmt: skip
             log.record(step=step, epoch=epoch, loss=mean_loss, loss_over_lnk=ratio, lr=lr, weight_decay=weight_decay,
                        momentum=momentum, teacher_temp=teacher_temp, memory_mb=memory, **signals, **speed)  # fmt: skip
             for news in health.read(step, loss=mean_loss, teacher_moved=moved, **signals):

@@ -153,7 +153,7 @@ class Health:
             signs["teacher stands still"] = ("its parameters are those of the reading before: lower --momentum_teacher, "
                                              "or raise --lr")  # fmt: skip
         if feature_std < 0.01 or effective_rank < 1.5:
-            signs["dead features"] = (f"the backbone's features hardly differ between images (std {feature_std:.4f}, "
+            signs["dead features"] = (f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
                                       f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight, and look at "
                                       "crops.png, whether the pictures differ at all")  # fmt: skip
         if entropy > 0.99 * self.uniform:
