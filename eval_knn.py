@@ -72,6 +72,21 @@ def open_backbone(args: argparse.Namespace) -> tuple[str, nn.Module]:
     return f"{args.arch} at random initialisation, seed {args.seed}", backbone
 
 
+def features(backbone: nn.Module, images: data.ImageArray | data.ImageFiles, size: int, ranks: distributed.Ranks,
+             batch_size: int = 256, workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(N, D) features and (N,) labels of the central view of all images, on every rank, each having done its share."""
+    mean, std = getattr(backbone, "mean", augment.IMAGENET_MEAN), getattr(backbone, "std", augment.IMAGENET_STD)
+
+    def view(canvas, sizes):
+        x = augment.central_view(canvas, sizes, size, mean, std)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    batches = data.evaluation_loader(images, batch_size, workers, ranks.rank, ranks.world)
+    own = evaluate.extract_features(backbone, batches, view, ranks.device)
+    all_features, all_labels = (distributed.gather_strided(rows, len(images)) for rows in own)
+    return all_features, all_labels
+
+
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     name, backbone = open_backbone(args)
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
@@ -80,21 +95,11 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         raise ValueError(f"{source.name} has no labels to test on: k-NN needs train/ and val/ (or test/), "
                          "each with class sub-folders")  # fmt: skip
     size = args.image_size or getattr(backbone, "image_size", None) or data.suitable_size(source.train)
-    mean, std = getattr(backbone, "mean", augment.IMAGENET_MEAN), getattr(backbone, "std", augment.IMAGENET_STD)
     source.limit_side(2 * size)
     workers = data.default_workers(source.train) if args.num_workers is None else args.num_workers
 
-    def view(images, sizes):
-        x = augment.central_view(images, sizes, size, mean, std)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def features(images):
-        batches = data.evaluation_loader(images, args.batch_size_per_gpu, workers, ranks.rank, ranks.world)
-        own = evaluate.extract_features(backbone, batches, view, ranks.device)
-        return [distributed.gather_strided(rows, len(images)) for rows in own]
-
-    train_features, train_labels = features(source.train)
-    test_features, test_labels = features(source.test)
+    train_features, train_labels = features(backbone, source.train, size, ranks, args.batch_size_per_gpu, workers)
+    test_features, test_labels = features(backbone, source.test, size, ranks, args.batch_size_per_gpu, workers)
     if not ranks.first:
         return
     print(f"{name}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "

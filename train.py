@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import eval_knn
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, ema, evaluate, models, monitor, optim, schedules
 from lowdino.heads import DINOHead, MultiViewNetwork
@@ -259,17 +260,9 @@ def build_optimizer(args: argparse.Namespace, student: nn.Module, device: torch.
 
 def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Data, ranks: distributed.Ranks) -> float:
     """Top-1 accuracy of weighted k-NN on the test images, the training images being the memory."""
-
-    def view(images, sizes):
-        x = augment.central_view(images, sizes, args.global_crops_size)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    features = []
-    for images in (source.train, source.test):
-        batches = data.evaluation_loader(images, 256, args.num_workers, ranks.rank, ranks.world)
-        own = evaluate.extract_features(backbone, batches, view, ranks.device)
-        features.append([distributed.gather_strided(rows, len(images)) for rows in own])
-    (train_features, train_labels), (test_features, test_labels) = features
+    (train_features, train_labels), (test_features, test_labels) = (
+        eval_knn.features(backbone, images, args.global_crops_size, ranks, workers=args.num_workers)
+        for images in (source.train, source.test))  # fmt: skip
     scores = evaluate.knn_classify(train_features, train_labels, test_features, args.nb_knn, num_classes=source.classes)
     return evaluate.accuracy(scores, test_labels)
 
