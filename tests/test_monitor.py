@@ -121,7 +121,8 @@ def test_runs_made_to_fail_are_named(verdict, images, flags, tmp_path, capsys, m
     said = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
     names = {line.split(":")[0] for line in said}
     assert verdict in names
-    if images == "demo":  # pictures that are all alike, or of two kinds, have other signs too
+    # Pictures that are all alike, or of two kinds, have other signs too, and a run that diverged goes on anyhow.
+    if images == "demo" and verdict != "diverging loss":
         assert names == {verdict} and said[-1].startswith(verdict)
 
 

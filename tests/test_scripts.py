@@ -51,9 +51,9 @@ def assert_same_run(a, b):
     assert records(a, "loss") == records(b, "loss") and len(records(a, "loss")) > 2
 
 
-def test_training_writes_what_it_should(picture_folder, tmp_path, run_script):
+def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
     out = tmp_path / "out"
-    done = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
+    done = call_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
                       "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
     assert {"args.json", "backbone.pth", "checkpoint.pth", "checkpoint.prev.pth", "checkpoint0001.pth", "checkpoint0002.pth",
             "crops.png", "log.jsonl"} == set(os.listdir(out))  # fmt: skip
@@ -70,14 +70,14 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, run_script):
     assert all(torch.equal(v, teacher[f"backbone.{k}"]) for k, v in backbone.state_dict().items())
 
     # k-NN of the file is what training printed, and the floors have no file.
-    shown = run_script("eval_knn.py", "--weights", out / "backbone.pth", "--data_path", picture_folder, "--nb_knn", 5, 20)
+    shown = call_script("eval_knn.py", "--weights", out / "backbone.pth", "--data_path", picture_folder, "--nb_knn", 5, 20)
     assert re.search(r"\(k=20\) top-1 (\d.\d+)", shown.stdout)[1] == f"{records(out, 'knn')[-1]:.4f}"
     assert "top-5" not in shown.stdout  # two classes
 
-    again = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
+    again = call_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
                        "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
     assert "already finished: 2 epochs" in again.stdout and "health:" not in again.stdout
-    other = run_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 3, check=False)
+    other = call_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 3, check=False)
     assert other.returncode == 2 and "holds a run with" in other.stderr and "epochs 2, not 3" in other.stderr
     assert other.stderr.count("\n") == 1
 
@@ -103,39 +103,30 @@ def test_killed_run_goes_on_to_the_same_end(picture_folder, tmp_path, run_script
     assert_same_run(tmp_path / "whole", stopped)
 
 
-def knn_lines(capsys, *flags):
-    """What eval_knn.py prints, without the seconds that a new process takes."""
-    capsys.readouterr()
-    args = eval_knn.get_parser().parse_args([str(f) for f in flags])
-    assert eval_knn.check(args) is None
-    eval_knn.run(args, distributed.Ranks(0, 1, torch.device("cpu")))
-    return capsys.readouterr().out
-
-
-def test_training_on_cifar10(cifar10, tmp_path, run_script, capsys):
+def test_training_on_cifar10(cifar10, tmp_path, call_script):
     for split, count in (("train", 8), ("test", 2)):
         for name in os.listdir(cifar10 / split):
             (tmp_path / "few" / split / name).mkdir(parents=True)
             for file in sorted(os.listdir(cifar10 / split / name))[:count]:
                 shutil.copy(cifar10 / split / name / file, tmp_path / "few" / split / name)
-    done = run_script("train.py", *SMALL, "--data_path", tmp_path / "few", "--output_dir", tmp_path / "out", "--epochs", 1,
+    done = call_script("train.py", *SMALL, "--data_path", tmp_path / "few", "--output_dir", tmp_path / "out", "--epochs", 1,
                       "--centering", "sinkhorn", "--optimizer", "sgd", "--amp", "bf16")  # fmt: skip
     assert "80 images; global views 32 px" in done.stdout and "accuracy" in done.stdout
     for flags in (["--pixels"], ["--arch", "resnet5m"], ["--weights", tmp_path / "out" / "backbone.pth"]):
-        shown = knn_lines(capsys, *flags, "--data_path", tmp_path / "few")
+        shown = call_script("eval_knn.py", *flags, "--data_path", tmp_path / "few").stdout
         assert "(k=80) top-1" in shown and "top-5" in shown  # 200 neighbours of 80
 
 
-def test_a_backbone_file_starts_a_training(picture_folder, tmp_path, run_script):
+def test_a_backbone_file_starts_a_training(picture_folder, tmp_path, call_script):
     torch.manual_seed(5)
     weights = lowdino.build_backbone("mobilevit_xxs").state_dict()
     torch.save(weights | {"head.fc.weight": torch.zeros(10, 320)}, tmp_path / "timm.pth")  # as timm with a classifier
     flags = [*SMALL, "--data_path", picture_folder, "--epochs", 1, "--lr", 0, "--min_lr", 0, "--weight_decay", 0]
-    run_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "out")
+    call_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "out")
     trained = torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)["state_dict"]
     moved = [k for k, v in trained.items() if "running" not in k and "batches" not in k and not torch.allclose(v, weights[k])]
     assert moved == []
-    wrong = run_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "no", "--arch",
+    wrong = call_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "no", "--arch",
                        "resnet5m", check=False)  # fmt: skip
     assert wrong.returncode == 2 and "timm.pth does not fit this architecture" in wrong.stderr
 
@@ -171,8 +162,8 @@ def test_wrong_flags_are_refused_in_one_sentence(flags, message):
     ("eval_knn.py", [], "eval_knn.py: error: give a backbone, --weights FILE or --arch NAME, or else --pixels"),
     ("eval_knn.py", ["--weights", "/nowhere.pth"], "eval_knn.py: error: no file /nowhere.pth"),
 ])  # fmt: skip
-def test_scripts_exit_with_2_and_one_line(script, flags, message, tmp_path, run_script):
-    done = run_script(script, *flags, check=False, cwd=tmp_path)
+def test_scripts_exit_with_2_and_one_line(script, flags, message, tmp_path, call_script):
+    done = call_script(script, *flags, check=False, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
 
@@ -188,18 +179,17 @@ def test_knn_flags_are_checked():
     assert answer("--pixels", "--image_size", "8").startswith("--image_size must be at least 32")
 
 
-def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, run_script):
-    args = eval_knn.get_parser().parse_args(["--pixels", "--data_path", str(picture_folder / "train")])
-    with pytest.raises(ValueError, match="has no labels to test on: k-NN needs train/ and val/"):
-        eval_knn.run(args, distributed.Ranks(0, 1, torch.device("cpu")))
-    trained = run_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--output_dir", tmp_path / "o")
+def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, call_script):
+    tested = call_script("eval_knn.py", "--pixels", "--data_path", picture_folder / "train", check=False)
+    assert tested.returncode == 2 and "has no labels to test on: k-NN needs train/ and val/" in tested.stderr
+    trained = call_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--output_dir", tmp_path / "o")
     assert "k-NN" not in trained.stdout
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_one_sentence(picture_folder, tmp_path, run_script, workers):
+def test_an_unreadable_image_is_one_sentence(picture_folder, tmp_path, call_script, workers):
     (picture_folder / "train" / "dark" / "5.png").write_bytes(b"no picture")
-    done = run_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--num_workers", workers,
+    done = call_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--num_workers", workers,
                       "--output_dir", tmp_path / "o", check=False)  # fmt: skip
     assert done.returncode == 2 and re.fullmatch(r"train.py: error: cannot read image .*/dark/5.png: .*\n", done.stderr)
 
