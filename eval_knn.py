@@ -7,12 +7,16 @@
 """
 
 import argparse
+import os
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, evaluate, models
+from lowdino.evaluate import Features
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -22,24 +26,38 @@ def get_parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="backbone.pth of train.py; with --arch, also a state dict such as timm's")
     add("--arch", help=f"backbone: {', '.join(models.ARCHS)}; without --weights at random initialisation")
     add("--pixels", action="store_true", help="classify by raw pixels instead of a backbone")
+    add("--from_features", metavar="FILE", help="classify by an .npz of features, as --features writes, instead of a backbone")
+    add("--features", metavar="FILE", help="also write the features, labels and file names to this .npz")
+    add("--neighbours", metavar="FILE", help="also write a picture of some test images and their nearest training images")
+    add_data_flags(add)
+    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    add("--temperature", type=float, default=0.07, help="of the votes, exp(cosine / temperature)")
+    add("--batch_size_per_gpu", type=int, default=256)
+    add("--seed", type=int, default=0, help="of a random initialisation")
+    return parser
+
+
+def add_data_flags(add: Callable) -> None:
+    """The flags of every evaluation, given a parser's or a group's `add_argument`."""
     add("--data_path", default="demo",
         help="folder with train/ and val/ (or test/) of class sub-folders, cifar10, cifar100, stl10 or demo")  # fmt: skip
     add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
     add("--download", action="store_true", help="fetch cifar10, cifar100 or stl10 where --data_root lacks it")
     add("--image_size", type=int, help="side of the network's input; default: the backbone file's, or what suits the images")
-    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
-    add("--temperature", type=float, default=0.07, help="of the votes, exp(cosine / temperature)")
-    add("--batch_size_per_gpu", type=int, default=256)
-    add("--seed", type=int, default=0, help="of a random initialisation")
+    add("--pool", choices=["default", "max", "default+max"], default="default",
+        help="default: the backbone's own; max: over the last feature map; or both side by side")  # fmt: skip
     add("--num_workers", type=int, help="loader processes; default: 0 for images in memory, else up to 10")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    return parser
 
 
 def check(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    if args.pixels + bool(args.weights or args.arch) != 1:
-        return "give a backbone, --weights FILE or --arch NAME, or else --pixels"
+    if args.pixels + bool(args.weights or args.arch) + bool(args.from_features) != 1:
+        return "give a backbone, --weights FILE or --arch NAME, or else --pixels or --from_features FILE"
+    if args.from_features and (args.features or args.neighbours):
+        return "--features and --neighbours need the images, which --from_features does without"
+    if args.pixels and args.pool != "default":
+        return "--pool needs a backbone, and --pixels has none"
     if args.arch and args.arch not in models.ARCHS:
         return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
     if min(args.nb_knn) < 1:
@@ -57,74 +75,137 @@ def check(args: argparse.Namespace) -> str | None:
     return None
 
 
-def open_backbone(args: argparse.Namespace) -> tuple[str, nn.Module]:
-    """What the flags name, in words and as a module."""
-    if args.pixels:
+def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
+    """A frozen network by name, in words and as a module.
+
+    Args:
+        name: "pixels"; an architecture, for its random initialisation; a backbone.pth; or ARCH=FILE, for a plain state
+            dict such as timm's or torchvision's.
+        seed: of a random initialisation.
+    """
+    if name == "pixels":
         return "raw pixels", nn.Flatten()
-    if args.weights and not args.arch:
-        backbone = lowdino.load_backbone(args.weights)
-        return f"{backbone.arch} of {args.weights}, epoch {backbone.epoch}", backbone
-    torch.manual_seed(args.seed)
-    backbone = lowdino.build_backbone(args.arch)
-    if args.weights:
-        checkpoint.load_backbone_weights(backbone, checkpoint.load(args.weights), args.weights)
-        return f"{args.arch} of {args.weights}", backbone
-    return f"{args.arch} at random initialisation, seed {args.seed}", backbone
+    arch, _, weights = name.partition("=")
+    torch.manual_seed(seed)
+    if arch not in models.ARCHS:
+        if not os.path.exists(name):
+            raise ValueError(f"no file {name}, and no such architecture; there are {', '.join(models.ARCHS)}")
+        backbone = lowdino.load_backbone(name)
+        return f"{backbone.arch} of {name}, epoch {backbone.epoch}", backbone
+    backbone = lowdino.build_backbone(arch)
+    if not weights:
+        return f"{arch} at random initialisation, seed {seed}", backbone
+    checkpoint.load_backbone_weights(backbone, checkpoint.load(weights), weights)
+    return f"{arch} of {weights}", backbone
+
+
+class Pooled(nn.Module):
+    """A backbone whose features are pooled otherwise: the maximum over the last map, or that beside the default."""
+
+    def __init__(self, backbone: nn.Module, pool: str):
+        super().__init__()
+        self.backbone, self.with_default = backbone, pool == "default+max"
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = self.backbone.forward_features(x).amax(dim=(2, 3))
+        return torch.cat([self.backbone(x), largest], dim=1) if self.with_default else largest
+
+
+def pooled(backbone: nn.Module, pool: str) -> nn.Module:
+    return backbone if pool == "default" else Pooled(backbone, pool)
+
+
+def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by channel that its inputs should have; ImageNet's where it says none."""
+    return getattr(backbone, "mean", augment.IMAGENET_MEAN), getattr(backbone, "std", augment.IMAGENET_STD)
 
 
 def features(backbone: nn.Module, images: data.ImageArray | data.ImageFiles, size: int, ranks: distributed.Ranks,
-             batch_size: int = 256, workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(N, D) features and (N,) labels of the central view of all images, on every rank, each having done its share."""
-    mean, std = getattr(backbone, "mean", augment.IMAGENET_MEAN), getattr(backbone, "std", augment.IMAGENET_STD)
+             batch_size: int = 256, workers: int = 0, pool: str = "default") -> Features:  # fmt: skip
+    """Of the central view of all images, on every rank, each having done its share."""
 
     def view(canvas, sizes):
-        x = augment.central_view(canvas, sizes, size, mean, std)
+        x = augment.central_view(canvas, sizes, size, *normalisation(backbone))
         return x.contiguous(memory_format=torch.channels_last)
 
     batches = data.evaluation_loader(images, batch_size, workers, ranks.rank, ranks.world)
-    own = evaluate.extract_features(backbone, batches, view, ranks.device)
-    all_features, all_labels = (distributed.gather_strided(rows, len(images)) for rows in own)
-    return all_features, all_labels
+    own = evaluate.extract_features(pooled(backbone, pool), batches, view, ranks.device)
+    files = getattr(images, "paths", None) or [str(i) for i in range(len(images))]
+    return Features(*(distributed.gather_strided(rows, len(images)) for rows in own), files)
+
+
+def open_data(args: argparse.Namespace, backbone: nn.Module, ranks: distributed.Ranks,
+              labelled: bool = True) -> tuple[data.Data, int, int]:  # fmt: skip
+    """The images, the side of the network's input, and the number of loader processes that the flags ask for.
+
+    Raises:
+        ValueError: where `labelled` and there are no labels to test on.
+    """
+    source = data.load_on_ranks(args.data_path, args.data_root, args.download, ranks.rank)
+    if labelled and source.test is None:
+        raise ValueError(f"{source.name} has no labels to test on: that needs train/ and val/ (or test/), "
+                         "each with class sub-folders")  # fmt: skip
+    size = args.image_size or getattr(backbone, "image_size", None) or data.suitable_size(source.pretrain)
+    source.limit_side(2 * size)
+    return source, size, data.default_workers(source.pretrain) if args.num_workers is None else args.num_workers
+
+
+def save_neighbours(path: str, images: data.Data, train: Features, test: Features, queries: int = 10,
+                    neighbours: int = 8) -> None:  # fmt: skip
+    """Write a picture: a row a test image, drawn by lot, then its nearest training images, framed green or red."""
+    rows = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:queries]
+    _, places = evaluate.nearest_neighbours(train.features, test.features[rows.to(test.features.device)],
+                                            min(neighbours, len(images.train)))  # fmt: skip
+    cells = []
+    for row, near in zip(rows.tolist(), places.tolist()):
+        for split, i in [(images.test, row), *((images.train, i) for i in near)]:
+            canvas, sizes, labels, _ = data.collate(split.__getitems__([i]) if hasattr(split, "__getitems__") else [split[i]])
+            cell = augment.resized_crop(canvas, augment.central_boxes(sizes, 1.0), 64)[0]
+            right = int(labels[0]) == int(test.labels[row])
+            colour = (0.5, 0.5, 0.5) if split is images.test else (0.1, 0.7, 0.2) if right else (0.9, 0.1, 0.1)
+            framed = torch.tensor(colour).view(3, 1, 1).repeat(1, 70, 70)
+            framed[:, 3:-3, 3:-3] = cell
+            cells.append(framed)
+    save_image(torch.stack(cells), path, nrow=len(cells) // len(rows), padding=1, pad_value=1.0)
 
 
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    name, backbone = open_backbone(args)
-    backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
-    source = data.load_on_ranks(args.data_path, args.data_root, args.download, ranks.rank)
-    if source.test is None:
-        raise ValueError(f"{source.name} has no labels to test on: k-NN needs train/ and val/ (or test/), "
-                         "each with class sub-folders")  # fmt: skip
-    size = args.image_size or getattr(backbone, "image_size", None) or data.suitable_size(source.train)
-    source.limit_side(2 * size)
-    workers = data.default_workers(source.train) if args.num_workers is None else args.num_workers
-
-    train_features, train_labels = features(backbone, source.train, size, ranks, args.batch_size_per_gpu, workers)
-    test_features, test_labels = features(backbone, source.test, size, ranks, args.batch_size_per_gpu, workers)
-    if not ranks.first:
-        return
-    print(f"{name}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "
-          f"{source.classes} classes, {size} px, {train_features.shape[1]} features")  # fmt: skip
+    if args.from_features:
+        name, train, test = evaluate.load_features(args.from_features, ranks.device)
+        print(f"{name}; {args.from_features}: {len(train.labels)} training and {len(test.labels)} test images")
+    else:
+        model = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
+        name, backbone = open_model(model, args.seed)
+        source, size, workers = open_data(args, backbone, ranks, labelled=not args.features)
+        backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
+        images = {"train": source.train, "test": source.test} if source.test else {"train": source.pretrain}
+        splits = {key: features(backbone, part, size, ranks, args.batch_size_per_gpu, workers, args.pool)
+                  for key, part in images.items()}  # fmt: skip
+        if not ranks.first:
+            return
+        width = splits["train"].features.shape[1]
+        if args.features:
+            evaluate.save_features(args.features, name, splits)
+            print(f"{args.features}: {width} features of {' and '.join(f'{len(p)} {key}' for key, p in images.items())} images")
+        if not source.test:
+            return
+        train, test = splits["train"], splits["test"]
+        print(f"{name}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "
+              f"{source.classes} classes, {size} px, {width} features")  # fmt: skip
+        if args.neighbours:
+            save_neighbours(args.neighbours, source, train, test)
+    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     for k in args.nb_knn:
-        scores = evaluate.knn_classify(train_features, train_labels, test_features, k, args.temperature, source.classes)
-        line = f"k-NN (k={min(k, len(train_features))}) top-1 {evaluate.accuracy(scores, test_labels):.4f}"
-        if source.classes > 5:
-            line += f" top-5 {evaluate.accuracy(scores, test_labels, top=5):.4f}"
+        scores = evaluate.knn_classify(train.features, train.labels, test.features, k, args.temperature, classes)
+        line = f"k-NN (k={min(k, len(train.labels))}) top-1 {evaluate.accuracy(scores, test.labels):.4f}"
+        if classes > 5:
+            line += f" top-5 {evaluate.accuracy(scores, test.labels, top=5):.4f}"
         print(line, flush=True)
 
 
 def main() -> None:
-    parser = get_parser()
-    args = parser.parse_args()
-    if message := check(args):
-        parser.exit(2, f"eval_knn.py: error: {message}\n")
-    try:
-        run(args, distributed.start(args.device))
-    except ValueError as error:
-        # Of an error in a loader's process the last line is its own; the others are that process's traceback.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        parser.exit(2, f"eval_knn.py: error: {sentence}\n")
-    finally:
-        distributed.stop()
+    args = get_parser().parse_args()
+    distributed.launch("eval_knn.py", check(args), args.device, lambda ranks: run(args, ranks))
 
 
 if __name__ == "__main__":

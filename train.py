@@ -6,7 +6,6 @@
 """
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import eval_knn
 import lowdino
@@ -260,11 +258,10 @@ def build_optimizer(args: argparse.Namespace, student: nn.Module, device: torch.
 
 def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Data, ranks: distributed.Ranks) -> float:
     """Top-1 accuracy of weighted k-NN on the test images, the training images being the memory."""
-    (train_features, train_labels), (test_features, test_labels) = (
-        eval_knn.features(backbone, images, args.global_crops_size, ranks, workers=args.num_workers)
-        for images in (source.train, source.test))  # fmt: skip
-    scores = evaluate.knn_classify(train_features, train_labels, test_features, args.nb_knn, num_classes=source.classes)
-    return evaluate.accuracy(scores, test_labels)
+    train, test = (eval_knn.features(backbone, images, args.global_crops_size, ranks, workers=args.num_workers)
+                   for images in (source.train, source.test))  # fmt: skip
+    scores = evaluate.knn_classify(train.features, train.labels, test.features, args.nb_knn, num_classes=source.classes)
+    return evaluate.accuracy(scores, test.labels)
 
 
 def vital_signs(targets: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
@@ -326,12 +323,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         (output / "args.json").write_text(json.dumps(vars(args) | {"world": ranks.world}, indent=2) + "\n")
         log.say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
 
-    student = network
-    if ranks.world > 1:
-        # Batch norm's buffers need no exchange in training; the option that says so was renamed in torch 2.15.
-        known = inspect.signature(DistributedDataParallel).parameters
-        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        student = DistributedDataParallel(network, [device.index] if device.type == "cuda" else None, **{option: False})
+    student = distributed.data_parallel(network, device)
 
     total_batch = args.batch_size_per_gpu * ranks.world
     epoch_steps = len(source.pretrain) // total_batch
@@ -461,19 +453,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
 
 
 def main() -> None:
-    parser = get_parser()
-    args = parse(parser)
-    if message := check(args):
-        parser.exit(2, f"train.py: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
-    try:
-        ranks = distributed.start(args.device)
-        train(args, ranks, settle(args, ranks))
-    except (ValueError, FloatingPointError) as error:
-        # Of an error in a loader's process the last line is its own; the others are that process's traceback.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        parser.exit(2, f"train.py: error: {sentence}\n")
-    finally:
-        distributed.stop()
+    args = parse(get_parser())
+    distributed.launch("train.py", check(args), args.device, lambda ranks: train(args, ranks, settle(args, ranks)))
 
 
 if __name__ == "__main__":

@@ -353,6 +353,9 @@ def load(source: str, root: str = "data", download: bool = False) -> Data:
     if test_names is None:
         return data
     classes = sorted(set(names))
+    for folder in (f for f in sorted(train_path.iterdir()) if f.is_dir() and not f.name.startswith(".")):
+        if folder.name not in classes:
+            raise ValueError(f"class folder {folder} has no image: fill it, or remove it")
     unknown = sorted(set(test_names) - set(classes))
     if unknown:
         raise ValueError(f"{test_path} has class {unknown[0]!r}, which {train_path} lacks")

@@ -1,11 +1,15 @@
 """Processes and devices: started by torchrun, by SLURM or alone; NCCL on CUDA, gloo on the CPU."""
 
+import inspect
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,39 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], None]) -> None:
+    """Run a script's `work` on this process's rank; what a user can mend is one line and exit status 2, no traceback.
+
+    Args:
+        wrong: what is the matter with the flags, which the first rank says for all; None where nothing is.
+        device: see `start`.
+    """
+    try:
+        if wrong:
+            sys.exit(complain(script, wrong) if rank_from_environment()[0] == 0 else 2)
+        work(start(device))
+    except (ValueError, FloatingPointError) as error:
+        # Of an error in a loader's process the last line is its own; the others are that process's traceback.
+        sys.exit(complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+    finally:
+        stop()
+
+
+def complain(script: str, sentence: str) -> int:
+    print(f"{script}: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its gradients averaged over the ranks; itself where there is one process."""
+    if not dist.is_initialized():
+        return module
+    # Batch norm's buffers need no exchange in training; the option that says so was renamed in torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, **{option: False})
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all ranks, in place."""
     if dist.is_initialized():
@@ -94,7 +131,7 @@ def gather_strided(rows: Tensor, total: int) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
-def broadcast_buffers(module: torch.nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Give every rank the first rank's buffers, batch norm's statistics among them."""
     if dist.is_initialized():
         for buffer in module.buffers():

@@ -1,10 +1,20 @@
-"""Features of a frozen network, and the weighted k-NN classifier on them."""
+"""Features of a frozen network, in memory and as a file, and the weighted k-NN classifier on them."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """Of one split: (N, D) features, (N,) labels (-1 where there is none), and N names of files or places."""
+
+    features: Tensor
+    labels: Tensor
+    files: list[str]
 
 
 @torch.no_grad()
@@ -26,6 +36,49 @@ def extract_features(backbone: nn.Module, batches: Iterable, view: Callable[[Ten
         labels.append(label.to(device))
     backbone.train(training)
     return torch.cat(features), torch.cat(labels)
+
+
+def save_features(path: str, name: str, splits: dict[str, Features]) -> None:
+    """Write an .npz of plain arrays: `model`, and of each split ("train", "test") NAME, NAME_labels and NAME_files."""
+    arrays = {"model": np.array(name)}
+    for split, (x, labels, files) in splits.items():
+        arrays |= {split: x.cpu().numpy(), f"{split}_labels": labels.cpu().numpy(), f"{split}_files": np.array(files)}
+    with open(path, "wb") as file:  # np.savez would add .npz to another name
+        np.savez(file, **arrays)
+
+
+def load_features(path: str, device: torch.device | str = "cpu") -> tuple[str, Features, Features]:
+    """The name, the training and the test features of a file of `save_features`, or of anybody's with the same arrays.
+
+    Raises:
+        ValueError: where the file is damaged, lacks labels, or its arrays do not fit each other.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}") from error
+    except Exception as error:  # a damaged file makes zipfile and numpy fail in any way there is
+        raise ValueError(f"cannot read {path}: it is damaged, or not an .npz file of plain arrays") from error
+    splits = []
+    for split in ("train", "test"):
+        lacking = [key for key in (split, f"{split}_labels") if key not in arrays]
+        if lacking:
+            raise ValueError(f"{path} lacks the array {lacking[0]!r}; it has {', '.join(sorted(arrays))}")
+        x, labels = arrays[split], arrays[f"{split}_labels"]
+        if x.ndim != 2 or labels.shape != (len(x),) or not len(x):
+            raise ValueError(f"{path}: {split} should be (N, D) with N labels, not {x.shape} with labels {labels.shape}")
+        if labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(f"{path}: {split}_labels should be whole numbers from 0; a file of unlabelled images has none")
+        if x.dtype.kind not in "fiu" or not np.isfinite(x).all():
+            raise ValueError(f"{path}: {split} has values that are not finite numbers")
+        names = arrays.get(f"{split}_files", np.arange(len(x)))
+        splits.append(Features(torch.from_numpy(x).float().to(device), torch.from_numpy(labels).long().to(device),
+                               [str(n) for n in names]))  # fmt: skip
+    train, test = splits
+    if train.features.shape[1] != test.features.shape[1]:
+        raise ValueError(f"{path}: train has {train.features.shape[1]} features an image, test {test.features.shape[1]}")
+    return str(arrays.get("model", path)), train, test
 
 
 def nearest_neighbours(train_features: Tensor, test_features: Tensor, k: int,

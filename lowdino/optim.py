@@ -15,6 +15,26 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     ]
 
 
+def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list[dict]:
+    """Groups whose learning rates fall by a factor of `decay` a block from the head down (BEiT; Bao et al., 2021).
+
+    A block is a child of the backbone, or a child of one that is a sequence, in the order of their definition. Each group
+    has `scale`, its factor, and, for biases, norms and gains, `weight_decay` 0.
+    """
+    blocks: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, parameter in backbone.named_parameters():
+        child, *rest = name.split(".")
+        if isinstance(getattr(backbone, child), (nn.Sequential, nn.ModuleList)):
+            child += "." + rest[0]
+        blocks.setdefault(child, []).append((name, parameter))
+    groups = []
+    for depth, module in enumerate([*reversed(blocks.values())]):
+        weights, others = ([p for _, p in module if (p.ndim > 1) == decays] for decays in (True, False))
+        scale = decay ** (depth + 1)
+        groups += [{"params": weights, "scale": scale}, {"params": others, "scale": scale, "weight_decay": 0.0}]
+    return [{**group, "scale": 1.0} for group in parameter_groups(head)] + [group for group in groups if group["params"]]
+
+
 @torch.no_grad()
 def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> None:
     """Scale each parameter's gradient down to a Euclidean norm of `max_norm`, in place and without synchronising.

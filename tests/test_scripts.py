@@ -181,7 +181,7 @@ def test_knn_flags_are_checked():
 
 def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, call_script):
     tested = call_script("eval_knn.py", "--pixels", "--data_path", picture_folder / "train", check=False)
-    assert tested.returncode == 2 and "has no labels to test on: k-NN needs train/ and val/" in tested.stderr
+    assert tested.returncode == 2 and "has no labels to test on: that needs train/ and val/" in tested.stderr
     trained = call_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--output_dir", tmp_path / "o")
     assert "k-NN" not in trained.stdout
 

@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""Accuracy of a linear classifier on frozen features, or of the whole network fine-tuned, at fractions of the labels.
+
+    python eval_linear.py output/backbone.pth --data_path /path/with/train/and/val
+    python eval_linear.py pixels resnet5m output/backbone.pth --label_fraction 0.01 0.1 1      one table of all
+    python eval_linear.py output/backbone.pth --finetune --label_fraction 0.2
+    python eval_linear.py mobilevit_s --from_scratch --label_fraction 0.2                      its supervised rival
+
+A MODEL is a backbone.pth of train.py, an architecture's name (at random weights), ARCH=FILE for a plain state dict such as
+timm's or torchvision's, or pixels.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+import eval_knn
+from lowdino import augment, data, distributed, evaluate, models, optim, probe, schedules
+
+# The probe's grids. `probe.Scaler` brings all features to the same scale, so that they serve every network.
+PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
+PROBE_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]
+LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=" ".join(__doc__.split("\n\n")[2].split()),
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="backbone.pth, architecture, ARCH=FILE or pixels")
+    add("--from_features", metavar="FILE", help="probe an .npz of features, as eval_knn.py --features writes, instead")
+
+    what = parser.add_argument_group("what is trained (default: a linear classifier on features computed once)")
+    add = what.add_argument
+    add("--augment", action="store_true", help="the original's protocol: crops and flips anew in every epoch")
+    add("--finetune", action="store_true", help="train the whole network")
+    add("--from_scratch", action="store_true", help="train the whole network from random weights")
+    add("--solver", choices=["sgd", "lbfgs"], default="sgd", help="of the probe: lbfgs is logistic regression to its optimum")
+    add("--lr", type=float, nargs="+", help="learning rates to choose from, of the probe per 256 images; default: a grid "
+        "for the probe, 0.001 for the whole network")  # fmt: skip
+    add("--weight_decay", type=float, nargs="+", help="to choose from; default: a grid for the probe, 0.05 for the network")
+    add("--layer_decay", type=float, help="learning rate of a block over that of the block above; default: 0.75 with "
+        "--finetune, 1 with --from_scratch, where no block knows more than another")  # fmt: skip
+    add("--epochs", type=int, default=100)
+    add("--batch_size_per_gpu", type=int, default=256)
+
+    labels = parser.add_argument_group("labels")
+    add = labels.add_argument
+    add("--label_fraction", type=float, nargs="+", default=[1.0], help="fractions of each class's training labels to use")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the choice of labels and of the training; several give mean and "
+        "standard deviation")  # fmt: skip
+    add("--val_fraction", type=float, default=0.2, help="of the training labels in use, held out to choose settings by")
+
+    rest = parser.add_argument_group("data and output")
+    add = rest.add_argument
+    eval_knn.add_data_flags(add)
+    add("--nb_knn", type=int, default=20, help="neighbours of the k-NN that is printed beside")
+    add("--output_dir", default="output_linear", help="for table.md, table.json and the images chosen at each fraction")
+    return parser
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags by themselves, in one sentence, or None."""
+    whole = args.finetune or args.from_scratch
+    if bool(args.models) == bool(args.from_features):
+        return "give one MODEL or more, or --from_features FILE"
+    if args.augment + args.finetune + args.from_scratch > 1:
+        return "--augment, --finetune and --from_scratch are three ways of training; give one"
+    if args.from_features and (args.augment or whole):
+        return "--augment, --finetune and --from_scratch need the images, which --from_features does without"
+    if args.solver == "lbfgs" and (args.augment or whole):
+        return "--solver lbfgs needs features that stay the same: not with --augment, --finetune or --from_scratch"
+    if args.solver == "lbfgs" and args.lr:
+        return "--solver lbfgs has no learning rate; leave --lr out"
+    if whole and len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
+        return "the whole network is trained with one --lr and one --weight_decay"
+    if whole and (args.pool != "default" or "pixels" in args.models):
+        return "the whole network is trained as it is: no --pool, no pixels"
+    if args.augment and "pixels" in args.models:
+        return "--augment needs backbones; pixels has none"
+    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
+        return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
+    if args.from_scratch and not all(m.partition("=")[0] in models.ARCHS for m in args.models):
+        return f"--from_scratch takes names of architectures: {', '.join(models.ARCHS)}"
+    for flag, low, values in (("lr", 0, args.lr), ("weight_decay", 0, args.weight_decay)):
+        if values and not all(low <= value < float("inf") for value in values):
+            return f"--{flag} must be {low} or more, not {values}"
+    if not all(0 < fraction <= 1 for fraction in args.label_fraction):
+        return f"--label_fraction must lie above 0, up to 1, not {args.label_fraction}"
+    if not all(0 <= seed < 2**63 for seed in args.seeds):
+        return f"--seeds must lie between 0 and 2^63, not {args.seeds}"
+    if not 0 < args.val_fraction < 1:
+        return f"--val_fraction must lie between 0 and 1, not {args.val_fraction}"
+    if args.image_size is not None and args.image_size < 32:
+        return f"--image_size must be at least 32 pixels, not {args.image_size}"
+    for flag, low in (("epochs", 1), ("batch_size_per_gpu", 1), ("nb_knn", 1), ("num_workers", 0)):
+        if (value := getattr(args, flag)) is not None and value < low:
+            return f"--{flag} must be at least {low}, not {value}"
+    return None
+
+
+@dataclass
+class Subject:
+    """A model, the images it is measured on, and how they are read."""
+
+    backbone: nn.Module
+    source: data.Data
+    size: int
+    workers: int
+    ranks: distributed.Ranks
+
+
+def protocol(args: argparse.Namespace) -> str:
+    """What was done, in a sentence for people who compare."""
+    if args.finetune or args.from_scratch:
+        return (f"whole network {'from random weights' if args.from_scratch else 'fine-tuned'}: AdamW, learning rate "
+                f"{args.lr[0]:g}, x {args.layer_decay:g} a block downwards, weight decay {args.weight_decay[0]:g}, "
+                f"{args.epochs} epochs of crops and flips; the last epoch")  # fmt: skip
+    settings = f"{len(args.weight_decay)} weight decays"
+    if args.solver == "sgd":
+        settings = f"{len(args.lr)} learning rates x {settings}"
+    views = "features of crops and flips" if args.augment else "features of the central views"
+    solver = f"SGD, {args.epochs} epochs" if args.solver == "sgd" else "logistic regression to its optimum"
+    return (f"linear classifier on {views}, half-whitened by all training images: {solver}; {settings}, chosen on {args.val_fraction:g} of the training labels in "
+            "use, then fitted to all of them")  # fmt: skip
+
+
+def training_batches(args: argparse.Namespace, subject: Subject, places: Tensor,
+                     seed: int) -> tuple[torch.utils.data.DataLoader, int]:  # fmt: skip
+    """The loader of a whole training on the training images at `places`, and its number of steps."""
+    ranks = subject.ranks
+    size = min(args.batch_size_per_gpu, len(places) // ranks.world)
+    if size == 0:
+        raise ValueError(f"{len(places)} labelled images are fewer than the {ranks.world} ranks; start fewer")
+    batches = data.TrainingBatches(len(places), size, seed, 0, args.epochs * (len(places) // (size * ranks.world)),
+                                   ranks.rank, ranks.world)  # fmt: skip
+    chosen = Subset(subject.source.train, places.tolist())
+    return data.training_loader(chosen, batches, subject.workers, ranks.device.type == "cuda"), len(batches)
+
+
+def training_view(batch: data.Batch, subject: Subject, seed: int, step: int) -> Tensor:
+    """A random-resized crop (area 0.08 to 1) and a flip of each image, as supervised training on ImageNet has them."""
+    device = subject.ranks.device
+    images, sizes = batch.images.to(device), batch.sizes.to(device)
+    generator = augment.seeded_generator(device, 2, seed, step, subject.ranks.rank)
+    boxes = augment.random_boxes(sizes, (0.08, 1.0), generator)
+    flip = torch.rand(len(images), generator=generator, device=device) < 0.5
+    x = augment.normalize(augment.resized_crop(images, boxes, subject.size, flip), *eval_knn.normalisation(subject.backbone))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def fit(args: argparse.Namespace, subject: Subject | None, scaler: probe.Scaler, inputs: Tensor, labels: Tensor,
+        places: Tensor, classes: int, settings: list[tuple[float, float]], seed: int) -> Tensor:  # fmt: skip
+    """Classifiers of all `settings` on the training images at `places`: weights (D + 1, G, C) for the scaler's (N, D + 1)."""
+    if args.solver == "lbfgs":
+        return probe.logistic_regression(inputs[places], labels[places], classes, [decay for _, decay in settings])
+    if not args.augment:
+        batch = min(args.batch_size_per_gpu, len(places))
+        rates = [(lr * batch / 256, decay) for lr, decay in settings]
+        return probe.train_probes(inputs[places], labels[places], classes, rates, args.epochs, batch, seed)
+    loader, steps = training_batches(args, subject, places, seed)
+    ranks = subject.ranks
+    batch = loader.batch_sampler.batch_size * ranks.world
+    probes = probe.Probes([(lr * batch / 256, decay) for lr, decay in settings], inputs.shape[1], classes, ranks.device)
+    network = eval_knn.pooled(subject.backbone, args.pool).eval()
+    for step, images in enumerate(loader):
+        with torch.no_grad():
+            own = network(training_view(images, subject, seed, step)).float()
+        # All ranks take the same step on the features of all.
+        x, y = (distributed.gather_strided(rows, batch) for rows in (own, images.labels.to(ranks.device)))
+        probes.step(scaler(x), y, schedules.cosine(step, steps, 1.0, 0.0))
+    return probes.classifiers()
+
+
+def probe_weights(args: argparse.Namespace, subject: Subject | None, scaler: probe.Scaler, inputs: Tensor, labels: Tensor,
+                  places: Tensor, classes: int, seed: int) -> tuple[Tensor, str]:  # fmt: skip
+    """The chosen classifier, (D + 1, C), and what was chosen, in words."""
+    settings = list(itertools.product(args.lr, args.weight_decay))
+    if len(settings) > 1:
+        inner, held = (places[part] for part in probe.hold_out(labels[places], args.val_fraction, seed))
+        weights = fit(args, subject, scaler, inputs, labels, inner, classes, settings, seed)
+        right = torch.einsum("nd,dgc->gnc", inputs[held], weights).argmax(dim=2) == labels[held]  # (G, N)
+        settings = [settings[int(right.float().mean(dim=1).argmax())]]
+    weights = fit(args, subject, scaler, inputs, labels, places, classes, settings, seed)
+    ((lr, decay),) = settings
+    return weights[:, 0], f"weight decay {decay:g}" if args.solver == "lbfgs" else f"lr {lr:g}, weight decay {decay:g}"
+
+
+def finetuned_scores(args: argparse.Namespace, subject: Subject, name: str, places: Tensor, seed: int) -> Tensor:
+    """Train backbone and classifier, from `name` anew; the scores on the test images, (M, C)."""
+    ranks = subject.ranks
+    _, backbone = eval_knn.open_model(name, seed)
+    torch.manual_seed(seed)
+    head = nn.Linear(backbone.embed_dim, subject.source.classes)
+    nn.init.zeros_(head.weight)
+    network = nn.Sequential(backbone, head).to(ranks.device, memory_format=torch.channels_last)
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    optimizer = torch.optim.AdamW(optim.layerwise_groups(*network, args.layer_decay), lr=0.0,
+                                  weight_decay=args.weight_decay[0])  # fmt: skip
+    loader, steps = training_batches(args, subject, places, seed)
+    model = distributed.data_parallel(network, ranks.device).train()
+    for step, batch in enumerate(loader):
+        lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
+            scores = model(training_view(batch, subject, seed, step))
+        loss = F.cross_entropy(scores.float(), batch.labels.to(ranks.device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if ranks.first and (step + 1) % max(steps // 5, 1) == 0:
+            print(f"  step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+    distributed.broadcast_buffers(network)
+    network.mean, network.std = eval_knn.normalisation(subject.backbone)
+    return eval_knn.features(network, subject.source.test, subject.size, ranks, 256, subject.workers).features
+
+
+@torch.no_grad()
+def cost(backbone: nn.Module, size: int, device: torch.device, batch: int = 64, repeats: int = 5) -> dict[str, float]:
+    """Millions of parameters and of multiply-adds an image, counted, and milliseconds an image in batches of 64."""
+    backbone.eval()
+    x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    # The plain form of attention is made of matrix products, which the counter knows on every device.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        backbone(x[:1])
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        backbone(x).sum().item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return {"parameters_M": sum(p.numel() for p in backbone.parameters()) / 1e6,
+            "multiply_adds_M": counter.get_total_flops() / 2e6, "ms_an_image": statistics.median(seconds) / batch * 1e3}  # fmt: skip
+
+
+def percent(values: list[float]) -> str:
+    """Mean in percent and, of several, the standard deviation."""
+    text = f"{100 * statistics.mean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+
+
+def measure(args: argparse.Namespace, name: str, output: Path, ranks: distributed.Ranks) -> dict:
+    """All figures of one model: a row of the table."""
+    say = print if ranks.first else lambda *_, **__: None
+    subject = None
+    if args.from_features:
+        title, train, test = evaluate.load_features(name, ranks.device)
+        row = {"model": title}
+    else:
+        title, backbone = eval_knn.open_model(name, args.seeds[0])
+        source, size, workers = eval_knn.open_data(args, backbone, ranks)
+        subject = Subject(backbone.to(ranks.device, memory_format=torch.channels_last), source, size, workers, ranks)
+        row = {"model": title, "image_size": size, **cost(backbone, size, ranks.device)}
+        start = time.perf_counter()
+        train, test = (eval_knn.features(backbone, images, size, ranks, 256, workers, args.pool)
+                       for images in (source.train, source.test))  # fmt: skip
+        say(f"{title}: {len(train.labels)} training and {len(test.labels)} test images, {size} px, "
+            f"{train.features.shape[1]} features in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    classes = int(train.labels.max()) + 1
+    if int(test.labels.max()) >= classes:
+        raise ValueError(f"the test images have class {int(test.labels.max())}, the training images none above {classes - 1}")
+    votes = evaluate.knn_classify(train.features, train.labels, test.features, args.nb_knn, num_classes=classes)
+    row["knn"] = evaluate.accuracy(votes, test.labels)
+    say(f"  k-NN (k={min(args.nb_knn, len(train.labels))}) top-1 {row['knn']:.4f}", flush=True)
+    scaler = probe.Scaler(train.features)
+    inputs, test_inputs = scaler(train.features), scaler(test.features)
+    row["trained"] = []
+    for fraction in args.label_fraction:
+        cell = {"label_fraction": fraction, "seeds": args.seeds, "top1": [], "top5": [], "chosen": []}
+        for seed in args.seeds:
+            places = probe.label_subset(train.labels, fraction, seed)
+            if ranks.first:
+                listed = "".join(f"{i}\n" for i in places.tolist())
+                (output / f"labels_{fraction:g}_seed{seed}.txt").write_text(listed)
+            places = places.to(ranks.device)
+            if args.finetune or args.from_scratch:
+                scores, chosen = finetuned_scores(args, subject, name, places, seed), ""
+            else:
+                weights, chosen = probe_weights(args, subject, scaler, inputs, train.labels, places, classes, seed)
+                scores = test_inputs @ weights
+            cell["top1"].append(evaluate.accuracy(scores, test.labels))
+            top5 = ""
+            if classes > 5:
+                cell["top5"].append(evaluate.accuracy(scores, test.labels, top=5))
+                top5 = f" top-5 {cell['top5'][-1]:.4f}"
+            cell["chosen"].append(chosen)
+            say(f"  {fraction:g} of the labels ({len(places)} images), seed {seed}: top-1 {cell['top1'][-1]:.4f}{top5}"
+                f"{chosen and f', {chosen}'}", flush=True)  # fmt: skip
+        row["trained"].append(cell)
+    return row
+
+
+def table(args: argparse.Namespace, rows: list[dict]) -> str:
+    """The rows in Markdown, accuracies in percent."""
+    kind = "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
+    costs = [] if args.from_features else ["parameters (M)", "multiply-adds (M)", "ms an image", "pixels"]
+    heads = ["model", *costs, f"k-NN (k={args.nb_knn})", *(f"{kind} {100 * f:g} %" for f in args.label_fraction)]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        numbers = [] if args.from_features else [f"{row['parameters_M']:.2f}", f"{row['multiply_adds_M']:.1f}",
+                                                 f"{row['ms_an_image']:.2f}", f"{row['image_size']}"]  # fmt: skip
+        lines.append([row["model"], *numbers, percent([row["knn"]]), *(percent(cell["top1"]) for cell in row["trained"])])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    output = Path(args.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output} cannot be made: {error.strerror}") from error
+    whole, lbfgs = args.finetune or args.from_scratch, args.solver == "lbfgs"
+    args.lr = args.lr or ([1e-3] if whole else [0.0] if lbfgs else PROBE_LR)
+    args.weight_decay = args.weight_decay or ([0.05] if whole else LBFGS_WEIGHT_DECAY if lbfgs else PROBE_WEIGHT_DECAY)
+    args.layer_decay = args.layer_decay or (0.75 if args.finetune else 1.0)
+    if ranks.first:
+        print(f"protocol: {protocol(args)}", flush=True)
+    rows = []
+    for name in args.models or [args.from_features]:
+        rows.append(measure(args, name, output, ranks))
+        if ranks.first:  # after every model: a stopped run keeps what it has
+            (output / "table.md").write_text(table(args, rows))
+            (output / "table.json").write_text(json.dumps({"protocol": protocol(args), "rows": rows}, indent=2) + "\n")
+    if ranks.first:
+        print(f"\n{table(args, rows)}\nalso in {output}/table.md and {output}/table.json")
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    distributed.launch("eval_linear.py", check(args), args.device, lambda ranks: run(args, ranks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The probe against autograd, float64 and scikit-learn's objective; eval_linear.py from outside."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import eval_linear
+import lowdino
+from lowdino import evaluate, optim, probe
+
+
+def blobs(n, classes=4, width=12, seed=0):
+    """Gaussian classes that overlap, in directions of very different variance: (n, width), (n,)."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    labels = rng.permutation(np.arange(n) % classes)
+    x = (centres[labels] + 1.5 * rng.normal(size=(n, width))) * np.geomspace(1, 0.01, width)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(labels)
+
+
+def test_scaler_half_whitens():
+    x = blobs(300)[0]
+    y = probe.Scaler(x)(x).double().numpy()
+    assert y.shape == (300, 13) and (y[:, -1] == 1).all()
+    y = y[:, :-1]
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+    assert (y**2).sum(1).mean() == pytest.approx(1, rel=1e-4)
+    before = np.linalg.eigvalsh(np.cov(x.double().numpy().T, bias=True))
+    before /= before.sum()
+    expected = before / np.sqrt(before + 1e-5)
+    np.testing.assert_allclose(np.linalg.eigvalsh(np.cov(y.T, bias=True)), expected / expected.sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_probes_are_separate_classifiers_trained_by_sgd():
+    x, labels = blobs(64)
+    x = probe.Scaler(x)(x)
+    settings = [(0.5, 0.0), (5.0, 1e-3), (20.0, 1e-1)]
+    together = probe.Probes(settings, x.shape[1], 4)
+    factors = [1.0, 0.7, 0.2, 0.1]
+    for factor in factors:
+        together.step(x, labels, factor)
+    for g, (lr, decay) in enumerate(settings):
+        weight = torch.zeros(x.shape[1], 4, dtype=torch.float64, requires_grad=True)
+        velocity = 0
+        for factor in factors:
+            loss = F.cross_entropy(x.double() @ weight, labels) + 0.5 * decay * weight[:-1].square().sum()
+            velocity = 0.9 * velocity + torch.autograd.grad(loss, weight)[0]
+            weight = (weight - factor * lr * velocity).detach().requires_grad_()
+        torch.testing.assert_close(together.classifiers()[:, g].double(), weight.detach(), atol=1e-5, rtol=1e-4)
+
+
+def optimum(x, labels, classes, decay):
+    """The convex optimum by Newton's method in float64: (D + 1, C)."""
+    x, target = x.double(), F.one_hot(labels, classes).double()
+    shape = (x.shape[1], classes)
+    penalty = torch.full(shape, decay, dtype=torch.float64)
+    penalty[-1] = 0
+    weight = torch.zeros(shape, dtype=torch.float64)
+    for _ in range(30):
+        p = (x @ weight).softmax(1)
+        gradient = x.T @ (p - target) / len(x) + penalty * weight
+        curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        hessian = torch.einsum("nd,ne,ncf->dcef", x, x, curvature).reshape(weight.numel(), -1) / len(x)
+        hessian += torch.diag(penalty.flatten() + 1e-12)  # the bias is free up to a constant
+        weight -= torch.linalg.lstsq(hessian, gradient.flatten()[:, None]).solution.view(shape)
+    assert gradient.abs().max() < 1e-9
+    return weight
+
+
+def test_logistic_regression_reaches_the_optimum_and_sgd_its_accuracy():
+    (x, labels), (test, test_labels) = blobs(600), blobs(2000, seed=1)
+    scaler = probe.Scaler(x)
+    x, test = scaler(x), scaler(test)
+    decays = [1e-4, 1e-2, 1e-3]  # in any order
+    weights = probe.logistic_regression(x, labels, 4, decays)
+    assert weights.shape == (13, 3, 4)
+    accuracies = []
+    for g, decay in enumerate(decays):
+        best = optimum(x, labels, 4, decay)
+        torch.testing.assert_close(weights[:-1, g].double(), best[:-1], atol=2e-3 * best.abs().max().item(), rtol=0)
+        accuracies.append(evaluate.accuracy(test.double() @ best, test_labels))
+    trained = probe.train_probes(x, labels, 4, [(10.0, decay) for decay in decays], epochs=100)
+    for g in range(3):
+        assert evaluate.accuracy(test @ trained[:, g], test_labels) == pytest.approx(accuracies[g], abs=0.005)
+    assert min(accuracies) > 0.5
+
+
+def test_label_subsets_are_balanced_nested_and_of_the_labels_alone():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)[torch.randperm(70, generator=torch.Generator().manual_seed(0))]
+    small, large = probe.label_subset(labels, 0.1, 3), probe.label_subset(labels, 0.5, 3)
+    assert torch.bincount(labels[small]).tolist() == [4, 2, 1] and torch.bincount(labels[large]).tolist() == [20, 10, 5]
+    assert set(small.tolist()) < set(large.tolist()) and small.tolist() == sorted(small.tolist())
+    assert small.tolist() != probe.label_subset(labels, 0.1, 4).tolist()
+    assert probe.label_subset(labels, 1.0, 0).tolist() == list(range(70))
+    with pytest.raises(ValueError, match="a fraction of 0.01 of the labels leaves class 0, of 40 images, without one"):
+        probe.label_subset(labels, 0.01, 0)
+    with pytest.raises(ValueError, match="class 1 has no training image"):
+        probe.label_subset(torch.tensor([0, 2]), 1.0, 0)
+
+
+def test_held_out_images_are_balanced_and_apart():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 3)
+    inner, held = probe.hold_out(labels, 0.2, 0)
+    assert torch.bincount(labels[held]).tolist() == [8, 4] and sorted([*inner.tolist(), *held.tolist()]) == list(range(63))
+    with pytest.raises(ValueError, match="6 labels are too few to hold 0.2 of each class out"):
+        probe.hold_out(torch.tensor([0, 0, 0, 1, 1, 1]), 0.2, 0)
+
+
+def test_learning_rates_fall_from_block_to_block():
+    backbone, head = lowdino.build_backbone("resnet5m"), nn.Linear(512, 3)
+    groups = optim.layerwise_groups(backbone, head, 0.5)
+    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len([*backbone.parameters(), *head.parameters()]) == sum(len(g["params"]) for g in groups)
+    assert scale[id(head.weight)] == scale[id(head.bias)] == 1
+    for name, depth in (("layer3.0.conv1", 1), ("layer2.5.conv1", 2), ("layer2.0.bn1", 7), ("layer1.0.conv2", 10), ("bn1", 11), ("conv1", 12)):
+        assert scale[id(backbone.get_submodule(name).weight)] == 0.5**depth, name
+    for group in groups:
+        assert all(p.ndim <= 1 for p in group["params"]) if group.get("weight_decay") == 0 else all(p.ndim > 1 for p in group["params"])
+
+
+QUICK = ["--device", "cpu", "--epochs", "3", "--val_fraction", "0.3"]
+
+
+def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
+    done = call_script("eval_linear.py", "pixels", "mobilevit_xxs", *QUICK, "--data_path", picture_folder, "--label_fraction",
+                       0.5, 1, "--seeds", 0, 1, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert "protocol: linear classifier on features of the central views" in done.stdout
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert written in done.stdout
+    heads, _, pixels, network = written.splitlines()
+    assert heads == ("| model | parameters (M) | multiply-adds (M) | ms an image | pixels | k-NN (k=20) | linear 50 % "
+                     "| linear 100 % |")  # fmt: skip
+    assert re.match(r"\| raw pixels \| 0.00 \| 0.0 \| .* \| 32 \| 100.00 \| 100.00 ± 0.00 \|", pixels)
+    assert re.match(r"\| mobilevit_xxs at random initialisation, seed 0 \| 0.95 \| \d+\.\d \|", network)
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert rows[0]["trained"][1]["top1"] == [1.0, 1.0] and "chosen" in rows[1]["trained"][0]
+    chosen = [int(line) for line in (tmp_path / "out" / "labels_0.5_seed1.txt").read_text().split()]
+    assert len(chosen) == 12 and sum(i < 12 for i in chosen) == 6  # 12 of either class, the dark ones first
+
+
+@pytest.mark.parametrize("flags", [["--augment"], ["--finetune", "--epochs", "12"], ["--from_scratch", "--epochs", "12"],
+                                   ["--solver", "lbfgs"]])  # fmt: skip
+def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
+    done = call_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, "--data_path", picture_folder, "--batch_size_per_gpu",
+                       "8", "--output_dir", tmp_path / "out")  # fmt: skip
+    row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert row["trained"][0]["top1"][0] > 0.9  # dark against light
+    assert ("whole network" in done.stdout) == (flags[0] in ("--finetune", "--from_scratch"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--augment"], ["--from_scratch", "--epochs", "12"]])
+def test_two_ranks_train_too(flags, picture_folder, tmp_path, run_script):
+    tables = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        run_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, "--data_path", picture_folder, "--output_dir", out,
+                   "--batch_size_per_gpu", 8 // ranks, ranks=ranks)  # fmt: skip
+        tables.append(json.loads((out / "table.json").read_text())["rows"][0])
+    assert tables[0]["knn"] == tables[1]["knn"]
+    assert min(t["trained"][0]["top1"][0] for t in tables) > 0.8
+
+
+def test_features_go_through_a_file(picture_folder, tmp_path, call_script):
+    file = tmp_path / "features.npz"
+    direct = call_script("eval_knn.py", "--arch", "mobilevit_xxs", "--data_path", picture_folder, "--features", file,
+                         "--neighbours", tmp_path / "neighbours.png", "--pool", "default+max")  # fmt: skip
+    again = call_script("eval_knn.py", "--from_features", file)
+    lines = [line for line in direct.stdout.splitlines() if line.startswith("k-NN")]
+    assert lines and lines == [line for line in again.stdout.splitlines() if line.startswith("k-NN")]
+    arrays = dict(np.load(file))
+    assert arrays["train"].shape == (24, 640) and arrays["train_labels"].tolist() == [0] * 12 + [1] * 12
+    assert str(arrays["test_files"][0]).endswith("pictures/val/dark/0.png")
+    assert (arrays["train"][:, 320:] >= arrays["train"][:, :320]).all()  # a maximum against a mean
+    probed = call_script("eval_linear.py", "--from_features", file, "--epochs", "3", "--val_fraction", 0.3, "--output_dir",
+                         tmp_path / "out")  # fmt: skip
+    assert "| mobilevit_xxs at random initialisation, seed 0 | 100.00 | 100.00 |" in probed.stdout
+
+    unlabelled = tmp_path / "unlabelled.npz"
+    call_script("eval_knn.py", "--arch", "mobilevit_xxs", "--data_path", picture_folder / "train", "--features", unlabelled)
+    assert np.load(unlabelled)["train"].shape == (24, 320)
+    refused = call_script("eval_linear.py", "--from_features", unlabelled, check=False)
+    assert refused.returncode == 2 and "lacks the array 'test'" in refused.stderr or "whole numbers" in refused.stderr
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"test": np.zeros((2, 3), np.float32)}, "train has 4 features an image, test 3"),
+    ({"test": np.full((2, 4), np.nan, np.float32)}, "test has values that are not finite numbers"),
+    ({"train_labels": np.zeros(5, int)}, r"train should be \(N, D\) with N labels, not \(6, 4\) with labels \(5,\)"),
+    ({"train_labels": np.full(6, 0.5)}, "train_labels should be whole numbers from 0"),
+    ({"train": np.array([object()] * 6)}, "damaged, or not an .npz file of plain arrays"),
+])  # fmt: skip
+def test_wrong_feature_files_are_one_sentence(change, message, tmp_path):
+    arrays = {"train": np.ones((6, 4), np.float32), "train_labels": np.arange(6) % 2, "test": np.ones((2, 4), np.float32),
+              "test_labels": np.arange(2)}  # fmt: skip
+    np.savez(tmp_path / "good.npz", **arrays)
+    assert evaluate.load_features(tmp_path / "good.npz")[2].files == ["0", "1"]
+    np.savez(tmp_path / "bad.npz", **arrays | change)
+    with pytest.raises(ValueError, match=message):
+        evaluate.load_features(tmp_path / "bad.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match="cannot read .*cut.npz: it is damaged"):
+        evaluate.load_features(tmp_path / "cut.npz")
+
+
+def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
+    def message(*flags):
+        done = call_script("eval_linear.py", "mobilevit_xxs", *QUICK, "--output_dir", tmp_path / "out", *flags, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "leaves class 0, of 12 images, without one" in message("--data_path", picture_folder, "--label_fraction", 0.01)
+    assert "2 labels are too few to hold 0.3 of each" in message("--data_path", picture_folder, "--label_fraction", 0.1)
+    assert "has no labels to test on" in message("--data_path", picture_folder / "train")
+    (picture_folder / "train" / "void").mkdir()
+    assert "train/void has no image: fill it, or remove it" in message("--data_path", picture_folder)
+    (picture_folder / "val" / "0.png").write_bytes((picture_folder / "val" / "dark" / "0.png").read_bytes())
+    assert "has no labels to test on" in message("--data_path", picture_folder)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "give one MODEL or more, or --from_features FILE"),
+    (["pixels", "--from_features", "x.npz"], "give one MODEL or more"),
+    (["resnet18", "--augment", "--finetune"], "--augment, --finetune and --from_scratch are three ways"),
+    (["--from_features", "x.npz", "--augment"], "--augment, --finetune and --from_scratch need the images"),
+    (["resnet18", "--augment", "--solver", "lbfgs"], "--solver lbfgs needs features that stay the same"),
+    (["resnet18", "--lr", "1", "--solver", "lbfgs"], "--solver lbfgs has no learning rate"),
+    (["resnet18", "--finetune", "--lr", "1", "2"], "the whole network is trained with one --lr"),
+    (["pixels", "--finetune"], "the whole network is trained as it is"),
+    (["pixels", "--augment"], "--augment needs backbones"),
+    (["resnet18", "--layer_decay", "0.5"], "--layer_decay goes with --finetune"),
+    (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
+    (["resnet18", "--lr", "-1"], "--lr must be 0 or more, not [-1.0]"),
+    (["resnet18", "--label_fraction", "0.1", "1.5"], "--label_fraction must lie above 0, up to 1"),
+    (["resnet18", "--val_fraction", "1"], "--val_fraction must lie between 0 and 1"),
+    (["resnet18", "--epochs", "0"], "--epochs must be at least 1, not 0"),
+    (["resnet18", "--image_size", "8"], "--image_size must be at least 32"),
+    (["resnet18", "--seeds", "-1"], "--seeds must lie between 0 and 2^63"),
+])  # fmt: skip
+def test_wrong_flags_are_refused(flags, message):
+    assert eval_linear.check(eval_linear.get_parser().parse_args(flags)).startswith(message)
