@@ -58,6 +58,12 @@ def check(args: argparse.Namespace) -> str | None:
         return "--features and --neighbours need the images, which --from_features does without"
     if args.pixels and args.pool != "default":
         return "--pool needs a backbone, and --pixels has none"
+    if args.from_features and (args.pool != "default" or args.image_size):
+        return "--pool and --image_size need the images, which --from_features does without"
+    for flag in ("features", "neighbours"):
+        folder = os.path.dirname(getattr(args, flag) or "") or "."
+        if not os.access(folder, os.W_OK):
+            return f"--{flag} {getattr(args, flag)}: no folder {folder} that can be written to"
     if args.arch and args.arch not in models.ARCHS:
         return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
     if min(args.nb_knn) < 1:
@@ -83,8 +89,8 @@ def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
             dict such as timm's or torchvision's.
         seed: of a random initialisation.
     """
-    if name == "pixels":
-        return "raw pixels", nn.Flatten()
+    if name == "pixels":  # at most 32 x 32 of them: more tell no more, and a probe's cost grows with their square
+        return "raw pixels", nn.Sequential(Shrink(), nn.Flatten())
     arch, _, weights = name.partition("=")
     torch.manual_seed(seed)
     if arch not in models.ARCHS:
@@ -95,8 +101,20 @@ def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
     backbone = lowdino.build_backbone(arch)
     if not weights:
         return f"{arch} at random initialisation, seed {seed}", backbone
-    checkpoint.load_backbone_weights(backbone, checkpoint.load(weights), weights)
+    content = checkpoint.load(weights)
+    if "arch" in content:  # a backbone.pth, which knows its own size and normalisation
+        if content["arch"] != arch:
+            raise ValueError(f"{weights} holds {content['arch']}, not {arch}")
+        return open_model(weights)
+    checkpoint.load_backbone_weights(backbone, content, weights)
     return f"{arch} of {weights}", backbone
+
+
+class Shrink(nn.Module):
+    """Images of more than 32 x 32 pixels to 32 x 32, by the mean of areas."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(x, 32) if x.shape[-1] > 32 else x
 
 
 class Pooled(nn.Module):
@@ -131,7 +149,10 @@ def features(backbone: nn.Module, images: data.ImageArray | data.ImageFiles, siz
     batches = data.evaluation_loader(images, batch_size, workers, ranks.rank, ranks.world)
     own = evaluate.extract_features(pooled(backbone, pool), batches, view, ranks.device)
     files = getattr(images, "paths", None) or [str(i) for i in range(len(images))]
-    return Features(*(distributed.gather_strided(rows, len(images)) for rows in own), files)
+    found = Features(*(distributed.gather_strided(rows, len(images)) for rows in own), files)
+    if not found.features.isfinite().all():
+        raise ValueError("the network gives features that are not finite numbers: its weights are damaged, or diverged")
+    return found
 
 
 def open_data(args: argparse.Namespace, backbone: nn.Module, ranks: distributed.Ranks,
@@ -172,11 +193,13 @@ def save_neighbours(path: str, images: data.Data, train: Features, test: Feature
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if args.from_features:
         name, train, test = evaluate.load_features(args.from_features, ranks.device)
+        if not ranks.first:
+            return
         print(f"{name}; {args.from_features}: {len(train.labels)} training and {len(test.labels)} test images")
     else:
         model = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
         name, backbone = open_model(model, args.seed)
-        source, size, workers = open_data(args, backbone, ranks, labelled=not args.features)
+        source, size, workers = open_data(args, backbone, ranks, labelled=bool(args.neighbours) or not args.features)
         backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
         images = {"train": source.train, "test": source.test} if source.test else {"train": source.pretrain}
         splits = {key: features(backbone, part, size, ranks, args.batch_size_per_gpu, workers, args.pool)

@@ -13,8 +13,10 @@ timm's or torchvision's, or pixels.
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +89,13 @@ def check(args: argparse.Namespace) -> str | None:
         return "the whole network is trained with one --lr and one --weight_decay"
     if whole and (args.pool != "default" or "pixels" in args.models):
         return "the whole network is trained as it is: no --pool, no pixels"
-    if args.augment and "pixels" in args.models:
-        return "--augment needs backbones; pixels has none"
+    if "pixels" in args.models and (args.augment or args.pool != "default"):
+        return "--augment and --pool need backbones; pixels has none"
+    if args.from_features and (args.pool != "default" or args.image_size):
+        return "--pool and --image_size need the images, which --from_features does without"
     if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
         return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
-    if args.from_scratch and not all(m.partition("=")[0] in models.ARCHS for m in args.models):
+    if args.from_scratch and not all(model in models.ARCHS for model in args.models):
         return f"--from_scratch takes names of architectures: {', '.join(models.ARCHS)}"
     for flag, low, values in (("lr", 0, args.lr), ("weight_decay", 0, args.weight_decay)):
         if values and not all(low <= value < float("inf") for value in values):
@@ -130,10 +134,11 @@ def protocol(args: argparse.Namespace) -> str:
     settings = f"{len(args.weight_decay)} weight decays"
     if args.solver == "sgd":
         settings = f"{len(args.lr)} learning rates x {settings}"
-    views = "features of crops and flips" if args.augment else "features of the central views"
+    views = "features of crops and flips" if args.augment else "features"
     solver = f"SGD, {args.epochs} epochs" if args.solver == "sgd" else "logistic regression to its optimum"
-    return (f"linear classifier on {views}, half-whitened by all training images: {solver}; {settings}, chosen on {args.val_fraction:g} of the training labels in "
-            "use, then fitted to all of them")  # fmt: skip
+    if len(args.lr) * len(args.weight_decay) > 1:
+        settings += f", chosen on {args.val_fraction:g} of the training labels in use, then fitted to all of them"
+    return f"linear classifier on {views}, half-whitened by all training images: {solver}; {settings}"
 
 
 def training_batches(args: argparse.Namespace, subject: Subject, places: Tensor,
@@ -143,6 +148,8 @@ def training_batches(args: argparse.Namespace, subject: Subject, places: Tensor,
     size = min(args.batch_size_per_gpu, len(places) // ranks.world)
     if size == 0:
         raise ValueError(f"{len(places)} labelled images are fewer than the {ranks.world} ranks; start fewer")
+    if size == 1 and not args.augment:
+        raise ValueError("batch norm needs two images a rank or more: give a larger --batch_size_per_gpu, or more labels")
     batches = data.TrainingBatches(len(places), size, seed, 0, args.epochs * (len(places) // (size * ranks.world)),
                                    ranks.rank, ranks.world)  # fmt: skip
     chosen = Subset(subject.source.train, places.tolist())
@@ -197,6 +204,17 @@ def probe_weights(args: argparse.Namespace, subject: Subject | None, scaler: pro
     return weights[:, 0], f"weight decay {decay:g}" if args.solver == "lbfgs" else f"lr {lr:g}, weight decay {decay:g}"
 
 
+@torch.no_grad()
+def settle_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
+    """Replace batch norm's moving averages, which lag behind where steps are few, by the mean over some batches."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+    for view in itertools.islice(views, batches):
+        network(view)
+
+
 def finetuned_scores(args: argparse.Namespace, subject: Subject, name: str, places: Tensor, seed: int) -> Tensor:
     """Train backbone and classifier, from `name` anew; the scores on the test images, (M, C)."""
     ranks = subject.ranks
@@ -218,11 +236,15 @@ def finetuned_scores(args: argparse.Namespace, subject: Subject, name: str, plac
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
             scores = model(training_view(batch, subject, seed, step))
         loss = F.cross_entropy(scores.float(), batch.labels.to(ranks.device))
+        if (step + 1) % max(steps // 5, 1) == 0:
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"diverging loss: it is {loss.item()} at step {step + 1}; a lower --lr may help")
+            if ranks.first:
+                print(f"  step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if ranks.first and (step + 1) % max(steps // 5, 1) == 0:
-            print(f"  step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+    settle_batch_norm(network, (training_view(batch, subject, seed, steps + i) for i, batch in enumerate(loader)))
     distributed.broadcast_buffers(network)
     network.mean, network.std = eval_knn.normalisation(subject.backbone)
     return eval_knn.features(network, subject.source.test, subject.size, ranks, 256, subject.workers).features
@@ -274,9 +296,13 @@ def measure(args: argparse.Namespace, name: str, output: Path, ranks: distribute
     votes = evaluate.knn_classify(train.features, train.labels, test.features, args.nb_knn, num_classes=classes)
     row["knn"] = evaluate.accuracy(votes, test.labels)
     say(f"  k-NN (k={min(args.nb_knn, len(train.labels))}) top-1 {row['knn']:.4f}", flush=True)
-    scaler = probe.Scaler(train.features)
-    inputs, test_inputs = scaler(train.features), scaler(test.features)
+    whole = args.finetune or args.from_scratch
+    if not whole:
+        scaler = probe.Scaler(train.features)
+        inputs, test_inputs = scaler(train.features), scaler(test.features)
     row["trained"] = []
+    for fraction in args.label_fraction:  # what cannot be is said before anything is trained
+        probe.label_subset(train.labels, fraction, args.seeds[0])
     for fraction in args.label_fraction:
         cell = {"label_fraction": fraction, "seeds": args.seeds, "top1": [], "top5": [], "chosen": []}
         for seed in args.seeds:
@@ -285,7 +311,7 @@ def measure(args: argparse.Namespace, name: str, output: Path, ranks: distribute
                 listed = "".join(f"{i}\n" for i in places.tolist())
                 (output / f"labels_{fraction:g}_seed{seed}.txt").write_text(listed)
             places = places.to(ranks.device)
-            if args.finetune or args.from_scratch:
+            if whole:
                 scores, chosen = finetuned_scores(args, subject, name, places, seed), ""
             else:
                 weights, chosen = probe_weights(args, subject, scaler, inputs, train.labels, places, classes, seed)
@@ -328,11 +354,13 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if ranks.first:
         print(f"protocol: {protocol(args)}", flush=True)
     rows = []
+    for name in args.models:
+        eval_knn.open_model(name)  # a wrong one is said before anything is computed
     for name in args.models or [args.from_features]:
         rows.append(measure(args, name, output, ranks))
         if ranks.first:  # after every model: a stopped run keeps what it has
             (output / "table.md").write_text(table(args, rows))
-            (output / "table.json").write_text(json.dumps({"protocol": protocol(args), "rows": rows}, indent=2) + "\n")
+            (output / "table.json").write_text(json.dumps({"protocol": protocol(args), "settings": vars(args), "rows": rows}, indent=2) + "\n")
     if ranks.first:
         print(f"\n{table(args, rows)}\nalso in {output}/table.md and {output}/table.json")
 

@@ -91,6 +91,8 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
     except (ValueError, FloatingPointError) as error:
         # Of an error in a loader's process the last line is its own; the others are that process's traceback.
         sys.exit(complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+    except OSError as error:
+        sys.exit(complain(script, f"{error.filename}: {error.strerror}" if error.filename else str(error)))
     finally:
         stop()
 

@@ -113,7 +113,7 @@ def logistic_regression(x: Tensor, labels: Tensor, classes: int, weight_decays: 
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """A class-balanced choice of images: (N,) labels -> places of `fraction` of each class's images, rounded, sorted.
+    """The same share of each class: (N,) labels -> places of `fraction` of its images, rounded, drawn by lot, sorted.
 
     It depends on the labels, `fraction` and `seed` alone, so it is the same for every model; a smaller fraction's images
     are among a larger one's.

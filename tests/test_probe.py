@@ -129,7 +129,7 @@ QUICK = ["--device", "cpu", "--epochs", "3", "--val_fraction", "0.3"]
 def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
     done = call_script("eval_linear.py", "pixels", "mobilevit_xxs", *QUICK, "--data_path", picture_folder, "--label_fraction",
                        0.5, 1, "--seeds", 0, 1, "--output_dir", tmp_path / "out")  # fmt: skip
-    assert "protocol: linear classifier on features of the central views" in done.stdout
+    assert "protocol: linear classifier on features, half-whitened" in done.stdout
     written = (tmp_path / "out" / "table.md").read_text()
     assert written in done.stdout
     heads, _, pixels, network = written.splitlines()
@@ -151,6 +151,15 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
     row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert row["trained"][0]["top1"][0] > 0.9  # dark against light
     assert ("whole network" in done.stdout) == (flags[0] in ("--finetune", "--from_scratch"))
+
+
+def test_batch_norm_settles_and_divergence_is_told(picture_folder, tmp_path, call_script):
+    flags = [*QUICK, "--epochs", 12, "--data_path", picture_folder, "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 8]
+    call_script("eval_linear.py", "mobilenet_v3_small", "--finetune", *flags)  # its averages have a momentum of 0.01
+    row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert row["trained"][0]["top1"][0] > 0.8
+    done = call_script("eval_linear.py", "mobilevit_xxs", "--finetune", "--lr", "1e30", *flags, check=False)
+    assert done.returncode == 2 and "diverging loss: it is nan at step" in done.stderr
 
 
 @pytest.mark.slow
@@ -184,8 +193,8 @@ def test_features_go_through_a_file(picture_folder, tmp_path, call_script):
     unlabelled = tmp_path / "unlabelled.npz"
     call_script("eval_knn.py", "--arch", "mobilevit_xxs", "--data_path", picture_folder / "train", "--features", unlabelled)
     assert np.load(unlabelled)["train"].shape == (24, 320)
-    refused = call_script("eval_linear.py", "--from_features", unlabelled, check=False)
-    assert refused.returncode == 2 and "lacks the array 'test'" in refused.stderr or "whole numbers" in refused.stderr
+    refused = call_script("eval_linear.py", "--from_features", unlabelled, "--output_dir", tmp_path / "no", check=False)
+    assert refused.returncode == 2 and "whole numbers" in refused.stderr
 
 
 @pytest.mark.parametrize("change, message", [
@@ -232,7 +241,10 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
     (["resnet18", "--lr", "1", "--solver", "lbfgs"], "--solver lbfgs has no learning rate"),
     (["resnet18", "--finetune", "--lr", "1", "2"], "the whole network is trained with one --lr"),
     (["pixels", "--finetune"], "the whole network is trained as it is"),
-    (["pixels", "--augment"], "--augment needs backbones"),
+    (["pixels", "--augment"], "--augment and --pool need backbones"),
+    (["pixels", "resnet18", "--pool", "max"], "--augment and --pool need backbones"),
+    (["--from_features", "x.npz", "--pool", "max"], "--pool and --image_size need the images"),
+    (["resnet18=a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
     (["resnet18", "--layer_decay", "0.5"], "--layer_decay goes with --finetune"),
     (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
     (["resnet18", "--lr", "-1"], "--lr must be 0 or more, not [-1.0]"),
