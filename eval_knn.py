@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from torchvision.utils import save_image
 
 import lowdino
@@ -61,9 +62,10 @@ def check(args: argparse.Namespace) -> str | None:
     if args.from_features and (args.pool != "default" or args.image_size):
         return "--pool and --image_size need the images, which --from_features does without"
     for flag in ("features", "neighbours"):
-        folder = os.path.dirname(getattr(args, flag) or "") or "."
-        if not os.access(folder, os.W_OK):
-            return f"--{flag} {getattr(args, flag)}: no folder {folder} that can be written to"
+        if path := getattr(args, flag):
+            folder = os.path.dirname(path) or "."
+            if not os.access(folder, os.W_OK):
+                return f"--{flag} {path}: no folder {folder} that can be written to"
     if args.arch and args.arch not in models.ARCHS:
         return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
     if min(args.nb_knn) < 1:
@@ -179,15 +181,19 @@ def save_neighbours(path: str, images: data.Data, train: Features, test: Feature
                                             min(neighbours, len(images.train)))  # fmt: skip
     cells = []
     for row, near in zip(rows.tolist(), places.tolist()):
-        for split, i in [(images.test, row), *((images.train, i) for i in near)]:
-            canvas, sizes, labels, _ = data.collate(split.__getitems__([i]) if hasattr(split, "__getitems__") else [split[i]])
-            cell = augment.resized_crop(canvas, augment.central_boxes(sizes, 1.0), 64)[0]
-            right = int(labels[0]) == int(test.labels[row])
-            colour = (0.5, 0.5, 0.5) if split is images.test else (0.1, 0.7, 0.2) if right else (0.9, 0.1, 0.1)
-            framed = torch.tensor(colour).view(3, 1, 1).repeat(1, 70, 70)
-            framed[:, 3:-3, 3:-3] = cell
-            cells.append(framed)
-    save_image(torch.stack(cells), path, nrow=len(cells) // len(rows), padding=1, pad_value=1.0)
+        query, own = thumbnails(images.test, [row])
+        found, labels = thumbnails(images.train, near)
+        colours = [(0.5, 0.5, 0.5), *((0.1, 0.7, 0.2) if label == own[0] else (0.9, 0.1, 0.1) for label in labels)]
+        framed = torch.tensor(colours)[:, :, None, None].repeat(1, 1, 70, 70)
+        framed[:, :, 3:-3, 3:-3] = torch.cat([query, found])
+        cells.append(framed)
+    save_image(torch.cat(cells), path, nrow=1 + len(places[0]), padding=1, pad_value=1.0)
+
+
+def thumbnails(images: data.ImageArray | data.ImageFiles, places: list[int]) -> tuple[Tensor, Tensor]:
+    """The central squares of some images, (n, 3, 64, 64), and their labels."""
+    canvas, sizes, labels, _ = next(iter(data.evaluation_loader(Subset(images, places), len(places), 0)))
+    return augment.resized_crop(canvas, augment.central_boxes(sizes, 1.0), 64), labels
 
 
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:

@@ -97,9 +97,9 @@ def check(args: argparse.Namespace) -> str | None:
         return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
     if args.from_scratch and not all(model in models.ARCHS for model in args.models):
         return f"--from_scratch takes names of architectures: {', '.join(models.ARCHS)}"
-    for flag, low, values in (("lr", 0, args.lr), ("weight_decay", 0, args.weight_decay)):
-        if values and not all(low <= value < float("inf") for value in values):
-            return f"--{flag} must be {low} or more, not {values}"
+    for flag in ("lr", "weight_decay"):
+        if (values := getattr(args, flag)) and not all(0 <= value < float("inf") for value in values):
+            return f"--{flag} must be 0 or more, not {values}"
     if not all(0 < fraction <= 1 for fraction in args.label_fraction):
         return f"--label_fraction must lie above 0, up to 1, not {args.label_fraction}"
     if not all(0 <= seed < 2**63 for seed in args.seeds):
@@ -273,15 +273,16 @@ def percent(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
-def measure(args: argparse.Namespace, name: str, output: Path, ranks: distributed.Ranks) -> dict:
-    """All figures of one model: a row of the table."""
+def measure(args: argparse.Namespace, name: str, opened: tuple[str, nn.Module] | None, output: Path,
+            ranks: distributed.Ranks) -> dict:  # fmt: skip
+    """All figures of one model, of its title and network as opened, or of a file of features: a row of the table."""
     say = print if ranks.first else lambda *_, **__: None
     subject = None
-    if args.from_features:
+    if opened is None:
         title, train, test = evaluate.load_features(name, ranks.device)
         row = {"model": title}
     else:
-        title, backbone = eval_knn.open_model(name, args.seeds[0])
+        title, backbone = opened
         source, size, workers = eval_knn.open_data(args, backbone, ranks)
         subject = Subject(backbone.to(ranks.device, memory_format=torch.channels_last), source, size, workers, ranks)
         row = {"model": title, "image_size": size, **cost(backbone, size, ranks.device)}
@@ -301,12 +302,13 @@ def measure(args: argparse.Namespace, name: str, output: Path, ranks: distribute
         scaler = probe.Scaler(train.features)
         inputs, test_inputs = scaler(train.features), scaler(test.features)
     row["trained"] = []
-    for fraction in args.label_fraction:  # what cannot be is said before anything is trained
-        probe.label_subset(train.labels, fraction, args.seeds[0])
+    # All choices first: one that cannot be is said before anything is trained.
+    subsets = {(fraction, seed): probe.label_subset(train.labels, fraction, seed)
+               for fraction in args.label_fraction for seed in args.seeds}  # fmt: skip
     for fraction in args.label_fraction:
         cell = {"label_fraction": fraction, "seeds": args.seeds, "top1": [], "top5": [], "chosen": []}
         for seed in args.seeds:
-            places = probe.label_subset(train.labels, fraction, seed)
+            places = subsets[fraction, seed]
             if ranks.first:
                 listed = "".join(f"{i}\n" for i in places.tolist())
                 (output / f"labels_{fraction:g}_seed{seed}.txt").write_text(listed)
@@ -354,10 +356,10 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if ranks.first:
         print(f"protocol: {protocol(args)}", flush=True)
     rows = []
-    for name in args.models:
-        eval_knn.open_model(name)  # a wrong one is said before anything is computed
-    for name in args.models or [args.from_features]:
-        rows.append(measure(args, name, output, ranks))
+    # All models first: a wrong one is said before anything is computed.
+    opened = [(name, eval_knn.open_model(name, args.seeds[0])) for name in args.models] or [(args.from_features, None)]
+    for name, model in opened:
+        rows.append(measure(args, name, model, output, ranks))
         if ranks.first:  # after every model: a stopped run keeps what it has
             (output / "table.md").write_text(table(args, rows))
             (output / "table.json").write_text(json.dumps({"protocol": protocol(args), "settings": vars(args), "rows": rows}, indent=2) + "\n")

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Two groups: weights, which decay, and biases, norms and gains, which do not (`weight_decay` 0, `decays` False)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return decay_groups([p for p in model.parameters() if p.requires_grad])
+
+
+def decay_groups(parameters: list[Tensor]) -> list[dict]:
     return [
         {"params": [p for p in parameters if p.ndim > 1], "decays": True},
         {"params": [p for p in parameters if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
@@ -19,20 +22,17 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
     """Groups whose learning rates fall by a factor of `decay` a block from the head down (BEiT; Bao et al., 2021).
 
     A block is a child of the backbone, or a child of one that is a sequence, in the order of their definition. Each group
-    has `scale`, its factor, and, for biases, norms and gains, `weight_decay` 0.
+    is one of `parameter_groups`, of one block, and has `scale`, its factor.
     """
-    blocks: dict[str, list[tuple[str, Tensor]]] = {}
+    blocks: dict[str, list[Tensor]] = {}
     for name, parameter in backbone.named_parameters():
         child, *rest = name.split(".")
         if isinstance(getattr(backbone, child), (nn.Sequential, nn.ModuleList)):
             child += "." + rest[0]
-        blocks.setdefault(child, []).append((name, parameter))
-    groups = []
-    for depth, module in enumerate([*reversed(blocks.values())]):
-        weights, others = ([p for _, p in module if (p.ndim > 1) == decays] for decays in (True, False))
-        scale = decay ** (depth + 1)
-        groups += [{"params": weights, "scale": scale}, {"params": others, "scale": scale, "weight_decay": 0.0}]
-    return [{**group, "scale": 1.0} for group in parameter_groups(head)] + [group for group in groups if group["params"]]
+        blocks.setdefault(child, []).append(parameter)
+    downwards = [[*head.parameters()], *reversed(blocks.values())]
+    return [{**group, "scale": decay**depth} for depth, block in enumerate(downwards)
+            for group in decay_groups(block) if group["params"]]  # fmt: skip
 
 
 @torch.no_grad()

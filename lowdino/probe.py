@@ -112,6 +112,14 @@ def logistic_regression(x: Tensor, labels: Tensor, classes: int, weight_decays: 
     return torch.stack([found[decay] for decay in weight_decays], dim=1)
 
 
+def shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
+    """The places of each class's images, (N,) labels -> C tensors, in an order drawn from `seed`."""
+    labels = labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    classes = ((labels == label).nonzero()[:, 0] for label in range(int(labels.max()) + 1))
+    return [places[torch.randperm(len(places), generator=generator)] for places in classes]
+
+
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """The same share of each class: (N,) labels -> places of `fraction` of its images, rounded, drawn by lot, sorted.
 
@@ -121,15 +129,15 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     Raises:
         ValueError: where a class has no image, or would keep none.
     """
-    generator = torch.Generator().manual_seed(seed)
     chosen = []
-    for label, count in enumerate(torch.bincount(labels.cpu()).tolist()):
-        order, keep = torch.randperm(count, generator=generator), round(fraction * count)
-        if count == 0:
+    for label, places in enumerate(shuffled_classes(labels, seed)):
+        keep = round(fraction * len(places))
+        if len(places) == 0:
             raise ValueError(f"class {label} has no training image")
         if keep == 0:
-            raise ValueError(f"a fraction of {fraction:g} of the labels leaves class {label}, of {count} images, without one")
-        chosen.append((labels.cpu() == label).nonzero()[:, 0][order[:keep]])
+            raise ValueError(f"a fraction of {fraction:g} of the labels leaves class {label}, of {len(places)} images, "
+                             "without one")  # fmt: skip
+        chosen.append(places[:keep])
     return torch.cat(chosen).sort().values
 
 
@@ -139,11 +147,9 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     Raises:
         ValueError: where no class has enough images to hold one out.
     """
-    generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label, count in enumerate(torch.bincount(labels.cpu()).tolist()):
-        order = torch.randperm(count, generator=generator)[: int(fraction * count)]
-        held[(labels.cpu() == label).nonzero()[order, 0]] = True
+    for places in shuffled_classes(labels, seed):
+        held[places[: int(fraction * len(places))]] = True
     if not held.any():
         raise ValueError(f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing the "
                          "settings: give one --lr and one --weight_decay, or more labels")  # fmt: skip
