@@ -20,9 +20,16 @@ from lowdino import augment, checkpoint, data, distributed, evaluate, models
 from lowdino.evaluate import Features
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, unless it is None, which the help itself explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                                     formatter_class=HelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--weights", metavar="FILE", help="backbone.pth of train.py; with --arch, also a state dict such as timm's")
     add("--arch", help=f"backbone: {', '.join(models.ARCHS)}; without --weights at random initialisation")

@@ -80,7 +80,7 @@ def number_or_none(text: str) -> float | None:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                                     formatter_class=eval_knn.HelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings of a paper; flags given by hand win over it")
 

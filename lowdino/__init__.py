@@ -9,14 +9,16 @@ __all__ = ["build_backbone", "load_backbone"]
 
 
 def build_backbone(arch: str) -> nn.Module:
-    """A backbone at random initialisation; see `lowdino.models` for the architectures and their contract.
+    """A backbone at random initialisation, its name in `arch`; see `lowdino.models` for the architectures and their contract.
 
     Raises:
         ValueError: for an unknown architecture.
     """
     if arch not in models.ARCHS:
         raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(models.ARCHS)}")
-    return getattr(models, arch)()
+    backbone = getattr(models, arch)()
+    backbone.arch = arch
+    return backbone
 
 
 def load_backbone(path: str) -> nn.Module:
@@ -34,7 +36,7 @@ def load_backbone(path: str) -> nn.Module:
         raise ValueError(f"{path} is not a backbone file of this library: it lacks {', '.join(lacking)}")
     backbone = build_backbone(content["arch"])
     load_backbone_weights(backbone, content, str(path))
-    for key in ("arch", "image_size", "epoch"):
+    for key in ("image_size", "epoch"):
         setattr(backbone, key, content[key])
     backbone.mean, backbone.std = tuple(content["mean"]), tuple(content["std"])
     return backbone.eval()

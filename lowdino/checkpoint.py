@@ -90,11 +90,11 @@ def load(path: str | Path) -> dict:
 
 
 def save_backbone(path: str | Path, backbone: nn.Module, arch: str, mean: tuple[float, ...], std: tuple[float, ...],
-                  image_size: int, epoch: int) -> None:  # fmt: skip
-    """Write the backbone alone, with clean names and all that is needed to use it."""
+                  image_size: int, epoch: int, **more: Any) -> None:  # fmt: skip
+    """Write the backbone alone, with clean names and all that is needed to use it, and what else the caller names."""
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
     save_atomic(path, {"arch": arch, "embed_dim": backbone.embed_dim, "mean": list(mean), "std": list(std),
-                       "image_size": image_size, "epoch": epoch, "state_dict": weights})  # fmt: skip
+                       "image_size": image_size, "epoch": epoch, "state_dict": weights, **more})  # fmt: skip
 
 
 def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> None:

@@ -150,7 +150,13 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
                        "8", "--output_dir", tmp_path / "out")  # fmt: skip
     row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert row["trained"][0]["top1"][0] > 0.9  # dark against light
-    assert ("whole network" in done.stdout) == (flags[0] in ("--finetune", "--from_scratch"))
+    file = tmp_path / "out" / "network1_1_seed0.pth"
+    assert ("whole network" in done.stdout) == (flags[0] in ("--finetune", "--from_scratch")) == file.exists()
+    if file.exists():  # what was trained is kept: backbone and classifier give that accuracy again
+        call_script("eval_knn.py", "--weights", file, "--data_path", picture_folder, "--features", tmp_path / "f.npz")
+        _, _, test = evaluate.load_features(tmp_path / "f.npz")
+        scores = F.linear(test.features, **torch.load(file, weights_only=True)["classifier"])
+        assert evaluate.accuracy(scores, test.labels) == row["trained"][0]["top1"][0]
 
 
 def test_batch_norm_settles_and_divergence_is_told(picture_folder, tmp_path, call_script):
