@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from torchvision.utils import save_image
 
 import lowdino
-from lowdino import augment, checkpoint, data, distributed, evaluate, models
+from lowdino import augment, data, distributed, evaluate
 from lowdino.evaluate import Features
 
 
@@ -31,8 +31,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=HelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--weights", metavar="FILE", help="backbone.pth of train.py; with --arch, also a state dict such as timm's")
-    add("--arch", help=f"backbone: {', '.join(models.ARCHS)}; without --weights at random initialisation")
+    add("--weights", metavar="FILE", help="backbone.pth of train.py, or a state dict of DINO's or DINOv2's ViT; with --arch, "
+        "also of timm's MobileViT or torchvision's networks")  # fmt: skip
+    add("--arch", help=f"backbone: {', '.join(lowdino.ARCHS)}; without --weights at random initialisation")
     add("--pixels", action="store_true", help="classify by raw pixels instead of a backbone")
     add("--from_features", metavar="FILE", help="classify by an .npz of features, as --features writes, instead of a backbone")
     add("--features", metavar="FILE", help="also write the features, labels and file names to this .npz")
@@ -52,8 +53,9 @@ def add_data_flags(add: Callable) -> None:
     add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
     add("--download", action="store_true", help="fetch cifar10, cifar100 or stl10 where --data_root lacks it")
     add("--image_size", type=int, help="side of the network's input; default: the backbone file's, or what suits the images")
-    add("--pool", choices=["default", "max", "default+max"], default="default",
-        help="default: the backbone's own; max: over the last feature map; or both side by side")  # fmt: skip
+    add("--pool", choices=["default", "mean", "max", "default+mean", "default+max"], default="default",
+        help="default: the backbone's own, a ConvNet's mean or a ViT's class token; mean, max: over the last feature map; or "
+             "two side by side")  # fmt: skip
     add("--num_workers", type=int, help="loader processes; default: 0 for images in memory, else up to 10")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
 
@@ -73,8 +75,8 @@ def check(args: argparse.Namespace) -> str | None:
             folder = os.path.dirname(path) or "."
             if not os.access(folder, os.W_OK):
                 return f"--{flag} {path}: no folder {folder} that can be written to"
-    if args.arch and args.arch not in models.ARCHS:
-        return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
+    if args.arch and args.arch not in lowdino.ARCHS:
+        return f"--arch {args.arch} is unknown; choose from {', '.join(lowdino.ARCHS)}"
     if min(args.nb_knn) < 1:
         return f"--nb_knn must be at least 1, not {min(args.nb_knn)}"
     if not 0.013 <= args.temperature < float("inf"):
@@ -94,29 +96,23 @@ def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
     """A frozen network by name, in words and as a module.
 
     Args:
-        name: "pixels"; an architecture, for its random initialisation; a backbone.pth; or ARCH=FILE, for a plain state
-            dict such as timm's or torchvision's.
+        name: "pixels"; an architecture, for its random initialisation; a file that `lowdino.load_backbone` takes; or
+            ARCH=FILE, for a plain state dict of a ConvNet.
         seed: of a random initialisation.
     """
     if name == "pixels":  # at most 32 x 32 of them: more tell no more, and a probe's cost grows with their square
         return "raw pixels", nn.Sequential(Shrink(), nn.Flatten())
     arch, _, weights = name.partition("=")
     torch.manual_seed(seed)
-    if arch not in models.ARCHS:
+    if arch in lowdino.ARCHS and not weights:
+        return f"{arch} at random initialisation, seed {seed}", lowdino.build_backbone(arch)
+    if arch not in lowdino.ARCHS:
         if not os.path.exists(name):
-            raise ValueError(f"no file {name}, and no such architecture; there are {', '.join(models.ARCHS)}")
-        backbone = lowdino.load_backbone(name)
-        return f"{backbone.arch} of {name}, epoch {backbone.epoch}", backbone
-    backbone = lowdino.build_backbone(arch)
-    if not weights:
-        return f"{arch} at random initialisation, seed {seed}", backbone
-    content = checkpoint.load(weights)
-    if "arch" in content:  # a backbone.pth, which knows its own size and normalisation
-        if content["arch"] != arch:
-            raise ValueError(f"{weights} holds {content['arch']}, not {arch}")
-        return open_model(weights)
-    checkpoint.load_backbone_weights(backbone, content, weights)
-    return f"{arch} of {weights}", backbone
+            raise ValueError(f"no file {name}, and no such architecture; there are {', '.join(lowdino.ARCHS)}")
+        arch, weights = None, name
+    backbone = lowdino.load_backbone(weights, arch)
+    epoch = f", epoch {backbone.epoch}" if hasattr(backbone, "epoch") else ""
+    return f"{backbone.arch} of {weights}{epoch}", backbone
 
 
 class Shrink(nn.Module):
@@ -127,15 +123,16 @@ class Shrink(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A backbone whose features are pooled otherwise: the maximum over the last map, or that beside the default."""
+    """A backbone whose features are pooled otherwise: mean or maximum over the last map, perhaps beside the default."""
 
     def __init__(self, backbone: nn.Module, pool: str):
         super().__init__()
-        self.backbone, self.with_default = backbone, pool == "default+max"
+        self.backbone, self.pool = backbone, pool
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = self.backbone.forward_features(x).amax(dim=(2, 3))
-        return torch.cat([self.backbone(x), largest], dim=1) if self.with_default else largest
+        features = self.backbone.forward_features(x).flatten(2)  # (B, C, h * w)
+        features = features.amax(dim=2) if self.pool.endswith("max") else features.mean(dim=2)
+        return torch.cat([self.backbone(x), features], dim=1) if self.pool.startswith("default+") else features
 
 
 def pooled(backbone: nn.Module, pool: str) -> nn.Module:

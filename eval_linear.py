@@ -6,8 +6,8 @@
     python eval_linear.py output/backbone.pth --finetune --label_fraction 0.2
     python eval_linear.py mobilevit_s --from_scratch --label_fraction 0.2                      its supervised rival
 
-A MODEL is a backbone.pth of train.py, an architecture's name (at random weights), ARCH=FILE for a plain state dict such as
-timm's or torchvision's, or pixels.
+A MODEL is a backbone.pth of train.py, a state dict of DINO's or DINOv2's ViT, an architecture's name (at random weights),
+ARCH=FILE for a plain state dict such as timm's or torchvision's, or pixels.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval_knn
-from lowdino import augment, checkpoint, data, distributed, evaluate, models, optim, probe, schedules
+import lowdino
+from lowdino import augment, checkpoint, data, distributed, evaluate, optim, probe, schedules
 
 # The probe's grids. `probe.Scaler` brings all features to the same scale, so that they serve every network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
@@ -99,8 +100,8 @@ def check(args: argparse.Namespace) -> str | None:
         return "--pool and --image_size need the images, which --from_features does without"
     if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
         return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
-    if args.from_scratch and not all(model in models.ARCHS for model in args.models):
-        return f"--from_scratch takes names of architectures: {', '.join(models.ARCHS)}"
+    if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
+        return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
     for flag in ("lr", "weight_decay"):
         if (values := getattr(args, flag)) and not all(0 <= value < float("inf") for value in values):
             return f"--{flag} must be 0 or more, not {values}"

@@ -16,7 +16,7 @@ from torch import nn
 
 import eval_knn
 import lowdino
-from lowdino import augment, checkpoint, data, distributed, ema, evaluate, models, monitor, optim, schedules
+from lowdino import augment, checkpoint, data, distributed, ema, evaluate, monitor, optim, schedules, vit
 from lowdino.heads import DINOHead, MultiViewNetwork
 from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss
 
@@ -84,7 +84,10 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings of a paper; flags given by hand win over it")
 
-    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(models.ARCHS)}")
+    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(lowdino.ARCHS)}")
+    add("--patch_size", type=int, default=16, help="side of a ViT's patches in pixels")
+    add("--drop_path_rate", type=float, default=0.1, help="share of images for which a ViT's last block drops a branch; the "
+        "first drops none, the others between")  # fmt: skip
     add("--init", metavar="FILE", help="backbone file to start from: ours, or a state dict such as timm's MobileViT")
     add("--out_dim", type=int, default=1024, help="number of prototypes, the width K of the head's output")
     add("--hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
@@ -174,7 +177,7 @@ def check(args: argparse.Namespace) -> str | None:
     for name in ("student_temp", "warmup_teacher_temp", "teacher_temp"):
         if not 0 < getattr(args, name) < math.inf:
             return f"--{name} must be above 0, not {getattr(args, name)}"
-    for name in ("momentum_teacher", "center_momentum", "vertical_flip", "alpha"):
+    for name in ("momentum_teacher", "center_momentum", "vertical_flip", "alpha", "drop_path_rate"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
             return f"--{name} must lie between 0 and 1, not {value}"
@@ -185,8 +188,10 @@ def check(args: argparse.Namespace) -> str | None:
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(args, name) is not None and getattr(args, name) < 32:
             return f"--{name} must be at least 32 pixels, not {getattr(args, name)}"
-    if args.arch not in models.ARCHS:
-        return f"--arch {args.arch} is unknown; choose from {', '.join(models.ARCHS)}"
+    if args.arch not in lowdino.ARCHS:
+        return f"--arch {args.arch} is unknown; choose from {', '.join(lowdino.ARCHS)}"
+    if not 1 <= args.patch_size <= 32:
+        return f"--patch_size must lie between 1 and 32 pixels, the smallest view, not {args.patch_size}"
     if args.num_workers is not None and args.num_workers < 0:
         return f"--num_workers must be 0 or more, not {args.num_workers}"
     if args.warmup_epochs > args.epochs:
@@ -237,9 +242,14 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
 
 def build_network(args: argparse.Namespace, ranks: distributed.Ranks) -> MultiViewNetwork:
     torch.manual_seed(args.seed)
-    backbone = lowdino.build_backbone(args.arch)
+    is_vit = args.arch in vit.ARCHS
     if args.init:
-        checkpoint.load_backbone_weights(backbone, checkpoint.load(args.init), args.init)
+        backbone = lowdino.load_backbone(args.init, args.arch).train()
+    else:
+        options = dict(patch_size=args.patch_size, image_size=args.global_crops_size) if is_vit else {}
+        backbone = lowdino.build_backbone(args.arch, **options)
+    if is_vit:
+        backbone.set_drop_path_rate(args.drop_path_rate)
     head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
     network = MultiViewNetwork(backbone, head).to(ranks.device, memory_format=torch.channels_last)
     if ranks.world > 1 and ranks.device.type == "cuda":
@@ -373,6 +383,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         # Views.
         images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
         generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order
+        torch.manual_seed(augment.seeded_generator("cpu", 3, args.seed, step, ranks.rank).initial_seed())  # stochastic depth
         views = multicrop(images, sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         if step == 0 and first:

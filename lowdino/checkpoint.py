@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What classifiers are called in torchvision's and timm's files; a backbone has none.
-CLASSIFIERS = ("fc.", "classifier.", "head.fc.")
+# What files may hold that a backbone has not: the classifiers of torchvision and timm, DINOv2's mask token.
+LEFT_OUT = ("fc.", "classifier.", "head.fc.", "mask_token")
 
 
 def save_atomic(path: str | Path, content: Any) -> None:
@@ -97,21 +97,30 @@ def save_backbone(path: str | Path, backbone: nn.Module, arch: str, mean: tuple[
                        "image_size": image_size, "epoch": epoch, "state_dict": weights, **more})  # fmt: skip
 
 
+def weights_of(content: dict, source: str) -> dict[str, Tensor]:
+    """The state dict that a file's content is or holds.
+
+    Raises:
+        ValueError: where it is a checkpoint of a training, or no state dict.
+    """
+    if "settings" in content:
+        raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()):
+        raise ValueError(f"{source} holds no state dict, names with a tensor each")
+    return weights
+
+
 def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> None:
     """Load a backbone file's content, ours or a plain state dict such as timm's, into `backbone`, strictly.
 
-    A classifier in the file is left out by its name; everything else must fit.
+    A classifier or mask token in the file is left out by its name; everything else must fit.
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
     """
-    if "settings" in content:
-        raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
-    weights: dict[str, Tensor] = content.get("state_dict", content)
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()):
-        raise ValueError(f"{source} holds no state dict, names with a tensor each")
     own = backbone.state_dict()
-    weights = {k: v for k, v in weights.items() if k in own or not k.startswith(CLASSIFIERS)}
+    weights = {k: v for k, v in weights_of(content, source).items() if k in own or not k.startswith(LEFT_OUT)}
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     problems = [f"{len(names)} {what} (first {names[0]})" for names, what in

@@ -8,11 +8,16 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy of the student that shares no storage with it and takes no gradient."""
-    return copy.deepcopy(student).requires_grad_(False)
+    """A copy of the student that shares no storage with it, takes no gradient and drops no path."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0
+    return teacher
 
 
 def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -119,6 +119,6 @@ def test_a_classifier_in_the_file_is_left_out():
 
 
 def test_a_training_checkpoint_is_no_backbone_file(tmp_path):
-    checkpoint.save_checkpoint(tmp_path, {"step": 1})
-    with pytest.raises(ValueError, match="checkpoint.pth is not a backbone file of this library: it lacks arch"):
+    checkpoint.save_checkpoint(tmp_path, {"settings": {}, "step": 1})
+    with pytest.raises(ValueError, match="checkpoint.pth is a training checkpoint; give the backbone.pth beside it"):
         lowdino.load_backbone(str(tmp_path / "checkpoint.pth"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lowdino
-from lowdino import models
+from lowdino import ema, models, vit
 
 SIZES = (256, 256), (224, 320), (96, 96), (33, 47)
 
@@ -72,6 +72,126 @@ def test_mobilevit_weights_go_both_ways_with_timm(arch):
         x = torch.randn(2, 3, height, width)
         with torch.no_grad():
             torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+# As above, of the class token at (224, 224) and (98, 126), or (96, 128) for patches of 16; timm's names are the authors'
+# but for the registers (`reg_token`) and the class token's position, which timm adds to the token where there are some.
+TIMM_VIT = {
+    "vit_small_patch16_224.dino": (dict(patch_size=16), ((224, 224), (96, 128)), [[-0.4200497, 1.300849, 0.6545481, 1.011308], [0.7023283, 0.6241422, -0.1520678, 1.004767]]),
+    "vit_small_patch14_dinov2": (dict(patch_size=14, image_size=518, layer_scale=True), ((224, 224), (98, 126)), [[-1.558593, -0.4735123, 0.2011121, 1.005905], [-1.389929, -0.9084808, -0.09380808, 1.003212]]),
+    "vit_small_patch14_reg4_dinov2": (dict(patch_size=14, image_size=518, layer_scale=True, registers=4), ((224, 224), (98, 126)), [[-1.483703, -0.4615688, 0.1878222, 1.00603], [-1.226083, -0.7741002, -0.1922568, 1.004009]]),
+}  # fmt: skip
+
+
+def official_names(dim, grid, patch, registers=0, layer_scale=False):
+    """Parameters of the authors' files, names and shapes, for 12 blocks."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + grid**2, dim), "patch_embed.proj.weight": (dim, 3, patch, patch),
+              "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}  # fmt: skip
+    if registers:
+        shapes["register_tokens"] = (1, registers, dim)
+    for i in range(12):
+        for name, out, inner in (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim)):
+            shapes |= {f"blocks.{i}.{name}.weight": (out, inner), f"blocks.{i}.{name}.bias": (out,)}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{name}.weight": (dim,), f"blocks.{i}.{name}.bias": (dim,)}
+        if layer_scale:
+            shapes |= {f"blocks.{i}.ls1.gamma": (dim,), f"blocks.{i}.ls2.gamma": (dim,)}
+    return shapes
+
+
+def test_vit_has_the_names_of_the_authors_files():
+    for model, expected in (
+        (vit.vit_tiny(patch_size=16), official_names(192, 14, 16)),
+        (vit.vit_small(patch_size=8), official_names(384, 28, 8)),
+        (vit.vit_base(patch_size=16), official_names(768, 14, 16)),
+        (vit.vit_small(patch_size=14, image_size=518, layer_scale=True), official_names(384, 37, 14, 0, True)),
+        (vit.vit_base(patch_size=14, image_size=518, layer_scale=True, registers=4), official_names(768, 37, 14, 4, True)),
+    ):
+        assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("name", TIMM_VIT)
+def test_vit_is_timms(name):
+    options, sizes, expected = TIMM_VIT[name]
+    model = vit.vit_small(**options).double().eval()
+    fill(model)
+    for (height, width), values in zip(sizes, expected):
+        with torch.no_grad():
+            f = model(picture(height, width))[0]
+        np.testing.assert_allclose([f[0], f[1], f[-1], f.std()], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TIMM_VIT)
+def test_timms_vit_weights_load(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    for key, value in theirs.named_parameters():
+        value.data.uniform_(0.5, 1.5) if "gamma" in key else value.data.add_(torch.randn_like(value) * 0.02)
+    weights = theirs.state_dict()
+    if "reg_token" in weights:
+        weights["register_tokens"] = weights.pop("reg_token")
+        weights["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), weights["pos_embed"]], dim=1)
+    if "dinov2" in name:
+        weights["mask_token"] = torch.zeros(1, 384)
+    torch.save(weights, tmp_path / "official.pth")
+    ours = lowdino.load_backbone(str(tmp_path / "official.pth"))
+    assert ours.arch == "vit_small"
+    ours.load_state_dict(weights, strict=True)
+    for height, width in TIMM_VIT[name][1]:
+        x = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            tokens, (own, patches) = theirs.forward_features(x), ours.forward_tokens(x)
+        torch.testing.assert_close(own, tokens[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(patches.flatten(2).mT, tokens[:, theirs.num_prefix_tokens :], atol=1e-5, rtol=1e-5)
+
+
+def test_vit_contract():
+    for arch, width, parameters in (("vit_tiny", 192, 5_524_416), ("vit_small", 384, 21_665_664), ("vit_base", 768, 85_798_656)):
+        model = lowdino.build_backbone(arch).eval()
+        assert (model.embed_dim, sum(p.numel() for p in model.parameters())) == (width, parameters)
+    model = lowdino.build_backbone("vit_tiny", patch_size=14, image_size=70).eval()
+    for height, width in ((32, 32), (33, 47), (64, 96)):
+        x = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            features, feature_map, attention = model(x), model.forward_features(x), model.get_last_selfattention(x)
+        assert features.shape == (2, 192) and feature_map.shape == (2, 192, height // 14, width // 14)
+        tokens = 1 + (height // 14) * (width // 14)
+        assert attention.shape == (2, 3, tokens, tokens)
+        torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, tokens))
+    with pytest.raises(ValueError, match="one whole patch at least, 14 x 14 pixels"):
+        model(torch.randn(1, 3, 13, 64))
+
+
+def test_last_selfattention_is_what_the_last_block_uses():
+    model = lowdino.build_backbone("vit_tiny", image_size=64).eval()
+    attn, x = model.blocks[-1].attn, torch.randn(2, 5, 192)
+    with torch.no_grad():
+        v = attn.split(x)[2]  # (B, heads, N, C / heads)
+        by_hand = attn.proj((attn.weights(x) @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(attn(x), by_hand)
+
+
+def test_stochastic_depth_is_the_students_alone():
+    model = lowdino.build_backbone("vit_tiny", image_size=32).train()
+    model.set_drop_path_rate(0.5)
+    assert [round(block.drop_path.p, 3) for block in model.blocks] == [round(0.5 * i / 11, 3) for i in range(12)]
+    teacher, x = ema.make_teacher(model).train(), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(model(x), model(x)) and torch.equal(teacher(x), teacher(x))
+
+
+@pytest.mark.parametrize("content, arch, message", [
+    ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer with the names"),
+    (official_names(192, 2, 16), "vit_small", "holds a vit_tiny, not vit_small"),
+    (official_names(192, 2, 16), "resnet18", "does not fit this architecture"),
+    (official_names(192, 2, 16) | {"norm.bias": (4,)}, None, "1 of another shape"),
+    ({"conv1.weight": (64, 3, 7, 7)}, None, "does not say of which architecture it is; name it: mobilevit_xxs"),
+    ({"arch": "resnet18", "state_dict": {}}, "resnet50", "holds resnet18, not resnet50"),
+])  # fmt: skip
+def test_wrong_backbone_files_are_one_sentence(content, arch, message, tmp_path):
+    torch.save({k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in content.items()}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=message):
+        lowdino.load_backbone(str(tmp_path / "file.pth"), arch)
 
 
 @pytest.mark.parametrize("arch", models.ARCHS)

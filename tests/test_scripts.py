@@ -82,9 +82,11 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
     assert other.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 2), (2, 0), pytest.param(1, 0, marks=pytest.mark.slow)])
-def test_killed_run_goes_on_to_the_same_end(picture_folder, tmp_path, run_script, ranks, workers):
-    flags = [*SMALL, "--data_path", picture_folder, "--epochs", 4, "--num_workers", workers, "--knn_freq", 0]
+@pytest.mark.parametrize("ranks, workers, arch", [
+    (1, 2, "mobilevit_xxs"), (2, 0, "mobilevit_xxs"), pytest.param(1, 0, "vit_tiny", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_killed_run_goes_on_to_the_same_end(picture_folder, tmp_path, run_script, ranks, workers, arch):
+    flags = [*SMALL, "--arch", arch, "--data_path", picture_folder, "--epochs", 4, "--num_workers", workers, "--knn_freq", 0]
     run_script("train.py", *flags, "--output_dir", tmp_path / "whole", ranks=ranks)
     stopped = tmp_path / "stopped"
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []

@@ -1,0 +1,226 @@
+"""Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929), as student and as teacher.
+
+Names and shapes of the parameters are those of the authors' files of DINO (`dino_deitsmall16_pretrain.pth` and the like)
+and DINOv2 (`dinov2_vits14_pretrain.pth`, `dinov2_vits14_reg4_pretrain.pth` and the like), which load with strict=True;
+`like(state_dict)` builds the network that fits a file.
+
+The contract is that of the ConvNets:
+    embed_dim                             width of the features
+    forward((B, 3, H, W))                 -> (B, embed_dim), the class token
+    forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the patch tokens as a map
+    forward_tokens((B, 3, H, W))          -> both of them, of one pass
+for any H, W of at least one patch; pixels beyond the last whole patch are left out.
+
+    arch         parameters (patch 16, 224 px)    embed_dim    heads
+    vit_tiny                         5,524,416          192        3
+    vit_small                       21,665,664          384        6
+    vit_base                        85,798,656          768       12
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and maps each to a token: (B, 3, H, W) -> (B, dim, h, w)."""
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of each head: (B, N, C) -> (3, B, heads, N, C / heads)."""
+        B, N, C = x.shape
+        return self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(*self.split(x))  # (B, heads, N, C / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What each token attends to: (B, N, C) -> (B, heads, N, N), rows summing to one."""
+        q, k, _ = self.split(x)
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel (Touvron et al., 2021), small at first."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; each branch may be dropped for some images (stochastic depth; Huang et al., 2016)."""
+
+    def __init__(self, dim: int, num_heads: int, layer_scale: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.drop_path = StochasticDepth(p=0.0, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """ViT without classifier.
+
+    The position embedding belongs to a square of `image_size` pixels and is resized to other inputs, bicubically and
+    antialiased, as the authors do for DINOv2 with registers, and timm for all. (DINO's own code and that of DINOv2
+    without registers do not antialias: away from the file's own size their features differ a little from these.)
+
+    Args:
+        patch_size: side of a patch in pixels. image_size: side of the images that the position embedding is for.
+        dim, depth, num_heads: width of the tokens, number of blocks, heads of each.
+        registers: number of register tokens (Darcet et al., 2024). layer_scale: as DINOv2 has it.
+    """
+
+    def __init__(self, patch_size: int, image_size: int, dim: int, depth: int, num_heads: int, registers: int = 0,
+                 layer_scale: bool = False):  # fmt: skip
+        super().__init__()
+        self.embed_dim, self.patch_size = dim, patch_size
+        self.grid = image_size // patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        for token in (self.cls_token, self.pos_embed, self.register_tokens):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        self.apply(init_weights)
+
+    def set_drop_path_rate(self, rate: float) -> None:
+        """Drop a branch of the last block with this probability in training, of the first never, of the others between."""
+        for block, p in zip(self.blocks, torch.linspace(0, rate, len(self.blocks)).tolist()):
+            block.drop_path.p = p
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As any module's; `mask_token`, which DINOv2's files have for their training objective, is left out."""
+        kept = {name: value for name, value in state_dict.items() if name != "mask_token"}
+        return super().load_state_dict(kept, strict, assign)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """The position embedding of h x w patches: (1, 1 + h * w, C)."""
+        if (h, w) == (self.grid, self.grid):
+            return self.pos_embed
+        own, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
+        patches = F.interpolate(patches, size=(h, w), mode="bicubic", align_corners=False, antialias=True)
+        return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """What enters the first block: (B, 1 + registers + h * w, C), h and w."""
+        if min(x.shape[-2:]) < self.patch_size:
+            raise ValueError(f"an image must have one whole patch at least, {self.patch_size} x {self.patch_size} pixels")
+        x = self.patch_embed(x)
+        h, w = x.shape[-2:]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + self.positions(h, w)
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x, h, w
+
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token (B, C) and the map of patch tokens (B, C, h, w), after the last norm."""
+        x, h, w = self.tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0], x[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.forward_tokens(x)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_tokens(x)[0]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention of the last block (B, heads, N, N), N = 1 + registers + h * w; row 0 is the class token's."""
+        x, _, _ = self.tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        return last.attn.weights(last.norm1(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """DINO's: 0.02 truncated normal for linear layers, their biases at zero; the patches' convolution keeps torch's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
+    """A network, at random weights, of the shape that a state dict with these names tells; heads are 64 wide.
+
+    Raises:
+        ValueError: where that is not a Vision Transformer's.
+    """
+    try:
+        positions, patches = state_dict["pos_embed"], state_dict["patch_embed.proj.weight"]
+        registers = state_dict.get("register_tokens")
+        depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
+        dim, side = positions.shape[2], patches.shape[3]
+        grid = math.isqrt(positions.shape[1] - 1)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError("no Vision Transformer with the names of DINO's and DINOv2's files") from error
+    return VisionTransformer(side, grid * side, dim, depth, max(dim // 64, 1), 0 if registers is None else registers.shape[1],
+                             "blocks.0.ls1.gamma" in state_dict)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Factories: DINO's architectures; DINOv2's are the same with patch_size=14, image_size=518, layer_scale=True.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHS = ("vit_tiny", "vit_small", "vit_base")
+
+
+def vit_tiny(patch_size: int = 16, image_size: int = 224, **options) -> VisionTransformer:
+    return VisionTransformer(patch_size, image_size, dim=192, depth=12, num_heads=3, **options)
+
+
+def vit_small(patch_size: int = 16, image_size: int = 224, **options) -> VisionTransformer:
+    return VisionTransformer(patch_size, image_size, dim=384, depth=12, num_heads=6, **options)
+
+
+def vit_base(patch_size: int = 16, image_size: int = 224, **options) -> VisionTransformer:
+    return VisionTransformer(patch_size, image_size, dim=768, depth=12, num_heads=12, **options)
