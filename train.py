@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import eval_knn
 import lowdino
@@ -84,16 +84,14 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings of a paper; flags given by hand win over it")
 
-    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(lowdino.ARCHS)}")
-    add("--patch_size", type=int, default=16, help="side of a ViT's patches in pixels")
-    add("--drop_path_rate", type=float, default=0.1, help="share of images for which a ViT's last block drops a branch; the "
-        "first drops none, the others between")  # fmt: skip
-    add("--init", metavar="FILE", help="backbone file to start from: ours, or a state dict such as timm's MobileViT")
+    method = parser.add_argument_group("self-distillation")
+    add = method.add_argument
     add("--out_dim", type=int, default=1024, help="number of prototypes, the width K of the head's output")
     add("--hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
     add("--use_bn_in_head", type=bool_flag, default=False, metavar="BOOL", help="batch norm in the head")
     add("--norm_last_layer", type=bool_flag, default=True, metavar="BOOL",
         help="keep all prototypes at length 1: steadier; without it often a little better")  # fmt: skip
+    add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
 
     add("--momentum_teacher", type=number_or_none, default=0.996,
         help="EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as 0.9995; none: "
@@ -110,7 +108,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--infonce_weight", type=float, default=0.0,
         help="weight of InfoNCE between the global views at the start, falling to 0 on a cosine: it teaches a network "
              "whose own teacher knows nothing yet; 1 with random weights and few steps")  # fmt: skip
+    add_training_flags(parser)
+    return parser
 
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every training, whatever its method: network, optimisation, views, data and output."""
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(lowdino.ARCHS)}")
+    add("--patch_size", type=int, default=16, help="side of a ViT's patches in pixels")
+    add("--drop_path_rate", type=float, default=0.1, help="share of images for which a ViT's last block drops a branch; the "
+        "first drops none, the others between")  # fmt: skip
+    add("--init", metavar="FILE", help="backbone file to start from: ours, or a state dict such as timm's MobileViT")
+
+    add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw")
     add("--epochs", type=int, default=100)
     add("--batch_size_per_gpu", type=int, default=64, help="images a process and step")
@@ -121,9 +132,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
     add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="limit of each parameter's gradient norm; 0: none")
-    add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
     add("--amp", choices=["bf16", "fp16", "none"], help="autocast type; default: bf16 on CUDA, none elsewhere")
 
+    add = parser.add_argument_group("views").add_argument
     add("--global_crops_size", type=int, help="side of global views; default: suits the images, 224 at most")
     add("--global_crops_scale", type=float, nargs=2, default=[0.4, 1.0], metavar=("MIN", "MAX"),
         help="area of global crops as a fraction of the image's")  # fmt: skip
@@ -133,6 +144,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="area of local crops as a fraction of the image's")  # fmt: skip
     add("--vertical_flip", type=float, default=0.0, help="probability of a top-bottom flip")
 
+    add = parser.add_argument_group("data and output").add_argument
     add("--data_path", default="demo",
         help="folder (with or without sub-folders), text file with one path a line, cifar10, cifar100, stl10 or demo")  # fmt: skip
     add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
@@ -145,15 +157,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, help="loader processes a rank; default: 0 for images in memory, else up to 10")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, over the preset's settings, over the defaults."""
-    preset = parser.parse_known_args(argv)[0].preset
-    if preset:
-        parser.set_defaults(**PRESETS[preset])
-        if preset == "lowdino" and parser.parse_args(argv).arch == "resnet5m":
+    args = parser.parse_known_args(argv)[0]
+    if preset := args.preset:
+        parser.set_defaults(**{name: value for name, value in PRESETS[preset].items() if hasattr(args, name)})
+        if preset == "lowdino" and args.arch == "resnet5m":
             parser.set_defaults(local_crops_number=8)
     return parser.parse_args(argv)
 
@@ -162,25 +173,49 @@ def check(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
     if args.out_dim < 2:
         return f"--out_dim must be at least 2, not {args.out_dim}"
+    if args.hidden_dim < 1:
+        return f"--hidden_dim must be at least 1, not {args.hidden_dim}"
+    not_negative = ("warmup_teacher_temp_epochs", "freeze_last_layer", "koleo_weight", "infonce_weight")
+    above_zero = ("student_temp", "warmup_teacher_temp", "teacher_temp")
+    fractions = ("momentum_teacher", "center_momentum", "alpha")
+    if wrong := check_ranges(args, not_negative, above_zero, fractions) or check_training(args):
+        return wrong
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        return (f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than the training, "
+                f"--epochs {args.epochs}")  # fmt: skip
+    if args.alpha is not None and args.local_crops_number == 0:
+        return "--alpha balances global against local views, and --local_crops_number is 0"
+    return None
+
+
+def check_ranges(args: argparse.Namespace, not_negative: tuple[str, ...], above_zero: tuple[str, ...],
+                 fractions: tuple[str, ...]) -> str | None:  # fmt: skip
+    for name in not_negative:
+        if not 0 <= getattr(args, name) < math.inf:
+            return f"--{name} must be 0 or more, not {getattr(args, name)}"
+    for name in above_zero:
+        if not 0 < getattr(args, name) < math.inf:
+            return f"--{name} must be above 0, not {getattr(args, name)}"
+    for name in fractions:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            return f"--{name} must lie between 0 and 1, not {value}"
+    return None
+
+
+def check_training(args: argparse.Namespace) -> str | None:
+    """As `check`, of the flags of `add_training_flags`."""
     if args.batch_size_per_gpu < 2:
         return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {args.batch_size_per_gpu}"
     if args.seed >= 2**63:
         return f"--seed must be below 2^63, not {args.seed}"
-    for name in ("hidden_dim", "epochs", "log_freq", "nb_knn"):
+    for name in ("epochs", "log_freq", "nb_knn"):
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, not {getattr(args, name)}"
-    for name in ("local_crops_number", "warmup_teacher_temp_epochs", "lr_reference_batch", "warmup_epochs", "min_lr",
-                 "weight_decay", "weight_decay_end", "clip_grad", "freeze_last_layer", "saveckp_freq", "knn_freq",
-                 "koleo_weight", "infonce_weight", "seed", "lr"):  # fmt: skip
-        if not 0 <= getattr(args, name) < math.inf:
-            return f"--{name} must be 0 or more, not {getattr(args, name)}"
-    for name in ("student_temp", "warmup_teacher_temp", "teacher_temp"):
-        if not 0 < getattr(args, name) < math.inf:
-            return f"--{name} must be above 0, not {getattr(args, name)}"
-    for name in ("momentum_teacher", "center_momentum", "vertical_flip", "alpha", "drop_path_rate"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            return f"--{name} must lie between 0 and 1, not {value}"
+    not_negative = ("local_crops_number", "lr_reference_batch", "warmup_epochs", "min_lr", "weight_decay",
+                    "weight_decay_end", "clip_grad", "saveckp_freq", "knn_freq", "seed", "lr")  # fmt: skip
+    if wrong := check_ranges(args, not_negative, (), ("vertical_flip", "drop_path_rate")):
+        return wrong
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
@@ -196,11 +231,6 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--num_workers must be 0 or more, not {args.num_workers}"
     if args.warmup_epochs > args.epochs:
         return f"--warmup_epochs {args.warmup_epochs} is longer than the training, --epochs {args.epochs}"
-    if args.warmup_teacher_temp_epochs > args.epochs:
-        return (f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than the training, "
-                f"--epochs {args.epochs}")  # fmt: skip
-    if args.alpha is not None and args.local_crops_number == 0:
-        return "--alpha balances global against local views, and --local_crops_number is 0"
     if args.init and not os.path.isfile(args.init):
         return f"--init {args.init} does not exist"
     return None
@@ -240,7 +270,8 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     return source
 
 
-def build_network(args: argparse.Namespace, ranks: distributed.Ranks) -> MultiViewNetwork:
+def build_backbone(args: argparse.Namespace) -> nn.Module:
+    """The backbone to train, from random weights or from --init, the same on every rank."""
     torch.manual_seed(args.seed)
     is_vit = args.arch in vit.ARCHS
     if args.init:
@@ -250,8 +281,11 @@ def build_network(args: argparse.Namespace, ranks: distributed.Ranks) -> MultiVi
         backbone = lowdino.build_backbone(args.arch, **options)
     if is_vit:
         backbone.set_drop_path_rate(args.drop_path_rate)
-    head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
-    network = MultiViewNetwork(backbone, head).to(ranks.device, memory_format=torch.channels_last)
+    return backbone
+
+
+def on_device(network: nn.Module, ranks: distributed.Ranks) -> nn.Module:
+    network = network.to(ranks.device, memory_format=torch.channels_last)
     if ranks.world > 1 and ranks.device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
@@ -274,15 +308,6 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     return evaluate.accuracy(scores, test.labels)
 
 
-def vital_signs(targets: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
-    """What `monitor.Health` judges by, of the teacher's answers over all ranks and of one view's features on this one."""
-    mean_target = distributed.mean_over_ranks(targets.mean(dim=0))
-    entropy = distributed.mean_over_ranks(monitor.mean_entropy(targets))
-    std, rank = monitor.spread(features)
-    return {"entropy": entropy.item(), "entropy_of_mean": monitor.mean_entropy(mean_target[None]).item(),
-            "feature_std": std.item(), "effective_rank": rank.item()}  # fmt: skip
-
-
 def restore(saved: dict, parts: dict, settings: dict, output: Path) -> tuple[int, float | None]:
     """Load a checkpoint into the parts; returns its step and the k-NN accuracy before the first.
 
@@ -301,19 +326,100 @@ def restore(saved: dict, parts: dict, settings: dict, output: Path) -> tuple[int
     return saved["step"], saved["first_knn"]
 
 
-def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data) -> None:
+class SelfDistillation:
+    """The method of DINO: the student answers to each view as its teacher, its moving average, does to others of the image.
+
+    A method is an object that `train` asks for these:
+        network      what is trained
+        backbone     what is evaluated and kept, the backbone of the `kept` network
+        parts        name -> whatever has a state to be saved, the network among them
+        settings     what a resumed run must share beside the flags, or in place of one
+        out_dim      K where the answers are distributions over K prototypes, else None
+        objective(model, views, labels, indices, step, logging) -> the loss, and what to differentiate; `model` is the
+                     network as DDP wraps it
+        after_backward(step), after_step(step)
+        signs()      numbers for the log and for `monitor.Health`, of the step that was last `logging`
+        beside()     words to print after a k-NN accuracy
+    """
+
+    kept = "teacher"
+
+    def __init__(self, args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, total_steps: int):
+        self.args, self.total_steps, self.epoch_steps = args, total_steps, total_steps // args.epochs
+        backbone = build_backbone(args)
+        head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
+        self.network = on_device(MultiViewNetwork(backbone, head), ranks)
+        self.teacher = ema.make_teacher(self.network)
+        self.pairs = ema.paired_parameters(self.teacher, self.network)
+        self.teacher_norms = None
+        self.backbone = self.teacher.backbone
+        self.out_dim, self.settings = args.out_dim, {}
+        self.criterion = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering,
+                                  args.alpha).to(ranks.device)  # fmt: skip
+        self.koleo, self.infonce = KoLeoLoss(), InfoNCELoss()
+        self.parts = {"student": self.network, "teacher": self.teacher, "loss": self.criterion}
+
+    def objective(self, model: nn.Module, views: list[Tensor], labels: Tensor, indices: Tensor, step: int,
+                  logging: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        args = self.args
+        with torch.no_grad():
+            _, _, teacher_logits = self.teacher(views[:2])
+        features, embeddings, student_logits = model(views)
+        self.teacher_temp = schedules.linear(step, args.warmup_teacher_temp_epochs * self.epoch_steps,
+                                             args.warmup_teacher_temp, args.teacher_temp)  # fmt: skip
+        if logging:  # before the centre moves
+            self.seen = torch.cat(self.criterion.targets(teacher_logits.chunk(2), self.teacher_temp)), features
+        loss = self.criterion(student_logits.chunk(len(views)), teacher_logits.chunk(2), self.teacher_temp)
+        objective = loss
+        if args.infonce_weight:
+            weight = schedules.cosine(step, self.total_steps, args.infonce_weight, 0.0)
+            objective = objective + weight * self.infonce(*embeddings.chunk(len(views))[:2])
+        if args.koleo_weight:
+            objective = objective + args.koleo_weight * sum(self.koleo(f) for f in features.chunk(len(views))[:2])
+        return loss, objective
+
+    def after_backward(self, step: int) -> None:
+        if step < self.args.freeze_last_layer * self.epoch_steps:
+            for parameter in self.network.head.last_layer.parameters():
+                parameter.grad = None
+
+    def after_step(self, step: int) -> None:
+        """The teacher follows."""
+        self.momentum = schedules.cosine(step, self.total_steps, self.args.momentum_teacher, 1.0)
+        ema.update(*self.pairs, self.momentum)
+
+    def signs(self) -> dict[str, float | bool]:
+        """The teacher's answers over all ranks, the spread of one view's features on this one, the teacher's move."""
+        targets, features = self.seen
+        entropy = distributed.mean_over_ranks(monitor.mean_entropy(targets)).item()
+        of_mean = monitor.mean_entropy(distributed.mean_over_ranks(targets.mean(dim=0))[None]).item()
+        std, rank = monitor.spread(features[: len(targets) // 2])
+        before, self.teacher_norms = self.teacher_norms, torch.stack(torch._foreach_norm(self.pairs[0]))
+        return {"momentum": self.momentum, "teacher_temp": self.teacher_temp, "entropy": entropy,
+                "entropy_of_mean": of_mean, "feature_std": std.item(), "effective_rank": rank.item(),
+                "teacher_moved": before is None or not torch.equal(before, self.teacher_norms)}  # fmt: skip
+
+    def beside(self) -> str:
+        return ""
+
+
+def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, make_method: type) -> object:
+    """Run and return a method, `make_method(args, ranks, source, total_steps)`, from where --output_dir is or from the start."""
     device, first = ranks.device, ranks.first
     output = Path(args.output_dir)
     log = monitor.Log(output, active=first)
     log.say(f"data: {source.name}, {len(source.pretrain)} images; global views {args.global_crops_size} px, "
             f"{args.local_crops_number} local views {args.local_crops_size} px")  # fmt: skip
 
-    network = build_network(args, ranks)
-    teacher = ema.make_teacher(network)
-    teacher_parameters, student_parameters = ema.paired_parameters(teacher, network)
-    criterion = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha).to(device)
-    koleo, infonce = KoLeoLoss(), InfoNCELoss()
-    optimizer = build_optimizer(args, network, device)
+    total_batch = args.batch_size_per_gpu * ranks.world
+    epoch_steps = len(source.pretrain) // total_batch
+    total_steps = args.epochs * epoch_steps
+    warmup_steps = round(args.warmup_epochs * epoch_steps)
+    peak_lr = args.lr * (total_batch / args.lr_reference_batch if args.lr_reference_batch else 1)
+
+    method = make_method(args, ranks, source, total_steps)
+    parameters = [p for p in method.network.parameters() if p.requires_grad]
+    optimizer = build_optimizer(args, method.network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
     multicrop = augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number,
@@ -321,9 +427,9 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
                                   blur_sigma=(0.1, max(2 * args.global_crops_size / 224, 0.1))).to(device)  # fmt: skip
 
     # All that has a state, and what a resumed run must share with the one that stopped.
-    parts = {"student": network, "teacher": teacher, "loss": criterion, "optimizer": optimizer, "scaler": scaler}
+    parts = method.parts | {"optimizer": optimizer, "scaler": scaler}
     settings = {k: v for k, v in vars(args).items() if k not in FREE_SETTINGS}
-    settings |= {"world": ranks.world, "images": source.pretrain.fingerprint()}
+    settings |= {"world": ranks.world, "images": source.pretrain.fingerprint()} | method.settings
     step, first_knn = 0, None
     if saved := checkpoint.load_checkpoint(output):
         step, first_knn = restore(saved, parts, settings, output)
@@ -333,13 +439,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         (output / "args.json").write_text(json.dumps(vars(args) | {"world": ranks.world}, indent=2) + "\n")
         log.say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
 
-    student = distributed.data_parallel(network, device)
-
-    total_batch = args.batch_size_per_gpu * ranks.world
-    epoch_steps = len(source.pretrain) // total_batch
-    total_steps = args.epochs * epoch_steps
-    warmup_steps = round(args.warmup_epochs * epoch_steps)
-    peak_lr = args.lr * (total_batch / args.lr_reference_batch if args.lr_reference_batch else 1)
+    model = distributed.data_parallel(method.network, device)
     batches = data.TrainingBatches(len(source.pretrain), args.batch_size_per_gpu, args.seed, step, total_steps,
                                    ranks.rank, ranks.world)  # fmt: skip
     loader = data.training_loader(source.pretrain, batches, args.num_workers, pin_memory=device.type == "cuda")
@@ -347,9 +447,9 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     def evaluate_knn(epoch: int) -> float | None:
         if source.test is None or not args.knn_freq:
             return None
-        distributed.broadcast_buffers(teacher)
-        accuracy = knn_accuracy(args, teacher.backbone, source, ranks)
-        log.say(f"epoch {epoch}: k-NN (k={args.nb_knn}) of the teacher {accuracy:.4f}")
+        distributed.broadcast_buffers(method.backbone)
+        accuracy = knn_accuracy(args, method.backbone, source, ranks)
+        log.say(f"epoch {epoch}: k-NN (k={args.nb_knn}) of the {method.kept} {accuracy:.4f}{method.beside()}")
         log.record(step=step, epoch=epoch, knn=accuracy)
         return accuracy
 
@@ -358,13 +458,13 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
     elif step == total_steps:
         log.say(f"already finished: {args.epochs} epochs; give another --output_dir to train anew")
 
-    for part in (network, teacher, criterion):
+    for part in method.parts.values():
         part.train()
     clock = monitor.Clock()
-    health, teacher_norms = monitor.Health(args.out_dim), None
+    health = monitor.Health(method.out_dim)
     loss_sum, loss_steps = torch.zeros((), device=device), 0
     accuracy = None
-    for images, sizes, _, _ in loader:
+    for images, sizes, labels, indices in loader:
         clock.waited()
         epoch = step // epoch_steps
         end_of_epoch = (step + 1) % epoch_steps == 0
@@ -373,9 +473,6 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         # Schedules: functions of the step.
         lr = schedules.cosine(step, total_steps, peak_lr, args.min_lr, warmup_steps)
         weight_decay = schedules.cosine(step, total_steps, args.weight_decay, args.weight_decay_end)
-        momentum = schedules.cosine(step, total_steps, args.momentum_teacher, 1.0)
-        teacher_temp = schedules.linear(step, args.warmup_teacher_temp_epochs * epoch_steps,
-                                        args.warmup_teacher_temp, args.teacher_temp)  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -389,35 +486,20 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
         if step == 0 and first:
             monitor.save_views(output / "crops.png", views, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
-        # Teacher on the global views, student on all, loss.
+        # Teacher, student, loss.
         with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
-            with torch.no_grad():
-                _, _, teacher_logits = teacher(views[:2])
-            features, embeddings, student_logits = student(views)
-        if logging:  # before the centre moves
-            targets = torch.cat(criterion.targets(teacher_logits.chunk(2), teacher_temp))
-        loss = criterion(student_logits.chunk(len(views)), teacher_logits.chunk(2), teacher_temp)
-        objective = loss
-        if args.infonce_weight:
-            weight = schedules.cosine(step, total_steps, args.infonce_weight, 0.0)
-            objective = objective + weight * infonce(*embeddings.chunk(len(views))[:2])
-        if args.koleo_weight:
-            objective = objective + args.koleo_weight * sum(koleo(f) for f in features.chunk(len(views))[:2])
+            loss, objective = method.objective(model, views, labels, indices, step, logging)
 
         # Backward, clip, step.
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(objective).backward()
         scaler.unscale_(optimizer)
-        if epoch < args.freeze_last_layer:
-            for parameter in network.head.last_layer.parameters():
-                parameter.grad = None
+        method.after_backward(step)
         if args.clip_grad:
-            optim.clip_gradients_by_parameter(student_parameters, args.clip_grad)
+            optim.clip_gradients_by_parameter(parameters, args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-
-        # The teacher follows.
-        ema.update(teacher_parameters, student_parameters, momentum)
+        method.after_step(step)
 
         # Log, evaluate, save.
         step += 1
@@ -430,17 +512,15 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
                 raise FloatingPointError(f"diverging loss: it is {mean_loss} at step {step}: a lower --lr, a longer "
                                          f"--warmup_epochs or --norm_last_layer true may help; {output} keeps what was "
                                          "saved before")  # fmt: skip
-            ratio, memory, speed = mean_loss / math.log(args.out_dim), monitor.memory_mb(device), clock.read(total_steps - step)
-            signals = vital_signs(targets, features.chunk(len(views))[0])
-            previous_norms, teacher_norms = teacher_norms, torch.stack(torch._foreach_norm(teacher_parameters))
-            moved = previous_norms is None or not torch.equal(previous_norms, teacher_norms)
-            log.say(f"epoch {epoch} step {step}/{total_steps} loss {mean_loss:.4f} loss/lnK {ratio:.4f} lr {lr:.2e} "
-                    f"wd {weight_decay:.4f} momentum {momentum:.5f} entropy {signals['entropy']:.2f} of mean "
-                    f"{signals['entropy_of_mean']:.2f} std {signals['feature_std']:.2f} rank "
-                    f"{signals['effective_rank']:.0f} {speed['images_per_s']:.0f} images/s wait {speed['data_wait']:.0%} memory {memory:.0f} MiB eta {monitor.duration(speed['eta_s'])}")  # fmt: skip
-            log.record(step=step, epoch=epoch, loss=mean_loss, loss_over_lnk=ratio, lr=lr, weight_decay=weight_decay,
-                       momentum=momentum, teacher_temp=teacher_temp, memory_mb=memory, **signals, **speed)  # fmt: skip
-            for news in health.read(step, loss=mean_loss, teacher_moved=moved, **signals):
+            signs, speed = method.signs(), clock.read(total_steps - step)
+            values = {"loss": mean_loss}
+            if method.out_dim:
+                values["loss_over_lnk"] = mean_loss / math.log(method.out_dim)
+            values |= {"lr": lr, "weight_decay": weight_decay, "memory_mb": monitor.memory_mb(device), **signs}
+            log.say(f"epoch {epoch} step {step}/{total_steps} " + " ".join(f"{k} {v:.5g}" for k, v in values.items())
+                    + f" {speed['images_per_s']:.0f} images/s wait {speed['data_wait']:.0%} eta {monitor.duration(speed['eta_s'])}")  # fmt: skip
+            log.record(step=step, epoch=epoch, **values, **speed)
+            for news in health.read(step, loss=mean_loss, **signs):
                 log.say(f"health: {news}")
         if end_of_epoch:
             epoch += 1
@@ -449,7 +529,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
             if first:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"step": step, "first_knn": first_knn, "settings": settings}
-                checkpoint.save_backbone(output / "backbone.pth", teacher.backbone, args.arch, augment.IMAGENET_MEAN,
+                checkpoint.save_backbone(output / "backbone.pth", method.backbone, args.arch, augment.IMAGENET_MEAN,
                                          augment.IMAGENET_STD, args.global_crops_size, epoch)  # fmt: skip
                 if args.saveckp_freq and epoch % args.saveckp_freq == 0:
                     checkpoint.save_atomic(output / f"checkpoint{epoch:04}.pth", state)
@@ -457,15 +537,16 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data)
             clock.restart()
     if accuracy is not None:
         log.say(f"k-NN (k={args.nb_knn}) accuracy: {accuracy:.4f} after {args.epochs} epochs, "
-                f"{first_knn:.4f} before the first")  # fmt: skip
+                f"{first_knn:.4f} before the first{method.beside()}")  # fmt: skip
     if clock.steps:
         log.say(f"health: {health.verdict()}")
     log.say(f"backbone: {output / 'backbone.pth'}")
+    return method
 
 
 def main() -> None:
     args = parse(get_parser())
-    distributed.launch("train.py", check(args), args.device, lambda ranks: train(args, ranks, settle(args, ranks)))
+    distributed.launch("train.py", check(args), args.device, lambda ranks: train(args, ranks, settle(args, ranks), SelfDistillation))
 
 
 if __name__ == "__main__":

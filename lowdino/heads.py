@@ -1,4 +1,4 @@
-"""The projection head, and the network that runs a backbone and its head over a list of views."""
+"""Heads, and the networks that run a backbone and its heads over a list of views."""
 
 import torch
 import torch.nn.functional as F
@@ -67,12 +67,34 @@ class DINOHead(nn.Module):
         return self.last_layer(self.embed(x))
 
 
-class MultiViewNetwork(nn.Module):
-    """Backbone and head over a list of views: one forward pass a resolution.
+class Projector(nn.Sequential):
+    """Linear, batch norm, ReLU, linear: (B, in_dim) -> (B, out_dim), from a student's width to its teacher's."""
 
-    forward(views): list of V tensors (B, 3, H, W), views of one size side by side in the list.
-    Returns `(features, embeddings, logits)`, view by view: the backbone's (V * B, embed_dim), the head's unit vectors
-    (V * B, bottleneck_dim) and its (V * B, out_dim).
+    def __init__(self, in_dim: int, out_dim: int):
+        hidden = max(in_dim, out_dim)
+        super().__init__(nn.Linear(in_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+                         nn.Linear(hidden, out_dim))  # fmt: skip
+
+
+def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
+    """Features of a list of V views (B, 3, H, W), view by view, in one forward pass a resolution: (V * B, embed_dim).
+
+    Views of one size stand side by side in the list.
+    """
+    groups: list[list[Tensor]] = []
+    for view in views:
+        if groups and groups[-1][0].shape[-2:] == view.shape[-2:]:
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return torch.cat([backbone(torch.cat(group)) for group in groups])
+
+
+class MultiViewNetwork(nn.Module):
+    """Backbone and head over a list of views, see `features_of_views`.
+
+    forward(views) -> `(features, embeddings, logits)`, view by view: the backbone's (V * B, embed_dim), the head's unit
+    vectors (V * B, bottleneck_dim) and its (V * B, out_dim).
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
@@ -81,12 +103,19 @@ class MultiViewNetwork(nn.Module):
         self.head = head
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        groups: list[list[Tensor]] = []
-        for view in views:
-            if groups and groups[-1][0].shape[-2:] == view.shape[-2:]:
-                groups[-1].append(view)
-            else:
-                groups.append([view])
-        features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
+        features = features_of_views(self.backbone, views)
         embeddings = self.head.embed(features)
         return features, embeddings, self.head.last_layer(embeddings)
+
+
+class ManyHeads(nn.Module):
+    """Backbone and several heads by name: views -> features (V * B, embed_dim), and each head's output of them."""
+
+    def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = features_of_views(self.backbone, views)
+        return features, {name: head(features) for name, head in self.heads.items()}

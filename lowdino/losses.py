@@ -1,4 +1,4 @@
-"""Self-distillation objectives. All of them work in float32, whatever autocast says, and are right across ranks:
+"""Objectives of self-distillation and of distillation. All of them work in float32, whatever autocast says, and are right across ranks:
 two ranks with B images each get the centre, and through DDP's averaging the gradients, of one rank with 2B.
 """
 
@@ -186,3 +186,82 @@ class InfoNCELoss(nn.Module):
             own = torch.arange(len(a), device=a.device) + (dist.get_rank() * len(a) if ranks() > 1 else 0)
             a_to_b, b_to_a = a @ all_b.T / self.temperature, b @ all_a.T / self.temperature  # (n, N)
             return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2
+
+
+class KDLoss(nn.Module):
+    """Knowledge distillation: the student's softened answers follow the teacher's (Hinton et al., 2015; LowDINO, eq. 4).
+
+        L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k]),   mean over the rows
+
+    T^2 keeps the gradient's size whatever T is. t and s are logits of a classifier or, without labels, features of one
+    width.
+
+    forward(student, teacher): (n, K) each. Returns a scalar; gradient to the student alone.
+    """
+
+    def __init__(self, temperature: float = 3.0):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.autocast(device_type=student.device.type, enabled=False):
+            log_s = (student.float() / self.temperature).log_softmax(dim=1)
+            log_t = (teacher.detach().float() / self.temperature).log_softmax(dim=1)
+            return self.temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+class SimKDLoss(nn.Module):
+    """The student's projected features are to be the teacher's (Chen et al., 2022, SimKD, equation 4).
+
+        L = |s - t|^2 / D,   mean over the rows
+
+    so that the teacher's own classifier can be put on them.
+
+    forward(student, teacher): (n, D) each. Returns a scalar; gradient to the student alone.
+    """
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.autocast(device_type=student.device.type, enabled=False):
+            return F.mse_loss(student.float(), teacher.detach().float())
+
+
+class SimilarityLoss(nn.Module):
+    """The student's similarities to a set of images follow the teacher's (CompRess, Abbasi Koohpayegani et al., 2020; SEED,
+    Fang et al., 2021).
+
+        p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s),   L = - mean_i sum_j p_t[j] log p_s[j]
+
+    with unit vectors s_i, t_i and q_j: the teacher's vectors of the batch of all ranks, the image itself among them, and of
+    the last `queue_size` images before it, as in SEED (equations 1 to 3).
+
+    forward(student, teacher): (n, D) each, the student's already projected to the teacher's width. Returns a scalar;
+    gradient to the student alone. In training mode the teacher's vectors then enter the queue.
+
+    Args:
+        dim: D. queue_size: number of vectors kept; 0 for the batch alone.
+        student_temp, teacher_temp: T_s and T_t; SEED's 0.2 and 0.01 by default.
+    """
+
+    queue: Tensor
+
+    def __init__(self, dim: int, queue_size: int = 4096, student_temp: float = 0.2, teacher_temp: float = 0.01):
+        super().__init__()
+        self.queue_size, self.student_temp, self.teacher_temp = queue_size, student_temp, teacher_temp
+        self.register_buffer("queue", torch.zeros(queue_size, dim))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.autocast(device_type=student.device.type, enabled=False):
+            s, t = F.normalize(student.float(), dim=1), F.normalize(teacher.detach().float(), dim=1)
+            with torch.no_grad():
+                batch = GatherRows.apply(t) if ranks() > 1 else t  # (N, D)
+                anchors = torch.cat([batch, self.queue])  # (N + queue, D), newest first
+                # Places of the queue that have no vector yet take no part.
+                empty = torch.arange(len(anchors), device=t.device) >= len(batch) + self.filled
+                target = (t @ anchors.T / self.teacher_temp).masked_fill(empty, -torch.inf).softmax(dim=1)
+            log_s = (s @ anchors.T / self.student_temp).masked_fill(empty, -torch.inf).log_softmax(dim=1)
+            loss = -(target * log_s.masked_fill(empty, 0.0)).sum(dim=1).mean()
+            if self.training:
+                self.queue.copy_(anchors[: self.queue_size])
+                self.filled.copy_((self.filled + len(batch)).clamp(max=self.queue_size))
+        return loss

@@ -131,20 +131,23 @@ class Health:
     The signs follow DINO (Caron et al., 2021, section 5.3 and figure 7): entropy and KL tell the collapses apart. All
     entropies are in nats, ln K being the entropy of the uniform answer over K prototypes.
 
+    Args:
+        out_dim: K; None for a method whose answers are no distributions, of which features and loss are judged alone.
+
     read(...): the sentences that are new at this step: a sign that has lasted, or one that is over.
     verdict(): one sentence on the state at the last reading.
     """
 
     PATIENCE = 200
 
-    def __init__(self, out_dim: int):
-        self.uniform = math.log(out_dim)
+    def __init__(self, out_dim: int | None):
+        self.uniform = math.log(out_dim) if out_dim else math.inf
         self.since: dict[str, int] = {}  # the step at which a sign was first seen, for those seen at the last reading
         self.told: dict[str, str] = {}
 
-    def signs(self, loss: float, entropy: float, entropy_of_mean: float, feature_std: float, effective_rank: float,
-              teacher_moved: bool) -> dict[str, str]:  # fmt: skip
-        """The signs of one reading, name and sentence."""
+    def signs(self, loss: float, feature_std: float, effective_rank: float, entropy: float | None = None,
+              entropy_of_mean: float | None = None, teacher_moved: bool = True, **others: float) -> dict[str, str]:  # fmt: skip
+        """The signs of one reading, name and sentence; `others` say nothing of health."""
         if loss > 1.05 * self.uniform:  # whatever else is wrong follows from it
             return {"diverging loss": f"the loss {loss:.2f} is above that of a uniform answer, ln K = {self.uniform:.2f}: "
                                       "lower --lr, or lengthen --warmup_epochs"}  # fmt: skip
@@ -156,6 +159,8 @@ class Health:
             signs["dead features"] = (f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
                                       f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight, and look at "
                                       "crops.png, whether the pictures differ at all")  # fmt: skip
+        if entropy is None:
+            return signs
         if entropy > 0.99 * self.uniform:
             signs["uniform collapse"] = (
                 f"the teacher answers every image alike, all prototypes equally (entropy {entropy:.2f}, of the mean answer "

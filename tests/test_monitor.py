@@ -100,7 +100,7 @@ def run(images, tmp_path, monkeypatch, flags):
     args = train.parse(train.get_parser(), [*SMALL, *flags, "--data_path", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "out")])
     assert train.check(args) is None
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
-    train.train(args, ranks, train.settle(args, ranks))
+    train.train(args, ranks, train.settle(args, ranks), train.SelfDistillation)
 
 
 RUNS = [

@@ -59,7 +59,7 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
             "crops.png", "log.jsonl"} == set(os.listdir(out))  # fmt: skip
     line = done.stdout.splitlines()
     assert "24 images; global views 32 px, 1 local views 32 px" in line[0]
-    assert re.search(r"epoch 0 step 2/12 loss \d.\d+ loss/lnK \d.\d+ lr .* wd .* momentum .* entropy .* of mean .* std .* rank .* images/s wait .* memory .* eta", done.stdout)
+    assert re.search(r"epoch 0 step 2/12 loss \d.\d+ loss_over_lnk \d.\d+ lr .* weight_decay .* memory_mb .* momentum .* entropy .* entropy_of_mean .* feature_std .* effective_rank .* images/s wait .* eta", done.stdout)
     assert re.search(r"k-NN \(k=20\) accuracy: \d.\d+ after 2 epochs, \d.\d+ before the first", done.stdout)
     assert "health: no sign of collapse" in done.stdout  # 12 steps are too few for any other verdict
     assert json.loads((out / "args.json").read_text())["optimizer"] == "lars"

@@ -1,0 +1,455 @@
+#!/usr/bin/env python3
+"""Distil a big frozen teacher into a small network, without labels or with them (LowDINO, figure 3; DINOv2, section 5).
+
+    python distill.py --teacher dinov2_vits14_pretrain.pth --arch mobilevit_s --data_path /path/to/pictures
+    python distill.py --teacher resnet50=dino_resnet50_pretrain.pth --arch resnet5m --objective simkd --cache_teacher t.npy
+    python distill.py --teacher output/checkpoint.pth --arch mobilevit_xxs --objective dino
+
+A teacher is a backbone.pth, a state dict of DINO's or DINOv2's ViT, ARCH=FILE for another plain state dict, a checkpoint.pth of
+train.py (with its head, for --objective dino), MODULE:FUNCTION that returns a network, or a .npy or .npz of its features.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+import eval_knn
+import lowdino
+import train
+from lowdino import augment, checkpoint, data, distributed, ema, evaluate, monitor, probe, schedules
+from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
+from lowdino.losses import DINOLoss, KDLoss, SimilarityLoss, SimKDLoss
+
+OBJECTIVES = ("kd", "simkd", "similarity", "dino")
+CHUNK = 8192  # images whose features are computed and written to a cache at once
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=" ".join(__doc__.split("\n\n")[2].split()),
+                                     allow_abbrev=False, formatter_class=eval_knn.HelpFormatter)  # fmt: skip
+    parser.add_argument("--preset", choices=train.PRESETS, help="settings of a paper; flags given by hand win over it")
+    add = parser.add_argument_group("distillation").add_argument
+    add("--teacher", required=True, help="what to learn from, see below")
+    add("--teacher_size", type=int, help="side of the teacher's input; default: the teacher file's, or that of the global views")
+    add("--cache_teacher", metavar="FILE.npy", help="keep the teacher's features of the whole images here and look them up, instead "
+        "of running it on every view")  # fmt: skip
+    add("--teacher_head", choices=["none", "file", "train"], default="none", help="the teacher's linear classifier: the one in its "
+        "file, or one trained on its features and the labels before anything else")  # fmt: skip
+    add("--objective", nargs="+", choices=OBJECTIVES, default=["kd"], help="kd: softened answers (LowDINO, equation 4); simkd: "
+        "features; similarity: to a queue of images; dino: the teacher's prototypes")  # fmt: skip
+    add("--objective_weight", type=float, nargs="+", help="a weight for each objective; default: 1")
+    add("--temperature", type=float, default=3.0, help="of kd")
+    add("--alpha", type=float, default=1.0, help="weight of kd against the cross-entropy on labels, which has 1 - alpha")
+    add("--match", choices=["projector", "pool"], default="projector", help="how kd without a classifier brings features to one "
+        "width: a learned linear map of the student's, or pooling both to the smaller")  # fmt: skip
+    add("--queue_size", type=int, default=4096, help="images of similarity's queue; 0: those of the batch alone")
+    add("--student_temp", type=float, default=0.1, help="of dino: temperature of the student's softmax")
+    add("--teacher_temp", type=float, default=0.04, help="of dino: temperature of the teacher's softmax")
+    add("--momentum_teacher", type=train.number_or_none, help="of dino: momentum of the student's average, which is kept; rises to 1 on "
+        "a cosine; default: 1 - 1/(2 sqrt(steps))")  # fmt: skip
+    train.add_training_flags(parser)
+    parser.set_defaults(local_crops_number=0)
+    return parser
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags by themselves, in one sentence, or None."""
+    if len(set(args.objective)) < len(args.objective):
+        return f"--objective names one twice: {' '.join(args.objective)}"
+    weights = args.objective_weight
+    if weights and (len(weights) != len(args.objective) or not all(0 < w < float("inf") for w in weights)):
+        return f"--objective_weight needs a number above 0 for each of {' '.join(args.objective)}, not {weights}"
+    if args.alpha < 1 and ("kd" not in args.objective or args.teacher_head == "none"):
+        return "--alpha below 1 weighs labels against kd's answers: it needs --objective kd and a --teacher_head"
+    if args.match == "pool" and ("kd" not in args.objective or args.teacher_head != "none"):
+        return "--match pool goes with --objective kd and --teacher_head none: a classifier's answers have one width"
+    if args.teacher_head != "none" and not {"kd", "simkd"} & set(args.objective):
+        return "--teacher_head is used by --objective kd and simkd, and neither is given"
+    if "dino" in args.objective and args.cache_teacher:
+        return "--objective dino needs the teacher's answers to every view, which --cache_teacher does without"
+    if args.teacher in lowdino.ARCHS:
+        return f"--teacher {args.teacher} would have random weights: give {args.teacher}=FILE"
+    if args.teacher.endswith((".npy", ".npz")) and (args.cache_teacher or args.teacher_size):
+        return "--cache_teacher and --teacher_size need a teacher that is a network, not a file of features"
+    if args.cache_teacher and not args.cache_teacher.endswith(".npy"):
+        return f"--cache_teacher should end in .npy, not {args.cache_teacher}"
+    if args.teacher_size is not None and args.teacher_size < 32:
+        return f"--teacher_size must be at least 32 pixels, not {args.teacher_size}"
+    return (train.check_ranges(args, ("queue_size",), ("temperature", "student_temp", "teacher_temp"),
+                               ("alpha", "momentum_teacher")) or train.check_training(args))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher: a frozen network, or its features in a file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Teacher:
+    """A frozen network with its classifier and DINO head, where it has them; or features alone."""
+
+    name: str
+    fingerprint: str
+    backbone: nn.Module | None = None
+    size: int = 0
+    classifier: nn.Linear | None = None
+    head: DINOHead | None = None
+    center: Tensor | None = None
+    features: np.ndarray | None = None  # (N, D), of the images to train on, in their order
+
+    @torch.no_grad()
+    def __call__(self, view: Tensor) -> Tensor:
+        """Features of a view that is normalised for the student: (B, 3, H, W) -> (B, D) float32."""
+        mean, std = (torch.tensor(v, device=view.device).view(1, 3, 1, 1) for v in eval_knn.normalisation(self.backbone))
+        own_mean, own_std = (torch.tensor(v, device=view.device).view(1, 3, 1, 1) for v in (augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+        if not (torch.equal(mean, own_mean) and torch.equal(std, own_std)):
+            view = (view * own_std + own_mean - mean) / std
+        if view.shape[-1] != self.size:
+            view = F.interpolate(view, size=(self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
+        return self.backbone(view).float()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names and values of all weights, in 16 digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().flatten().clone().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_teacher(args: argparse.Namespace, source: data.Data, ranks: distributed.Ranks) -> Teacher:
+    """The teacher that --teacher names.
+
+    Raises:
+        ValueError: in one sentence, where it cannot be used.
+    """
+    if args.teacher.endswith((".npy", ".npz")):
+        return features_of_file(args.teacher, source)
+    path = args.teacher.partition("=")[2] or args.teacher
+    if not os.path.isfile(path) and ":" in path:
+        name, backbone = path, imported(path)
+        content: dict = {}
+    else:
+        content = checkpoint.load(path)
+        name, backbone = (path, None) if "settings" in content else eval_knn.open_model(args.teacher)
+    head = center = None
+    if backbone is None:
+        backbone, head, center = teacher_of_run(path, content)
+    elif "dino" in args.objective:
+        raise ValueError(f"--objective dino needs the teacher's head: give a checkpoint.pth of train.py, not {path}")
+    backbone = frozen(backbone, ranks)
+    size = args.teacher_size or getattr(backbone, "image_size", None) or args.global_crops_size
+    teacher = Teacher(name, fingerprint(backbone), backbone, size, head=head and frozen(head, ranks), center=center)
+    if args.teacher_head == "file":
+        if "classifier" not in content:
+            raise ValueError(f"{path} holds no classifier; eval_linear.py --finetune writes such a file, --teacher_head train "
+                             "trains one")  # fmt: skip
+        weight = content["classifier"]["weight"]
+        classifier = nn.Linear(weight.shape[1], weight.shape[0])
+        classifier.load_state_dict(content["classifier"])
+        teacher.classifier = frozen(classifier, ranks)
+    return teacher
+
+
+def frozen(module: nn.Module, ranks: distributed.Ranks) -> nn.Module:
+    return module.to(ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def imported(path: str) -> nn.Module:
+    module, _, function = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        backbone = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--teacher {path}: cannot import and call it: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(f"--teacher {path} returns a {type(backbone).__name__}, where a network was expected")
+    return backbone
+
+
+def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tensor]:
+    """Backbone, head and centre of the teacher in a checkpoint of train.py."""
+    settings = content["settings"]
+    if "out_dim" not in settings or "teacher" not in content:
+        raise ValueError(f"{path} is a checkpoint of another script, without a DINO head")
+    arch, prefix = settings["arch"], "backbone."
+    weights = {name.removeprefix(prefix): value for name, value in content["teacher"].items() if name.startswith(prefix)}
+    backbone = lowdino.vit.like(weights) if arch in lowdino.vit.ARCHS else lowdino.build_backbone(arch)
+    head = DINOHead(backbone.embed_dim, settings["out_dim"], settings["use_bn_in_head"], settings["norm_last_layer"],
+                    settings["hidden_dim"])  # fmt: skip
+    network = MultiViewNetwork(backbone, head)
+    network.load_state_dict(content["teacher"])
+    backbone.image_size = settings["global_crops_size"]
+    return backbone, head, content["loss"]["center"]
+
+
+def features_of_file(path: str, source: data.Data) -> Teacher:
+    """Features of the images to train on, (N, D), as an array of an .npy or the `train` of an .npz of eval_knn.py --features."""
+    try:
+        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+        files = None
+        if path.endswith(".npz"):
+            with arrays:
+                files = arrays["train_files"] if "train_files" in arrays else None
+                arrays = arrays["train"]
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}") from error
+    except Exception as error:  # a damaged file makes zipfile and numpy fail in any way there is
+        raise ValueError(f"cannot read {path}: it is damaged, or not a file of features, (N, D), `train` in an .npz") from error
+    if arrays.ndim != 2 or arrays.dtype.kind != "f":
+        raise ValueError(f"{path}: features should be (N, D) floating-point numbers, not {arrays.shape} {arrays.dtype}")
+    paths = getattr(source.pretrain, "paths", None)
+    names = files is None or paths is None or [os.path.basename(f) for f in files] == [os.path.basename(p) for p in paths]
+    if len(arrays) != len(source.pretrain) or not names:
+        raise ValueError(f"{path} holds features of {len(arrays)} other images than the {len(source.pretrain)} of {source.name}")
+    if not all(np.isfinite(arrays[i : i + CHUNK]).all() for i in range(0, len(arrays), CHUNK)):
+        raise ValueError(f"{path} has values that are not finite numbers")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return Teacher(path, digest, features=arrays)
+
+
+def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles, path: Path, workers: int,
+                    ranks: distributed.Ranks) -> np.ndarray:  # fmt: skip
+    """The teacher's features of the whole images: (N, D) float16, in a memory-mapped file that is made where it is missing.
+
+    Beside it, PATH.json says which weights and images it belongs to and how many rows are done, so that a stopped run goes on.
+
+    Raises:
+        ValueError: where the file belongs to other weights or images, or a feature does not fit float16.
+    """
+    notes = Path(f"{path}.json")
+    own = {"teacher": teacher.fingerprint, "images": images.fingerprint(), "size": teacher.size}
+    done = 0
+    if notes.exists():
+        theirs = json.loads(notes.read_text())
+        done = theirs.pop("done")
+        for key, what in (("teacher", "weights"), ("images", "images"), ("size", "an input size")):
+            if theirs[key] != own[key]:
+                raise ValueError(f"--cache_teacher {path} belongs to other {what} ({theirs[key]}, not {own[key]}): give another file, "
+                                 "or delete it and its .json")  # fmt: skip
+    elif path.exists():
+        raise ValueError(f"--cache_teacher {path} exists without {notes.name}, which would say whose it is: give another file")
+    for start in range(done, len(images), CHUNK):
+        part = Subset(images, range(start, min(start + CHUNK, len(images))))
+        rows = eval_knn.features(teacher.backbone, part, teacher.size, ranks, 256, workers).features.half()
+        if not rows.isfinite().all():
+            raise ValueError(f"features of {teacher.name} exceed float16's range, 65,504: --cache_teacher cannot hold them")
+        if ranks.first:
+            rows = rows.cpu().numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, (len(images), rows.shape[1]))
+            file[start : start + len(rows)] = rows
+            file.flush()
+            temporary = Path(f"{notes}.tmp")
+            temporary.write_text(json.dumps(own | {"done": start + len(rows)}))
+            os.replace(temporary, notes)
+            print(f"teacher: features of {start + len(rows)} of {len(images)} images in {path}", flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--cache_teacher {path} is missing or damaged: delete it and its .json") from error
+
+
+def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """Logistic regression on a teacher's features, with the weight decay 1e-4 on scaled ones, as a layer for them as they are."""
+    scaler = probe.Scaler(features)
+    weights = probe.logistic_regression(scaler(features), labels, classes, [1e-4])[:, 0]  # (D + 1, C)
+    layer = nn.Linear(features.shape[1], classes).to(features.device).requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.copy_((scaler.matrix @ weights[:-1]).T)
+        layer.bias.copy_(weights[-1] - scaler.mean @ scaler.matrix @ weights[:-1])
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """A student learns to answer as a frozen teacher does; a method for `train.train`, see `train.SelfDistillation`.
+
+    The teacher sees the student's global views, and its mean over them stands for the local ones; or, from a cache or a file,
+    the whole image, which then stands for all views.
+    """
+
+    def __init__(self, args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, total_steps: int):
+        self.args, self.ranks, self.source, self.total_steps = args, ranks, source, total_steps
+        self.weights = dict(zip(args.objective, args.objective_weight or [1.0] * len(args.objective)))
+        self.teacher = teacher = open_teacher(args, source, ranks)
+        if args.cache_teacher:
+            teacher.features = cached_features(teacher, source.pretrain, Path(args.cache_teacher), args.num_workers, ranks)
+        # What a resumed run must share; where the teacher's files lie does not matter.
+        self.settings = {"teacher": teacher.fingerprint, "teacher_size": teacher.size, "cache_teacher": bool(args.cache_teacher)}
+        self.teacher_knn = None
+        width = self.teacher_width()
+        if args.teacher_head == "train":
+            train_features = self.features_of_teacher(source.train)
+            teacher.classifier = trained_classifier(train_features.features, train_features.labels, source.classes)
+        if teacher.classifier and teacher.classifier.in_features != width:
+            raise ValueError(f"{teacher.name}: its classifier takes {teacher.classifier.in_features} features, its network gives {width}")
+        if args.alpha < 1 and source.train is not source.pretrain:
+            raise ValueError(f"--alpha {args.alpha} needs labels, and {source.name} has none for the images to train on")
+
+        backbone = train.build_backbone(args)
+        self.network = train.on_device(ManyHeads(backbone, self.heads(backbone.embed_dim, width)), ranks)
+        self.losses = nn.ModuleDict({"kd": KDLoss(args.temperature), "simkd": SimKDLoss()})
+        if "similarity" in self.weights:
+            self.losses["similarity"] = SimilarityLoss(width, args.queue_size)
+        self.parts = {"student": self.network, "loss": self.losses}
+        self.backbone, self.kept, self.out_dim, self.average = backbone, "student", None, None
+        if "dino" in self.weights:
+            self.losses["dino"] = DINOLoss(len(teacher.head.last_layer.weight), args.student_temp)
+            self.losses["dino"].center.copy_(teacher.center)
+            self.parts["average"] = self.average = ema.make_teacher(self.network)
+            self.pairs = ema.paired_parameters(self.average, self.network)
+            self.backbone, self.kept = self.average.backbone, "student's average"
+        self.losses.to(ranks.device)
+
+    def teacher_width(self) -> int:
+        """Number of the teacher's features."""
+        if self.teacher.features is not None:
+            return self.teacher.features.shape[1]
+        size = self.teacher.size
+        features = self.teacher(torch.zeros(1, 3, size, size, device=self.ranks.device))
+        if features.ndim != 2:
+            raise ValueError(f"{self.teacher.name} gives {tuple(features.shape)} for an image, where (1, features) was expected")
+        return features.shape[1]
+
+    def heads(self, own: int, width: int) -> dict[str, nn.Module]:
+        """What the student's features of `own` numbers pass through for each objective."""
+        heads: dict[str, nn.Module] = {}
+        if "kd" in self.weights:
+            if self.teacher.classifier:
+                heads["kd"] = nn.Linear(own, self.teacher.classifier.out_features)
+            elif self.args.match == "pool":
+                heads["kd"] = nn.AdaptiveAvgPool1d(min(own, width))
+            else:
+                heads["kd"] = nn.Linear(own, width)
+        for name in {"simkd", "similarity"} & self.weights.keys():
+            heads[name] = Projector(own, width)
+        if "dino" in self.weights:
+            theirs = self.teacher.head
+            hidden = theirs.mlp[0].out_features
+            heads["dino"] = DINOHead(own, len(theirs.last_layer.weight), any(isinstance(m, nn.BatchNorm1d) for m in theirs.mlp),
+                                     theirs.last_layer.gain is None, hidden)  # fmt: skip
+        return heads
+
+    def targets(self, views: list[Tensor], indices: Tensor) -> Tensor:
+        """The teacher's features for each view of the student: (V * B, D)."""
+        if self.teacher.features is not None:
+            rows = torch.from_numpy(np.asarray(self.teacher.features[indices.numpy()], dtype=np.float32))
+            return rows.to(self.ranks.device).repeat(len(views), 1)
+        whole = [self.teacher(view) for view in views[:2]]
+        return torch.cat(whole + [(whole[0] + whole[1]) / 2] * (len(views) - 2))
+
+    def objective(self, model: nn.Module, views: list[Tensor], labels: Tensor, indices: Tensor, step: int,
+                  logging: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        features, outputs = model(views)
+        targets = self.targets(views, indices)
+        terms = {}
+        for name, answers in outputs.items():
+            if name == "kd":
+                terms[name] = self.kd_term(answers, targets, labels.repeat(len(views)))
+            elif name == "dino":
+                with torch.no_grad():
+                    prototypes = self.teacher.head(targets[: 2 * len(labels)])
+                terms[name] = self.losses[name](answers.chunk(len(views)), prototypes.chunk(2), self.args.teacher_temp)
+            else:
+                terms[name] = self.losses[name](answers, targets)
+        if logging:
+            self.seen = features[: len(labels)].detach(), {name: term.detach() for name, term in terms.items()}
+        loss = sum(self.weights[name] * term for name, term in terms.items())
+        return loss, loss
+
+    def kd_term(self, answers: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+        if self.teacher.classifier:
+            with torch.no_grad():
+                targets = self.teacher.classifier(targets)
+        elif targets.shape[1] > answers.shape[1]:  # --match pool
+            targets = F.adaptive_avg_pool1d(targets, answers.shape[1])
+        kd = self.losses["kd"](answers, targets)
+        if self.args.alpha == 1:
+            return kd
+        return self.args.alpha * kd + (1 - self.args.alpha) * F.cross_entropy(answers.float(), labels.to(answers.device))
+
+    def after_backward(self, step: int) -> None:
+        pass
+
+    def after_step(self, step: int) -> None:
+        if self.average:
+            ema.update(*self.pairs, schedules.cosine(step, self.total_steps, self.args.momentum_teacher, 1.0))
+
+    def signs(self) -> dict[str, float]:
+        features, terms = self.seen
+        std, rank = monitor.spread(features)
+        values = {name: distributed.mean_over_ranks(term.clone()).item() for name, term in terms.items()}
+        return (values if len(values) > 1 else {}) | {"feature_std": std.item(), "effective_rank": rank.item()}
+
+    def features_of_teacher(self, images: data.ImageArray | data.ImageFiles) -> evaluate.Features:
+        """Of the whole images, from the cache or a file where they are in it."""
+        if self.teacher.features is not None and images is self.source.pretrain:
+            found = torch.from_numpy(np.asarray(self.teacher.features, dtype=np.float32))
+            return evaluate.Features(found.to(self.ranks.device), torch.as_tensor(images.labels).to(self.ranks.device), [])
+        if self.teacher.backbone is None:
+            raise ValueError(f"{self.teacher.name} holds features of the images to train on alone, and others are needed")
+        return eval_knn.features(self.teacher.backbone, images, self.teacher.size, self.ranks, 256, self.args.num_workers)
+
+    def beside(self) -> str:
+        """The teacher's accuracy, measured once."""
+        if self.teacher.backbone is None:
+            return ""
+        if self.teacher_knn is None:
+            memory, asked = (self.features_of_teacher(images) for images in (self.source.train, self.source.test))
+            scores = evaluate.knn_classify(memory.features, memory.labels, asked.features, self.args.nb_knn,
+                                           num_classes=self.source.classes)  # fmt: skip
+            self.teacher_knn = evaluate.accuracy(scores, asked.labels)
+        return f", of the teacher {self.teacher_knn:.4f}"
+
+    def classifier_accuracy(self) -> str | None:
+        """How well the teacher's classifier does on its own features and, through simkd's projector, on the student's."""
+        if not self.teacher.classifier or self.teacher.backbone is None or self.source.test is None:
+            return None
+        asked = self.features_of_teacher(self.source.test)
+        said = f"the teacher's classifier: {evaluate.accuracy(self.teacher.classifier(asked.features), asked.labels):.4f} on its features"
+        network = (self.average or self.network).eval()
+        own = eval_knn.features(network.backbone, self.source.test, self.args.global_crops_size, self.ranks, 256, self.args.num_workers)
+        if "simkd" in self.weights:
+            answers = self.teacher.classifier(network.heads["simkd"](own.features))
+            said += f", {evaluate.accuracy(answers, own.labels):.4f} on the student's through simkd's projector"
+        if "kd" in self.weights:
+            said += f"; the student's own: {evaluate.accuracy(network.heads['kd'](own.features), own.labels):.4f}"
+        return said
+
+
+def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    method = train.train(args, ranks, train.settle(args, ranks), Distillation)
+    with torch.no_grad():
+        if (said := method.classifier_accuracy()) and ranks.first:
+            print(said, flush=True)
+
+
+def main() -> None:
+    args = train.parse(get_parser())
+    distributed.launch("distill.py", check(args), args.device, lambda ranks: run(args, ranks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Distillation: losses against loops in float64, the script from outside, and teachers that do not fit."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import distill
+import lowdino
+from lowdino import augment, checkpoint, data, distributed
+from lowdino.losses import KDLoss, SimilarityLoss, SimKDLoss
+
+RANKS = distributed.Ranks(0, 1, torch.device("cpu"))
+
+
+def softmax(row):
+    exps = [math.exp(value - max(row)) for value in row]
+    return [value / sum(exps) for value in exps]
+
+
+def unit(row):
+    length = math.sqrt(sum(value**2 for value in row))
+    return [value / length for value in row]
+
+
+def test_kd_is_the_softened_divergence():
+    s, t = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    loss = KDLoss(temperature=2.5)(s, t)
+    by_hand = 0.0
+    for a, b in zip(s.tolist(), t.tolist()):
+        p_s, p_t = softmax([v / 2.5 for v in a]), softmax([v / 2.5 for v in b])
+        by_hand += 2.5**2 * sum(q * math.log(q / p) for p, q in zip(p_s, p_t)) / 5
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+    loss.backward()
+    assert s.grad.abs().sum() > 0 and t.grad is None
+
+
+def test_simkd_is_the_mean_squared_difference():
+    s, t = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    loss = SimKDLoss()(s, t)
+    by_hand = sum((a - b) ** 2 for x, y in zip(s.tolist(), t.tolist()) for a, b in zip(x, y)) / 24
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+    loss.backward()
+    assert s.grad.abs().sum() > 0 and t.grad is None
+
+
+def test_similarity_looks_at_the_batch_and_the_last_images():
+    loss, history = SimilarityLoss(dim=6, queue_size=5, student_temp=0.2, teacher_temp=0.1), []
+    for _ in range(4):  # the queue is empty, half full, full, full
+        s, t = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+        value = loss(s, t)
+        batch = [unit(row) for row in t.tolist()]
+        anchors = batch + history[:5]
+        history = batch + history
+        by_hand = 0.0
+        for a, b in zip(s.tolist(), t.tolist()):
+            p_s = softmax([sum(x * y for x, y in zip(unit(a), q)) / 0.2 for q in anchors])
+            p_t = softmax([sum(x * y for x, y in zip(unit(b), q)) / 0.1 for q in anchors])
+            by_hand -= sum(q * math.log(p) for p, q in zip(p_s, p_t)) / 3
+        assert value.item() == pytest.approx(by_hand, rel=1e-5)
+        value.backward()
+        assert s.grad.isfinite().all() and s.grad.abs().sum() > 0 and t.grad is None
+    loss.eval()
+    before = loss.queue.clone()
+    loss(torch.randn(3, 6), torch.randn(3, 6))
+    assert torch.equal(loss.queue, before)  # evaluation leaves no trace
+
+
+def save_teacher(path, arch="mobilevit_xxs", **more):
+    torch.manual_seed(3)
+    backbone = lowdino.build_backbone(arch)
+    checkpoint.save_backbone(path, backbone, arch, augment.IMAGENET_MEAN, augment.IMAGENET_STD, 32, 1, **more)
+    return path
+
+
+SMALL = ["--arch", "resnet5m", "--batch_size_per_gpu", 8, "--epochs", 2, "--warmup_epochs", 1, "--device", "cpu", "--log_freq", 2,
+         "--global_crops_size", 32, "--knn_freq", 1]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--objective", "kd"], None),
+    (["--objective", "kd", "--match", "pool", "--local_crops_number", 1], None),
+    (["--objective", "kd", "simkd", "similarity", "--objective_weight", 1, 2, 0.5, "--teacher_head", "train", "--alpha", 0.5],
+     "on the student's through simkd's projector"),
+])  # fmt: skip
+def test_objectives_alone_and_together(flags, said, picture_folder, tmp_path, call_script):
+    teacher = save_teacher(tmp_path / "teacher.pth")
+    done = call_script("distill.py", "--teacher", teacher, *SMALL, *flags, "--data_path", picture_folder, "--output_dir", tmp_path / "out")
+    numbers = re.search(r"k-NN \(k=20\) accuracy: (\d.\d+) after 2 epochs, (\d.\d+) before the first, of the teacher (\d.\d+)", done.stdout)
+    assert numbers and "k-NN (k=20) of the student " in done.stdout
+    assert ("the teacher's classifier: 1.0000 on its features" in done.stdout) == bool(said) and (said or "") in done.stdout
+    losses = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines() if "loss" in line]
+    if said:  # the second line is of one step, the third
+        one = losses[1]
+        assert one["loss"] == pytest.approx(one["kd"] + 2 * one["simkd"] + 0.5 * one["similarity"], rel=1e-5)
+        assert losses[-1]["simkd"] < losses[0]["simkd"]
+    else:
+        assert losses[-1]["loss"] < losses[0]["loss"]
+    assert lowdino.load_backbone(str(tmp_path / "out" / "backbone.pth")).arch == "resnet5m"
+    assert lowdino.load_backbone(str(teacher)).arch == "mobilevit_xxs"
+
+
+def test_dino_objective_takes_the_head_of_a_run(picture_folder, tmp_path, call_script):
+    call_script("train.py", "--arch", "mobilevit_xxs", "--batch_size_per_gpu", 8, "--epochs", 1, "--warmup_epochs", 0, "--out_dim", 16,
+                "--hidden_dim", 32, "--global_crops_size", 32, "--local_crops_number", 0, "--device", "cpu", "--use_bn_in_head", "true",
+                "--norm_last_layer", "false", "--data_path", picture_folder, "--output_dir", tmp_path / "run")  # fmt: skip
+    teacher = tmp_path / "run" / "checkpoint.pth"
+    done = call_script("distill.py", "--teacher", teacher, *SMALL, "--objective", "dino", "--local_crops_number", 1,
+                       "--data_path", picture_folder, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert "of the student's average" in done.stdout and "of the teacher" in done.stdout
+    kept = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    saved = lowdino.load_backbone(str(tmp_path / "out" / "backbone.pth")).state_dict()
+    assert all(torch.equal(value, kept["average"][f"backbone.{name}"]) for name, value in saved.items())
+    assert not torch.equal(kept["average"]["backbone.conv1.weight"], kept["student"]["backbone.conv1.weight"])
+    # Another script's folder is refused.
+    done = call_script("distill.py", "--teacher", teacher, *SMALL, "--data_path", picture_folder, "--output_dir", tmp_path / "run", check=False)
+    assert done.returncode == 2 and "holds a run with" in done.stderr and done.stderr.count("\n") == 1
+
+
+class Counted(nn.Module):
+    """A network that counts the images that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.seen = nn.Conv2d(3, 24, 8, 8), 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return self.conv(x).mean(dim=(2, 3))
+
+
+def method_and_views(tmp_path, flags, teacher, monkeypatch):
+    monkeypatch.setattr(distill, "imported", lambda path: teacher)
+    args = distill.train.parse(distill.get_parser(), ["--teacher", "some:teacher", *map(str, SMALL), "--knn_freq", "0", *flags])
+    assert distill.check(args) is None
+    images = data.demo_images(range(40))
+    source = data.Data("some", images, images, data.demo_images(range(50, 60)), 10)
+    args.num_workers = 0
+    return distill.Distillation(args, RANKS, source, total_steps=10)
+
+
+def test_a_cached_teacher_never_runs_again(tmp_path, monkeypatch):
+    teacher, cache = Counted(), tmp_path / "cache.npy"
+    views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    labels, indices = torch.arange(4), torch.tensor([7, 3, 39, 0])
+    live = method_and_views(tmp_path, [], teacher, monkeypatch)
+    seen = teacher.seen
+    live.objective(live.network, views, labels, indices, 0, False)
+    assert teacher.seen == seen + 8
+    torch.testing.assert_close(live.targets(views, indices), torch.cat([teacher(view) for view in views]))
+
+    before = distill.fingerprint(teacher)
+    flags = ["--cache_teacher", str(cache)]
+    cached = method_and_views(tmp_path, flags, teacher, monkeypatch)
+    file = np.load(cache)
+    assert file.dtype == np.float16 and file.shape == (40, 24)
+    images = data.demo_images([3]).images
+    own = augment.central_view(images, torch.tensor([[64, 64]]), 32, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    np.testing.assert_allclose(file[3], teacher(own)[0].detach(), atol=1e-3)
+    seen = teacher.seen
+    loss, _ = cached.objective(cached.network, views, labels, indices, 0, False)
+    loss.backward()
+    again = method_and_views(tmp_path, flags, teacher, monkeypatch)  # a later student
+    assert teacher.seen == seen
+    rows = torch.from_numpy(file[[7, 3, 39, 0]]).float()
+    assert torch.equal(again.targets(views, indices), torch.cat([rows, rows]))
+    assert distill.fingerprint(teacher) == before and all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK", 16)
+    flags, cache = ["--cache_teacher", str(tmp_path / "cache.npy")], tmp_path / "cache.npy"
+    method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    whole, notes = np.load(cache), tmp_path / "cache.npy.json"
+    values = json.loads(notes.read_text())
+    notes.write_text(json.dumps(values | {"done": 16}))
+    half = np.lib.format.open_memmap(cache, "r+")
+    half[16:] = 0
+    half.flush()
+    teacher = Counted()
+    method_and_views(tmp_path, flags, teacher, monkeypatch)
+    assert teacher.seen == 24 and np.array_equal(np.load(cache), whole)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    ({"teacher": "0"}, "belongs to other weights"), ({"images": "0"}, "belongs to other images"), ({"size": 64}, "an input size"),
+])  # fmt: skip
+def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path, monkeypatch):
+    flags = ["--cache_teacher", str(tmp_path / "cache.npy")]
+    method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    notes = tmp_path / "cache.npy.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | spoil))
+    with pytest.raises(ValueError, match=message):
+        method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    notes.unlink()
+    with pytest.raises(ValueError, match="exists without cache.npy.json, which would say whose it is"):
+        method_and_views(tmp_path, flags, Counted(), monkeypatch)
+
+
+def test_a_stopped_distillation_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, monkeypatch):
+    teacher = save_teacher(tmp_path / "teacher.pth")
+    flags = ["--teacher", teacher, *SMALL, "--objective", "simkd", "similarity", "--queue_size", 20, "--data_path", picture_folder,
+             "--cache_teacher", tmp_path / "cache.npy"]  # fmt: skip
+    call_script("distill.py", *flags, "--output_dir", tmp_path / "whole")
+    save = checkpoint.save_checkpoint
+
+    def save_and_stop(folder, state):
+        save(folder, state)
+        raise OSError("stopped")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_stop)
+    assert "stopped" in call_script("distill.py", *flags, "--output_dir", tmp_path / "stopped", check=False).stderr
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    done = call_script("distill.py", *flags, "--output_dir", tmp_path / "stopped")
+    assert "going on from" in done.stdout
+    whole, stopped = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "stopped"))
+    for part in ("student", "loss"):
+        assert all(torch.equal(value, stopped[part][name]) for name, value in whole[part].items())
+
+
+@pytest.mark.slow
+def test_two_ranks_distil_too(picture_folder, tmp_path, run_script):
+    teacher = save_teacher(tmp_path / "teacher.pth")
+    done = run_script("distill.py", "--teacher", teacher, *SMALL, "--objective", "kd", "similarity", "--teacher_head", "train",
+                      "--cache_teacher", tmp_path / "cache.npy", "--data_path", picture_folder, "--output_dir", tmp_path / "out", ranks=2)  # fmt: skip
+    assert done.stdout.count("of the teacher's") == 0 and done.stdout.count("the teacher's classifier: ") == 1
+    assert np.load(tmp_path / "cache.npy").shape == (24, 320)
+
+
+def test_features_of_any_teacher_in_a_file(picture_folder, tmp_path, call_script):
+    file = tmp_path / "features.npz"
+    call_script("eval_knn.py", "--arch", "resnet18", "--data_path", picture_folder, "--features", file, "--device", "cpu")
+    flags = [*SMALL, "--data_path", picture_folder, "--knn_freq", 0]
+    done = call_script("distill.py", "--teacher", file, *flags, "--objective", "similarity", "--output_dir", tmp_path / "a")
+    assert "backbone: " in done.stdout
+    values = np.load(file)["train"]
+    np.save(tmp_path / "features.npy", values)
+    call_script("distill.py", "--teacher", tmp_path / "features.npy", *flags, "--output_dir", tmp_path / "b")
+    np.save(tmp_path / "fewer.npy", values[:-1])
+    np.save(tmp_path / "flat.npy", values[:, 0])
+    np.save(tmp_path / "nan.npy", np.full_like(values, np.nan))
+    (tmp_path / "damaged.npz").write_bytes(b"PK")
+    for name, message in (("fewer.npy", "holds features of 23 other images than the 24"), ("flat.npy", r"should be \(N, D\)"),
+                          ("nan.npy", "not finite"), ("damaged.npz", "it is damaged"), ("none.npy", "no file")):  # fmt: skip
+        done = call_script("distill.py", "--teacher", tmp_path / name, *flags, "--output_dir", tmp_path / "c", check=False)
+        assert done.returncode == 2 and re.search(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
+    (tmp_path / "damaged.pth").write_bytes(b"half")
+    torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "plain.pth")
+    good = save_teacher(tmp_path / "teacher.pth")
+    wide = {"weight": torch.zeros(2, 5), "bias": torch.zeros(2)}
+    unfit = save_teacher(tmp_path / "unfit.pth", classifier=wide)
+    (tmp_path / "mine.py").write_text("def number(): return 3\ndef maps(): import torch; return torch.nn.Conv2d(3, 4, 8)\n")
+    for teacher, flags, message in (
+        (tmp_path / "none.pth", [], "no file"),
+        (tmp_path / "damaged.pth", [], "it is damaged"),
+        (tmp_path / "plain.pth", [], "does not say of which architecture"),
+        (f"resnet18={tmp_path / 'plain.pth'}", [], "does not fit this architecture"),
+        (good, ["--objective", "dino"], "needs the teacher's head: give a checkpoint.pth of train.py"),
+        (good, ["--teacher_head", "file"], "holds no classifier"),
+        (unfit, ["--teacher_head", "file"], "its classifier takes 5 features, its network gives 320"),
+        ("nowhere:teacher", [], "cannot import and call it: No module named 'nowhere'"),
+        ("mine:other", [], "cannot import and call it"),
+        ("mine:number", [], "returns a int, where a network was expected"),
+        ("mine:maps", [], r"where \(1, features\) was expected"),
+    ):
+        done = call_script("distill.py", "--teacher", teacher, *SMALL, *flags, "--data_path", picture_folder, "--output_dir",
+                           tmp_path / "out", check=False, cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 2 and re.search(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--objective", "kd", "kd"], "--objective names one twice"),
+    (["--objective", "kd", "dino", "--objective_weight", "1"], "--objective_weight needs a number above 0 for each of kd dino"),
+    (["--alpha", "0.5"], "--alpha below 1 weighs labels"),
+    (["--match", "pool", "--teacher_head", "train"], "--match pool goes with"),
+    (["--objective", "similarity", "--teacher_head", "train"], "--teacher_head is used by --objective kd and simkd"),
+    (["--objective", "dino", "--cache_teacher", "a.npy"], "--objective dino needs the teacher's answers to every view"),
+    (["--teacher", "resnet18"], "--teacher resnet18 would have random weights"),
+    (["--teacher", "a.npz", "--cache_teacher", "b.npy"], "--cache_teacher and --teacher_size need a teacher that is a network"),
+    (["--cache_teacher", "b"], "--cache_teacher should end in .npy"),
+    (["--teacher_size", "3"], "--teacher_size must be at least 32"),
+    (["--temperature", "0"], "--temperature must be above 0"),
+    (["--alpha", "2"], "--alpha must lie between 0 and 1"),
+    (["--queue_size", "-1"], "--queue_size must be 0 or more"),
+    (["--epochs", "0"], "--epochs must be at least 1"),
+])  # fmt: skip
+def test_wrong_flags_are_refused(flags, message):
+    args = distill.train.parse(distill.get_parser(), ["--teacher", "a.pth", *flags])
+    assert distill.check(args).startswith(message)
+
+
+def test_presets_serve_distillation_too():
+    args = distill.train.parse(distill.get_parser(), ["--teacher", "a.pth", "--preset", "small"])
+    assert (args.lr, args.epochs, args.local_crops_number, args.teacher_temp) == (2e-3, 30, 0, 0.04) and not hasattr(args, "out_dim")
+    assert Path(distill.__file__).name == "distill.py"
