@@ -301,6 +301,8 @@ class Distillation:
         self.teacher_knn = None
         width = self.teacher_width()
         if args.teacher_head == "train":
+            if source.train is None:
+                raise ValueError(f"--teacher_head train needs labels, and {source.name} has none")
             train_features = self.features_of_teacher(source.train)
             teacher.classifier = trained_classifier(train_features.features, train_features.labels, source.classes)
         if teacher.classifier and teacher.classifier.in_features != width:

@@ -277,6 +277,15 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
         assert done.returncode == 2 and re.search(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_labels_are_asked_for_where_there_are_none(picture_folder, tmp_path, call_script):
+    teacher = save_teacher(tmp_path / "teacher.pth", classifier={"weight": torch.zeros(2, 320), "bias": torch.zeros(2)})
+    for flags, message in ((["--teacher_head", "train"], "--teacher_head train needs labels, and folder"),
+                           (["--teacher_head", "file", "--alpha", 0.5], "--alpha 0.5 needs labels, and folder")):  # fmt: skip
+        done = call_script("distill.py", "--teacher", teacher, *SMALL, *flags, "--data_path", picture_folder / "train", "--output_dir",
+                           tmp_path / "out", check=False)  # fmt: skip
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--objective", "kd", "kd"], "--objective names one twice"),
     (["--objective", "kd", "dino", "--objective_weight", "1"], "--objective_weight needs a number above 0 for each of kd dino"),
