@@ -30,9 +30,9 @@ import lowdino
 import train
 from lowdino import augment, checkpoint, data, distributed, ema, evaluate, monitor, probe, schedules
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
-from lowdino.losses import DINOLoss, KDLoss, SimilarityLoss, SimKDLoss
+from lowdino.losses import DINOLoss, KDLoss, MVMRLoss, SimilarityLoss, SimKDLoss
 
-OBJECTIVES = ("kd", "simkd", "similarity", "dino")
+OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
 CHUNK = 8192  # images whose features are computed and written to a cache at once
 
 
@@ -48,13 +48,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--teacher_head", choices=["none", "file", "train"], default="none", help="the teacher's linear classifier: the one in its "
         "file, or one trained on its features and the labels before anything else")  # fmt: skip
     add("--objective", nargs="+", choices=OBJECTIVES, default=["kd"], help="kd: softened answers (LowDINO, equation 4); simkd: "
-        "features; similarity: to a queue of images; dino: the teacher's prototypes")  # fmt: skip
+        "features; similarity: to a queue of images; dino: the teacher's prototypes; mvmr: distance correlation")  # fmt: skip
     add("--objective_weight", type=float, nargs="+", help="a weight for each objective; default: 1")
     add("--temperature", type=float, default=3.0, help="of kd")
     add("--alpha", type=float, default=1.0, help="weight of kd against the cross-entropy on labels, which has 1 - alpha")
     add("--match", choices=["projector", "pool"], default="projector", help="how kd without a classifier brings features to one "
         "width: a learned linear map of the student's, or pooling both to the smaller")  # fmt: skip
     add("--queue_size", type=int, default=4096, help="images of similarity's queue; 0: those of the batch alone")
+    add("--projector", type=int, nargs="+", default=[512, 512, 512], metavar="WIDTH", help="of mvmr: widths of the projector's layers")
     add("--student_temp", type=float, default=0.1, help="of dino: temperature of the student's softmax")
     add("--teacher_temp", type=float, default=0.04, help="of dino: temperature of the teacher's softmax")
     add("--momentum_teacher", type=train.number_or_none, help="of dino: momentum of the student's average, which is kept; rises to 1 on "
@@ -85,6 +86,8 @@ def check(args: argparse.Namespace) -> str | None:
         return "--cache_teacher and --teacher_size need a teacher that is a network, not a file of features"
     if args.cache_teacher and not args.cache_teacher.endswith(".npy"):
         return f"--cache_teacher should end in .npy, not {args.cache_teacher}"
+    if min(args.projector) < 1:
+        return f"--projector needs widths of at least 1, not {args.projector}"
     if args.teacher_size is not None and args.teacher_size < 32:
         return f"--teacher_size must be at least 32 pixels, not {args.teacher_size}"
     return (train.check_ranges(args, ("queue_size",), ("temperature", "student_temp", "teacher_temp"),
@@ -236,11 +239,14 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
     own = {"teacher": teacher.fingerprint, "images": images.fingerprint(), "size": teacher.size}
     done = 0
     if notes.exists():
-        theirs = json.loads(notes.read_text())
-        done = theirs.pop("done")
-        for key, what in (("teacher", "weights"), ("images", "images"), ("size", "an input size")):
-            if theirs[key] != own[key]:
-                raise ValueError(f"--cache_teacher {path} belongs to other {what} ({theirs[key]}, not {own[key]}): give another file, "
+        try:
+            theirs = json.loads(notes.read_text())
+            done = theirs["done"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{notes} is damaged: delete it and {path.name}") from error
+        for key, what in (("teacher", "weights"), ("images", "images"), ("size", "sizes")):
+            if theirs.get(key) != own[key]:
+                raise ValueError(f"--cache_teacher {path} belongs to other {what} ({theirs.get(key)}, not {own[key]}): give another file, "
                                  "or delete it and its .json")  # fmt: skip
     elif path.exists():
         raise ValueError(f"--cache_teacher {path} exists without {notes.name}, which would say whose it is: give another file")
@@ -287,7 +293,7 @@ class Distillation:
     """A student learns to answer as a frozen teacher does; a method for `train.train`, see `train.SelfDistillation`.
 
     The teacher sees the student's global views, and its mean over them stands for the local ones; or, from a cache or a file,
-    the whole image, which then stands for all views.
+    the whole image, which then stands for all views. The objective mvmr, which is about the plain image, has the student see it too.
     """
 
     def __init__(self, args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, total_steps: int):
@@ -309,10 +315,15 @@ class Distillation:
             raise ValueError(f"{teacher.name}: its classifier takes {teacher.classifier.in_features} features, its network gives {width}")
         if args.alpha < 1 and source.train is not source.pretrain:
             raise ValueError(f"--alpha {args.alpha} needs labels, and {source.name} has none for the images to train on")
+        if teacher.classifier and source.classes not in (0, teacher.classifier.out_features):
+            raise ValueError(f"{teacher.name}: its classifier knows {teacher.classifier.out_features} classes, {source.name} has {source.classes}; "
+                             "--teacher_head train trains another")  # fmt: skip
 
         backbone = train.build_backbone(args)
         self.network = train.on_device(ManyHeads(backbone, self.heads(backbone.embed_dim, width)), ranks)
         self.losses = nn.ModuleDict({"kd": KDLoss(args.temperature), "simkd": SimKDLoss()})
+        if "mvmr" in self.weights:
+            self.losses["mvmr"] = MVMRLoss()
         if "similarity" in self.weights:
             self.losses["similarity"] = SimilarityLoss(width, args.queue_size)
         self.parts = {"student": self.network, "loss": self.losses}
@@ -346,7 +357,9 @@ class Distillation:
             else:
                 heads["kd"] = nn.Linear(own, width)
         for name in {"simkd", "similarity"} & self.weights.keys():
-            heads[name] = Projector(own, width)
+            heads[name] = Projector(own, max(own, width), width)
+        if "mvmr" in self.weights:
+            heads["mvmr"] = Projector(own, *self.args.projector)
         if "dino" in self.weights:
             theirs = self.teacher.head
             hidden = theirs.mlp[0].out_features
@@ -362,22 +375,29 @@ class Distillation:
         whole = [self.teacher(view) for view in views[:2]]
         return torch.cat(whole + [(whole[0] + whole[1]) / 2] * (len(views) - 2))
 
-    def objective(self, model: nn.Module, views: list[Tensor], labels: Tensor, indices: Tensor, step: int,
+    def objective(self, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int,
                   logging: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        features, outputs = model(views)
-        targets = self.targets(views, indices)
+        seen, images = views, len(batch.labels)
+        if "mvmr" in self.weights:
+            seen = [*views, train.plain_view(batch, self.args.global_crops_size)]
+        features, outputs = model(seen)
+        targets = self.targets(views, batch.indices)
         terms = {}
         for name, answers in outputs.items():
+            answers, plain = answers[: len(targets)], answers[len(targets) :]
             if name == "kd":
-                terms[name] = self.kd_term(answers, targets, labels.repeat(len(views)))
+                terms[name] = self.kd_term(answers, targets, batch.labels.repeat(len(views)))
+            elif name == "mvmr":
+                known = self.teacher(seen[-1]) if self.teacher.features is None else targets[:images]
+                terms[name] = sum(self.losses[name](plain, answers[:images], [known]))
             elif name == "dino":
                 with torch.no_grad():
-                    prototypes = self.teacher.head(targets[: 2 * len(labels)])
+                    prototypes = self.teacher.head(targets[: 2 * images])
                 terms[name] = self.losses[name](answers.chunk(len(views)), prototypes.chunk(2), self.args.teacher_temp)
             else:
                 terms[name] = self.losses[name](answers, targets)
         if logging:
-            self.seen = features[: len(labels)].detach(), {name: term.detach() for name, term in terms.items()}
+            self.seen = features[:images].detach(), {name: term.detach() for name, term in terms.items()}
         loss = sum(self.weights[name] * term for name, term in terms.items())
         return loss, loss
 

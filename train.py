@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import eval_knn
 import lowdino
-from lowdino import augment, checkpoint, data, distributed, ema, evaluate, monitor, optim, schedules, vit
-from lowdino.heads import DINOHead, MultiViewNetwork
-from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss
+from lowdino import augment, checkpoint, data, descriptors, distributed, ema, evaluate, monitor, optim, schedules, vit
+from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
+from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, MVMRLoss
 
 # A preset replaces the defaults of the flags it names; a flag given by hand wins over both.
 PRESETS = {
@@ -50,6 +50,18 @@ PRESETS = {
         global_crops_size=224, global_crops_scale=[0.4, 1.0], local_crops_number=8, local_crops_size=96,
         local_crops_scale=[0.05, 0.4], vertical_flip=0.0,
     ),
+    # Kinakh et al., MV-MR on STL-10: the authors' configuration.
+    "mvmr": dict(
+        method="mvmr", epochs=1000, batch_size_per_gpu=64, lr=1e-4, lr_reference_batch=0, min_lr=0.0, warmup_epochs=10,
+        optimizer="adamw", weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0, projector=[8192, 8192, 8192],
+        global_crops_scale=[0.08, 1.0], local_crops_number=0, vertical_flip=0.0,
+    ),
+    # The same for one small machine: the projector and AdamW's settings of "small".
+    "mvmr_small": dict(
+        method="mvmr", epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
+        optimizer="adamw", weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0, projector=[512, 512, 512],
+        global_crops_scale=[0.2, 1.0], local_crops_number=0,
+    ),
     # Tan et al. (2023), DINO with re-balanced views on ConvNets: the authors' configuration.
     "sslight": dict(
         epochs=200, batch_size_per_gpu=128, lr=0.48, lr_reference_batch=256, min_lr=4.8e-3, warmup_epochs=10,
@@ -60,6 +72,8 @@ PRESETS = {
         local_crops_scale=[0.05, 0.3], vertical_flip=0.0,
     ),
 }  # fmt: skip
+
+DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
@@ -84,8 +98,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings of a paper; flags given by hand win over it")
 
-    method = parser.add_argument_group("self-distillation")
-    add = method.add_argument
+    add("--method", choices=METHODS, default="dino", help="self-distillation (DINO), or MV-MR")
+
+    add = parser.add_argument_group("self-distillation").add_argument
     add("--out_dim", type=int, default=1024, help="number of prototypes, the width K of the head's output")
     add("--hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
     add("--use_bn_in_head", type=bool_flag, default=False, metavar="BOOL", help="batch norm in the head")
@@ -108,6 +123,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--infonce_weight", type=float, default=0.0,
         help="weight of InfoNCE between the global views at the start, falling to 0 on a cosine: it teaches a network "
              "whose own teacher knows nothing yet; 1 with random weights and few steps")  # fmt: skip
+
+    add = parser.add_argument_group("MV-MR").add_argument
+    add("--projector", type=int, nargs="+", default=[8192, 8192, 8192], metavar="WIDTH", help="widths of the projector's layers")
+    add("--descriptors", nargs="+", choices=DESCRIPTORS, default=list(DESCRIPTORS), help="fixed representations of the plain image")
+    add("--invariance_weight", type=float, default=1.0, help="of the mean square between the embeddings, in L1")
+    add("--variance_weight", type=float, default=1.0, help="of the hinge on their standard deviation, in L1")
+    add("--dependence_weight", type=float, default=1.0, help="of L2, 1 - distance correlation between the embeddings")
+    add("--representation_weight", type=float, default=1.0, help="of L3, the same between embedding and each descriptor")
     add_training_flags(parser)
     return parser
 
@@ -175,7 +198,8 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--out_dim must be at least 2, not {args.out_dim}"
     if args.hidden_dim < 1:
         return f"--hidden_dim must be at least 1, not {args.hidden_dim}"
-    not_negative = ("warmup_teacher_temp_epochs", "freeze_last_layer", "koleo_weight", "infonce_weight")
+    mvmr_weights = ("invariance_weight", "variance_weight", "dependence_weight", "representation_weight")
+    not_negative = ("warmup_teacher_temp_epochs", "freeze_last_layer", "koleo_weight", "infonce_weight", *mvmr_weights)
     above_zero = ("student_temp", "warmup_teacher_temp", "teacher_temp")
     fractions = ("momentum_teacher", "center_momentum", "alpha")
     if wrong := check_ranges(args, not_negative, above_zero, fractions) or check_training(args):
@@ -183,6 +207,15 @@ def check(args: argparse.Namespace) -> str | None:
     if args.warmup_teacher_temp_epochs > args.epochs:
         return (f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than the training, "
                 f"--epochs {args.epochs}")  # fmt: skip
+    if args.method == "mvmr":
+        if args.local_crops_number:
+            return f"--method mvmr has one augmented view: give --local_crops_number 0, not {args.local_crops_number}, or --preset mvmr"
+        if min(args.projector) < 1:
+            return f"--projector needs widths of at least 1, not {args.projector}"
+        if len(set(args.descriptors)) < len(args.descriptors):
+            return f"--descriptors names one twice: {' '.join(args.descriptors)}"
+        if not any(getattr(args, name) for name in mvmr_weights):
+            return "--method mvmr has nothing to learn: all four of its weights are 0"
     if args.alpha is not None and args.local_crops_number == 0:
         return "--alpha balances global against local views, and --local_crops_number is 0"
     return None
@@ -335,8 +368,8 @@ class SelfDistillation:
         parts        name -> whatever has a state to be saved, the network among them
         settings     what a resumed run must share beside the flags, or in place of one
         out_dim      K where the answers are distributions over K prototypes, else None
-        objective(model, views, labels, indices, step, logging) -> the loss, and what to differentiate; `model` is the
-                     network as DDP wraps it
+        objective(model, views, batch, step, logging) -> the loss, and what to differentiate; `model` is the network as DDP
+                     wraps it, and the batch's images are on the device
         after_backward(step), after_step(step)
         signs()      numbers for the log and for `monitor.Health`, of the step that was last `logging`
         beside()     words to print after a k-NN accuracy
@@ -359,7 +392,7 @@ class SelfDistillation:
         self.koleo, self.infonce = KoLeoLoss(), InfoNCELoss()
         self.parts = {"student": self.network, "teacher": self.teacher, "loss": self.criterion}
 
-    def objective(self, model: nn.Module, views: list[Tensor], labels: Tensor, indices: Tensor, step: int,
+    def objective(self, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int,
                   logging: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
         args = self.args
         with torch.no_grad():
@@ -398,6 +431,62 @@ class SelfDistillation:
         return {"momentum": self.momentum, "teacher_temp": self.teacher_temp, "entropy": entropy,
                 "entropy_of_mean": of_mean, "feature_std": std.item(), "effective_rank": rank.item(),
                 "teacher_moved": before is None or not torch.equal(before, self.teacher_norms)}  # fmt: skip
+
+    def beside(self) -> str:
+        return ""
+
+
+def plain_view(batch: data.Batch, size: int) -> Tensor:
+    """The whole images, resized and normalised."""
+    x = augment.central_view(batch.images, batch.sizes, size, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class MVMR:
+    """MV-MR (Kinakh et al.): embeddings of a plain and of an augmented view depend on each other, and the latter on fixed
+    descriptors of the plain view. A method for `train`, see `SelfDistillation`.
+
+    The second augmented view serves as the descriptor "augmented".
+    """
+
+    kept, out_dim = "network", None
+
+    def __init__(self, args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, total_steps: int):
+        self.args, self.settings = args, {}
+        backbone = build_backbone(args)
+        self.network = on_device(ManyHeads(backbone, {"projector": Projector(backbone.embed_dim, *args.projector)}), ranks)
+        self.backbone = backbone
+        self.criterion = MVMRLoss(args.invariance_weight, args.variance_weight, args.dependence_weight, args.representation_weight)
+        self.parts = {"student": self.network}
+        self.scattering = None
+        if "scattering" in args.descriptors:
+            self.scattering = descriptors.Scattering(args.global_crops_size, args.global_crops_size).to(ranks.device)
+
+    def representations(self, plain: Tensor, augmented: Tensor) -> list[Tensor]:
+        ways = {"pixels": descriptors.pixels, "augmented": lambda _: descriptors.pixels(augmented), "local_std": descriptors.local_std,
+                "hog": descriptors.hog, "scattering": self.scattering}  # fmt: skip
+        return [ways[name](plain) for name in self.args.descriptors]
+
+    def objective(self, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int,
+                  logging: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        plain = plain_view(batch, self.args.global_crops_size)
+        features, outputs = model([plain, views[0]])
+        known = self.representations(plain, views[1]) if self.args.representation_weight else []
+        terms = self.criterion(*outputs["projector"].chunk(2), known)
+        if logging:
+            self.seen = features.chunk(2)[0].detach(), [term.detach() for term in terms]
+        return sum(terms), sum(terms)
+
+    def after_backward(self, step: int) -> None:
+        pass
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def signs(self) -> dict[str, float]:
+        features, terms = self.seen
+        std, rank = monitor.spread(features)
+        return {f"L{i}": term.item() for i, term in enumerate(terms, start=1)} | {"feature_std": std.item(), "effective_rank": rank.item()}
 
     def beside(self) -> str:
         return ""
@@ -464,7 +553,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     health = monitor.Health(method.out_dim)
     loss_sum, loss_steps = torch.zeros((), device=device), 0
     accuracy = None
-    for images, sizes, labels, indices in loader:
+    for batch in loader:
         clock.waited()
         epoch = step // epoch_steps
         end_of_epoch = (step + 1) % epoch_steps == 0
@@ -478,17 +567,17 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
         # Views.
-        images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+        batch = batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
         generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order
         torch.manual_seed(augment.seeded_generator("cpu", 3, args.seed, step, ranks.rank).initial_seed())  # stochastic depth
-        views = multicrop(images, sizes, generator)
+        views = multicrop(batch.images, batch.sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         if step == 0 and first:
             monitor.save_views(output / "crops.png", views, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
         # Teacher, student, loss.
         with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
-            loss, objective = method.objective(model, views, labels, indices, step, logging)
+            loss, objective = method.objective(model, views, batch, step, logging)
 
         # Backward, clip, step.
         optimizer.zero_grad(set_to_none=True)
@@ -544,9 +633,12 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     return method
 
 
+METHODS = {"dino": SelfDistillation, "mvmr": MVMR}
+
+
 def main() -> None:
     args = parse(get_parser())
-    distributed.launch("train.py", check(args), args.device, lambda ranks: train(args, ranks, settle(args, ranks), SelfDistillation))
+    distributed.launch("train.py", check(args), args.device, lambda ranks: train(args, ranks, settle(args, ranks), METHODS[args.method]))
 
 
 if __name__ == "__main__":

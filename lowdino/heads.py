@@ -68,12 +68,13 @@ class DINOHead(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Linear, batch norm, ReLU, linear: (B, in_dim) -> (B, out_dim), from a student's width to its teacher's."""
+    """Linear layers, batch norm and ReLU between them: (B, widths[0]) -> (B, widths[-1]), as MV-MR and others have it."""
 
-    def __init__(self, in_dim: int, out_dim: int):
-        hidden = max(in_dim, out_dim)
-        super().__init__(nn.Linear(in_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-                         nn.Linear(hidden, out_dim))  # fmt: skip
+    def __init__(self, *widths: int):
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:-1]):
+            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:

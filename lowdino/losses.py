@@ -265,3 +265,76 @@ class SimilarityLoss(nn.Module):
                 self.queue.copy_(anchors[: self.queue_size])
                 self.filled.copy_((self.filled + len(batch)).clamp(max=self.queue_size))
         return loss
+
+
+def centred_distances(x: Tensor) -> Tensor:
+    """Distances between the rows of (n, D), less the means of their row and column, plus the mean of all: (n, n)."""
+    # Not by inner products, which lose the small distances and their gradients to rounding.
+    d = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    return d - d.mean(dim=0, keepdim=True) - d.mean(dim=1, keepdim=True) + d.mean()
+
+
+class DistanceCorrelation(nn.Module):
+    """How much two sets of features of the same images depend on each other (Szekely, Rizzo and Bakirov, 2007).
+
+        dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances between the rows of x and of y
+
+    from 0 for independent features to 1 where distances are proportional; widths and scales may differ. It is MV-MR's equations
+    2 and 3, with the biased (V-statistic) mean. Over several ranks the rows are those of all.
+
+    forward(x, y): (n, D) and (n, E). Returns a scalar; 0, with no gradient, where all rows of one are the same.
+    """
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return correlation(*(centred_distances(rows_of_all_ranks(rows)) for rows in (x, y)))
+
+
+def rows_of_all_ranks(x: Tensor) -> Tensor:
+    return GatherRows.apply(x) if ranks() > 1 else x
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """dCor of two matrices of centred distances."""
+    squared = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-20)
+    # The root has no gradient at 0, nor may a nought of rounding below it.
+    return torch.where(squared > 1e-12, squared.clamp(1e-12, 1.0).sqrt(), 0.0)
+
+
+class MVMRLoss(nn.Module):
+    """Multi-view, multi-representation learning (Kinakh et al.): no contrast, no teacher, no stop-gradient.
+
+    With z the embeddings of the plain views, z' those of the augmented ones and r_1 .. r_M fixed descriptors of the plain views,
+        L1 = invariance * mean (z - z')^2 + variance * [v(z) + v(z')],   v(z) = mean_d max(0, margin - sqrt(var(z_d) + eps))   (4-7)
+        L2 = dependence * (1 - dCor(z, z'))                                                                                    (8)
+        L3 = representation * sum_m (1 - dCor(z', r_m))                                                                        (9)
+        L = L1 + L2 + L3                                                                                                      (10)
+    The authors' code adds dCor(z', r_m) where this and their paper have one minus it: it unlearns what the paper learns.
+
+    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m). Returns L1, L2 and L3; rows are those of
+    all ranks, so that every rank has the loss of all.
+
+    Args:
+        invariance, variance, dependence, representation: weights; 1 each, as in the authors' code.
+        margin, eps: of the standard deviation.
+    """
+
+    def __init__(self, invariance: float = 1.0, variance: float = 1.0, dependence: float = 1.0, representation: float = 1.0,
+                 margin: float = 1.0, eps: float = 1e-4):  # fmt: skip
+        super().__init__()
+        self.invariance, self.variance, self.dependence, self.representation = invariance, variance, dependence, representation
+        self.margin, self.eps = margin, eps
+
+    def forward(self, plain: Tensor, augmented: Tensor, representations: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(device_type=plain.device.type, enabled=False):
+            z, z_augmented = rows_of_all_ranks(plain.float()), rows_of_all_ranks(augmented.float())
+            l1 = self.invariance * F.mse_loss(z, z_augmented) + self.variance * (self.hinge(z) + self.hinge(z_augmented))
+            distances = centred_distances(z_augmented)
+            l2 = self.dependence * (1 - correlation(centred_distances(z), distances))
+            l3 = distances.new_zeros(())
+            for r in representations:
+                l3 = l3 + self.representation * (1 - correlation(distances, centred_distances(rows_of_all_ranks(r.detach().float()))))
+            return l1, l2, l3
+
+    def hinge(self, z: Tensor) -> Tensor:
+        return F.relu(self.margin - (z.var(dim=0) + self.eps).sqrt()).mean()

@@ -85,6 +85,7 @@ SMALL = ["--arch", "resnet5m", "--batch_size_per_gpu", 8, "--epochs", 2, "--warm
 @pytest.mark.parametrize("flags, said", [
     (["--objective", "kd"], None),
     (["--objective", "kd", "--match", "pool", "--local_crops_number", 1], None),
+    (["--objective", "mvmr", "kd", "--projector", 32, 16, "--local_crops_number", 1], None),
     (["--objective", "kd", "simkd", "similarity", "--objective_weight", 1, 2, 0.5, "--teacher_head", "train", "--alpha", 0.5],
      "on the student's through simkd's projector"),
 ])  # fmt: skip
@@ -148,10 +149,11 @@ def method_and_views(tmp_path, flags, teacher, monkeypatch):
 def test_a_cached_teacher_never_runs_again(tmp_path, monkeypatch):
     teacher, cache = Counted(), tmp_path / "cache.npy"
     views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
-    labels, indices = torch.arange(4), torch.tensor([7, 3, 39, 0])
+    indices = torch.tensor([7, 3, 39, 0])
+    batch = data.Batch(data.demo_images(indices.numpy()).images, torch.full((4, 2), 64), torch.arange(4), indices)
     live = method_and_views(tmp_path, [], teacher, monkeypatch)
     seen = teacher.seen
-    live.objective(live.network, views, labels, indices, 0, False)
+    live.objective(live.network, views, batch, 0, False)
     assert teacher.seen == seen + 8
     torch.testing.assert_close(live.targets(views, indices), torch.cat([teacher(view) for view in views]))
 
@@ -164,7 +166,7 @@ def test_a_cached_teacher_never_runs_again(tmp_path, monkeypatch):
     own = augment.central_view(images, torch.tensor([[64, 64]]), 32, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
     np.testing.assert_allclose(file[3], teacher(own)[0].detach(), atol=1e-3)
     seen = teacher.seen
-    loss, _ = cached.objective(cached.network, views, labels, indices, 0, False)
+    loss, _ = cached.objective(cached.network, views, batch, 0, False)
     loss.backward()
     again = method_and_views(tmp_path, flags, teacher, monkeypatch)  # a later student
     assert teacher.seen == seen
@@ -189,7 +191,7 @@ def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    ({"teacher": "0"}, "belongs to other weights"), ({"images": "0"}, "belongs to other images"), ({"size": 64}, "an input size"),
+    ({"teacher": "0"}, "belongs to other weights"), ({"images": "0"}, "belongs to other images"), ({"size": 64}, "belongs to other sizes"),
 ])  # fmt: skip
 def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path, monkeypatch):
     flags = ["--cache_teacher", str(tmp_path / "cache.npy")]
@@ -197,6 +199,9 @@ def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path, monkeypa
     notes = tmp_path / "cache.npy.json"
     notes.write_text(json.dumps(json.loads(notes.read_text()) | spoil))
     with pytest.raises(ValueError, match=message):
+        method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    notes.write_text("{")
+    with pytest.raises(ValueError, match="cache.npy.json is damaged: delete it and cache.npy"):
         method_and_views(tmp_path, flags, Counted(), monkeypatch)
     notes.unlink()
     with pytest.raises(ValueError, match="exists without cache.npy.json, which would say whose it is"):
@@ -258,6 +263,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
     good = save_teacher(tmp_path / "teacher.pth")
     wide = {"weight": torch.zeros(2, 5), "bias": torch.zeros(2)}
     unfit = save_teacher(tmp_path / "unfit.pth", classifier=wide)
+    three = save_teacher(tmp_path / "three.pth", classifier={"weight": torch.zeros(3, 320), "bias": torch.zeros(3)})
     (tmp_path / "mine.py").write_text("def number(): return 3\ndef maps(): import torch; return torch.nn.Conv2d(3, 4, 8)\n")
     for teacher, flags, message in (
         (tmp_path / "none.pth", [], "no file"),
@@ -267,6 +273,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
         (good, ["--objective", "dino"], "needs the teacher's head: give a checkpoint.pth of train.py"),
         (good, ["--teacher_head", "file"], "holds no classifier"),
         (unfit, ["--teacher_head", "file"], "its classifier takes 5 features, its network gives 320"),
+        (three, ["--teacher_head", "file"], "its classifier knows 3 classes, folder .* has 2"),
         ("nowhere:teacher", [], "cannot import and call it: No module named 'nowhere'"),
         ("mine:other", [], "cannot import and call it"),
         ("mine:number", [], "returns a int, where a network was expected"),

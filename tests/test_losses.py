@@ -145,7 +145,7 @@ RANKS = textwrap.dedent("""
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     sys.path.insert(0, {root!r})
-    from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss
+    from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, MVMRLoss, SimilarityLoss
 
     rank, world = 0, 1
     if "RANK" in os.environ:
@@ -158,11 +158,12 @@ RANKS = textwrap.dedent("""
     wrapped = DistributedDataParallel(model) if world > 1 else model
     result = {{}}
     for centering in ("softmax", "sinkhorn"):
-        loss = DINOLoss(10, centering=centering, alpha=0.4)
+        loss, similarity = DINOLoss(10, centering=centering, alpha=0.4), SimilarityLoss(10, queue_size=16)
         model.zero_grad()
         for step in range(2):
             logits = wrapped(x[:, own].flatten(0, 1)).chunk(3)
-            (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0]) + InfoNCELoss()(*logits[:2])).backward()
+            (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0]) + InfoNCELoss()(*logits[:2])
+             + similarity(logits[2], t[1, own]) + sum(MVMRLoss()(*logits[:2], [t[0, own]]))).backward()
         result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
     if rank == 0:
         torch.save(result, {out!r})

@@ -1,0 +1,151 @@
+"""Fixed image descriptors, the representations of MV-MR (Kinakh et al.): they need no training and give no gradient.
+
+Each is a function or module of images (B, C, H, W), on any device, to flat descriptors (B, D):
+    pixels          C H W                       the image itself
+    local_std       C H W                       standard deviation in 3 x 3 pixels
+    hog             C 24 (H // 8) (W // 8)      histograms of oriented gradients
+    Scattering      C 81 (H // 4) (W // 4)      second-order scattering, J = 2, L = 8
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def pixels(x: Tensor) -> Tensor:
+    return x.float().flatten(1)
+
+
+@torch.no_grad()
+def local_std(x: Tensor) -> Tensor:
+    """Standard deviation of each pixel's 3 x 3 neighbourhood, edges replicated (Narendra and Fitch, 1981)."""
+    x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
+    mean = F.avg_pool2d(x, 3, stride=1)
+    return (F.avg_pool2d(x * x, 3, stride=1) - mean * mean).clamp_min(0).sqrt().flatten(1)
+
+
+@torch.no_grad()
+def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
+    """Histograms of oriented gradients (Dalal and Triggs, 2005), of each channel, without block normalisation.
+
+    Gradients are central differences, edges replicated. A pixel votes with its gradient's length for the two of `bins`
+    orientations in [0, pi) next to its own, in proportion to how near they are; votes are averaged over cells of `cell` x `cell`
+    whole pixels.
+    """
+    B, C, H, W = x.shape
+    x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
+    dx, dy = (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2, (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2  # (B, C, H, W)
+    place = torch.atan2(dy, dx) / math.pi % 1 * bins
+    lower = place.floor()
+    share = place - lower
+    length = (dx * dx + dy * dy).sqrt()
+    votes = torch.zeros(B, C, bins, H, W, device=x.device)
+    lower = lower.long()[:, :, None]
+    votes.scatter_add_(2, lower % bins, (length * (1 - share))[:, :, None])
+    votes.scatter_add_(2, (lower + 1) % bins, (length * share)[:, :, None])
+    return F.avg_pool2d(votes.flatten(1, 2), cell).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scattering
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
+    """A Gaussian envelope times a plane wave exp(i xi u), made periodic: (height, width) complex128.
+
+    u is the coordinate along direction `theta`, v the one across; the envelope exp(-(u^2 + (slant v)^2) / (2 sigma^2)) has a sum
+    of about 1. The origin is the corner; copies from five periods each way overlap.
+    """
+    y, x = (torch.arange(-2 * n, 3 * n, dtype=torch.float64) for n in (height, width))
+    y, x = y[:, None], x[None, :]
+    u, v = math.cos(theta) * y + math.sin(theta) * x, -math.sin(theta) * y + math.cos(theta) * x
+    wave = torch.polar(torch.exp(-(u**2 + (slant * v) ** 2) / (2 * sigma**2)), xi * u)
+    folded = wave.unflatten(1, (5, width)).unflatten(0, (5, height)).sum(dim=(0, 2))
+    return folded * slant / (2 * math.pi * sigma**2)
+
+
+def morlet(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
+    """A Gabor wavelet less as much of its envelope as brings its sum to zero: (height, width) complex128."""
+    wave, envelope = gabor(height, width, sigma, theta, xi, slant), gabor(height, width, sigma, theta, 0.0, slant)
+    return wave - wave.sum() / envelope.sum() * envelope
+
+
+def cut(spectrum: Tensor, level: int) -> Tensor:
+    """The spectrum of a filter for maps of 1 / 2^level the side: frequencies that these have not are dropped."""
+    for dim in (-2, -1):
+        side = spectrum.shape[dim]
+        start, length = side >> (level + 1), side - (side >> level)
+        keep = torch.ones(side, dtype=spectrum.dtype)
+        keep[start : start + length] = 0
+        shape = [-1, 1] if dim == -2 else [1, -1]
+        spectrum = (spectrum * keep.view(shape)).unflatten(dim, (1 << level, side >> level)).sum(dim=dim - 1)
+    return spectrum
+
+
+def subsample(spectrum: Tensor, level: int) -> Tensor:
+    """Spectrum of every 2^level-th pixel of a map: the mean over the frequencies that become one."""
+    for dim in (-2, -1):
+        spectrum = spectrum.unflatten(dim, (1 << level, spectrum.shape[dim] >> level)).mean(dim=dim - 1)
+    return spectrum
+
+
+class Scattering(nn.Module):
+    """Scattering transform of second order with Morlet wavelets (Bruna and Mallat, 2013): (B, C, H, W) -> (B, D), flat.
+
+    With psi_{j,l} the wavelet of scale 2^j and direction l pi / L, and phi a Gaussian of scale 2^J, the channels are
+        x * phi,   |x * psi_{j1,l1}| * phi,   ||x * psi_{j1,l1}| * psi_{j2,l2}| * phi,   j1 < j2 < J,
+    1 + J L + L^2 J (J - 1) / 2 of them, sampled at every 2^J-th pixel. Convolutions are products of spectra over the image with
+    its reflected border; maps are subsampled as soon as their bandwidth allows. Wavelets, padding and order of the channels are
+    those of the kymatio package's Scattering2D (Andreux et al., 2020).
+
+    Args:
+        height, width: of the images; 2^(J + 1) pixels at least. scales: J. directions: L.
+    """
+
+    def __init__(self, height: int, width: int, scales: int = 2, directions: int = 8):
+        super().__init__()
+        self.scales, self.directions = scales, directions
+        step = 2**scales
+        self.padded = [((side + step) // step + 1) * step for side in (height, width)]
+        if min(height, width) < 2 * step:
+            raise ValueError(f"images of {height} x {width} pixels are too small for scattering with J = {scales}: {2 * step} at least")
+        extra = [side - own for side, own in zip(self.padded, (height, width))]
+        self.border = (extra[1] // 2, (extra[1] + 1) // 2, extra[0] // 2, (extra[0] + 1) // 2)
+
+        def spectrum(filter: Tensor, level: int) -> Tensor:
+            return cut(torch.fft.fft2(filter).real, level).float()
+
+        smooth = gabor(*self.padded, 0.8 * 2 ** (scales - 1), 0.0, 0.0, 1.0)
+        for level in range(scales):
+            self.register_buffer(f"phi_{level}", spectrum(smooth, level), persistent=False)
+        for j in range(scales):
+            waves = [morlet(*self.padded, 0.8 * 2**j, (directions // 2 - 1 - l) * math.pi / directions, 0.75 * math.pi / 2**j,
+                            4 / directions) for l in range(directions)]  # fmt: skip
+            for level in range(j + 1):  # (L, h, w), for maps that were subsampled by 2^level
+                self.register_buffer(f"psi_{j}_{level}", torch.stack([spectrum(w, level) for w in waves]), persistent=False)
+
+    def averaged(self, spectrum: Tensor, level: int) -> Tensor:
+        """phi's average of a map of that level, sampled at 2^J, its padding taken off."""
+        spectrum = subsample(spectrum * getattr(self, f"phi_{level}"), self.scales - level)
+        return torch.fft.ifft2(spectrum).real[..., 1:-1, 1:-1]
+
+    def modulus(self, spectrum: Tensor, j: int, level: int) -> Tensor:
+        """Spectra of the moduli of a map with all wavelets of scale 2^j, sampled at 2^j: (..., h, w) -> (..., L, h', w')."""
+        waves = subsample(spectrum[..., None, :, :] * getattr(self, f"psi_{j}_{level}"), j - level)
+        return torch.fft.fft2(torch.fft.ifft2(waves).abs())
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.fft.fft2(F.pad(x.float(), self.border, mode="reflect"))  # (B, C, H', W')
+        first, second = [], []
+        for j1 in range(self.scales):
+            u1 = self.modulus(x, j1, 0)  # (B, C, L, h, w)
+            first.append(self.averaged(u1, j1))
+            deeper = [self.averaged(self.modulus(u1, j2, j1), j2) for j2 in range(j1 + 1, self.scales)]  # (B, C, L, L, ...)
+            if deeper:
+                second.append(torch.cat(deeper, dim=3).flatten(2, 3))  # all second wavelets of a first one side by side
+        return torch.cat([self.averaged(x, 0)[:, :, None], *first, *second], dim=2).flatten(1)
