@@ -53,6 +53,23 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+def compare(ways: dict[str, list[str]], seeds: list[int], folder: str, *flags: str) -> None:
+    """Train once for each way, the name and flags of a script, and each seed, in folders of its own; print a table.
+
+    Of `flags`, common to all, later ones win. A run that was stopped goes on, one that is finished is read from its log.
+    """
+    rows = ["| | seeds | k-NN before | k-NN after | minutes of training a run |", "|---|---|---|---|---|"]
+    for number, (name, way) in enumerate(ways.items()):
+        results = []
+        for seed in seeds:
+            output = Path(folder) / f"way{number}_seed{seed}"
+            run(*way, "--seed", str(seed), "--output_dir", str(output), "--knn_freq", str(10**6), *flags)
+            results.append(read(output))
+        before, after, minutes = zip(*results)
+        rows.append(f"| {name} | {' '.join(map(str, seeds))} | {spread(before)} | {spread(after)} | {spread(minutes, 0)} |")
+    print("\n".join(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--archs", nargs="+", default=["resnet5m", "mobilevit_xxs"])
