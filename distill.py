@@ -33,6 +33,7 @@ from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 from lowdino.losses import DINOLoss, KDLoss, MVMRLoss, SimilarityLoss, SimKDLoss
 
 OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
+SKIPPED = ("alpha",)  # what presets mean by it is the balance of SSLight's views
 CHUNK = 8192  # images whose features are computed and written to a cache at once
 
 
@@ -54,7 +55,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=1.0, help="weight of kd against the cross-entropy on labels, which has 1 - alpha")
     add("--match", choices=["projector", "pool"], default="projector", help="how kd without a classifier brings features to one "
         "width: a learned linear map of the student's, or pooling both to the smaller")  # fmt: skip
-    add("--queue_size", type=int, default=4096, help="images of similarity's queue; 0: those of the batch alone")
+    add("--queue_size", type=int, default=4096, help="vectors in similarity's queue, one an image from a cache or file, else one a view; "
+        "0: those of the batch alone")  # fmt: skip
     add("--projector", type=int, nargs="+", default=[512, 512, 512], metavar="WIDTH", help="of mvmr: widths of the projector's layers")
     add("--student_temp", type=float, default=0.1, help="of dino: temperature of the student's softmax")
     add("--teacher_temp", type=float, default=0.04, help="of dino: temperature of the teacher's softmax")
@@ -78,11 +80,18 @@ def check(args: argparse.Namespace) -> str | None:
         return "--match pool goes with --objective kd and --teacher_head none: a classifier's answers have one width"
     if args.teacher_head != "none" and not {"kd", "simkd"} & set(args.objective):
         return "--teacher_head is used by --objective kd and simkd, and neither is given"
+    features = args.teacher.endswith((".npy", ".npz"))
+    if features and args.teacher_head == "file":
+        return "--teacher_head file needs a teacher's file of weights, not one of features"
+    if features and args.teacher_head == "train" and "kd" not in args.objective:
+        return "--teacher_head train with a file of features is of use to --objective kd alone"
+    if features and "dino" in args.objective:
+        return "--objective dino needs the teacher's head: give a checkpoint.pth of train.py, not a file of features"
     if "dino" in args.objective and args.cache_teacher:
         return "--objective dino needs the teacher's answers to every view, which --cache_teacher does without"
     if args.teacher in lowdino.ARCHS:
         return f"--teacher {args.teacher} would have random weights: give {args.teacher}=FILE"
-    if args.teacher.endswith((".npy", ".npz")) and (args.cache_teacher or args.teacher_size):
+    if features and (args.cache_teacher or args.teacher_size):
         return "--cache_teacher and --teacher_size need a teacher that is a network, not a file of features"
     if args.cache_teacher and not args.cache_teacher.endswith(".npy"):
         return f"--cache_teacher should end in .npy, not {args.cache_teacher}"
@@ -141,7 +150,8 @@ def open_teacher(args: argparse.Namespace, source: data.Data, ranks: distributed
     """
     if args.teacher.endswith((".npy", ".npz")):
         return features_of_file(args.teacher, source)
-    path = args.teacher.partition("=")[2] or args.teacher
+    arch, _, path = args.teacher.partition("=")
+    path = path if arch in lowdino.ARCHS else args.teacher
     if not os.path.isfile(path) and ":" in path:
         name, backbone = path, imported(path)
         content: dict = {}
@@ -155,14 +165,17 @@ def open_teacher(args: argparse.Namespace, source: data.Data, ranks: distributed
         raise ValueError(f"--objective dino needs the teacher's head: give a checkpoint.pth of train.py, not {path}")
     backbone = frozen(backbone, ranks)
     size = args.teacher_size or getattr(backbone, "image_size", None) or args.global_crops_size
+    if not isinstance(size, int):
+        raise ValueError(f"{name} takes images of {size} pixels; give one --teacher_size for both sides")
     teacher = Teacher(name, fingerprint(backbone), backbone, size, head=head and frozen(head, ranks), center=center)
     if args.teacher_head == "file":
-        if "classifier" not in content:
-            raise ValueError(f"{path} holds no classifier; eval_linear.py --finetune writes such a file, --teacher_head train "
-                             "trains one")  # fmt: skip
-        weight = content["classifier"]["weight"]
-        classifier = nn.Linear(weight.shape[1], weight.shape[0])
-        classifier.load_state_dict(content["classifier"])
+        try:
+            weights = content["classifier"]
+            classifier = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+            classifier.load_state_dict(weights)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no classifier, with weight and bias; eval_linear.py --finetune writes such a file, "
+                             "--teacher_head train trains one") from error  # fmt: skip
         teacher.classifier = frozen(classifier, ranks)
     return teacher
 
@@ -176,10 +189,8 @@ def imported(path: str) -> nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         backbone = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # somebody else's code fails in any way there is
         raise ValueError(f"--teacher {path}: cannot import and call it: {error}") from error
-    finally:
-        sys.path.pop(0)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"--teacher {path} returns a {type(backbone).__name__}, where a network was expected")
     return backbone
@@ -206,7 +217,7 @@ def features_of_file(path: str, source: data.Data) -> Teacher:
     try:
         arrays = np.load(path, mmap_mode="r", allow_pickle=False)
         files = None
-        if path.endswith(".npz"):
+        if isinstance(arrays, np.lib.npyio.NpzFile):
             with arrays:
                 files = arrays["train_files"] if "train_files" in arrays else None
                 arrays = arrays["train"]
@@ -217,13 +228,25 @@ def features_of_file(path: str, source: data.Data) -> Teacher:
     if arrays.ndim != 2 or arrays.dtype.kind != "f":
         raise ValueError(f"{path}: features should be (N, D) floating-point numbers, not {arrays.shape} {arrays.dtype}")
     paths = getattr(source.pretrain, "paths", None)
-    names = files is None or paths is None or [os.path.basename(f) for f in files] == [os.path.basename(p) for p in paths]
+    names = files is None or paths is None or [os.path.basename(str(f)) for f in files] == [os.path.basename(p) for p in paths]
     if len(arrays) != len(source.pretrain) or not names:
         raise ValueError(f"{path} holds features of {len(arrays)} other images than the {len(source.pretrain)} of {source.name}")
     if not all(np.isfinite(arrays[i : i + CHUNK]).all() for i in range(0, len(arrays), CHUNK)):
         raise ValueError(f"{path} has values that are not finite numbers")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return Teacher(path, digest, features=arrays)
+
+
+def features_of_images(teacher: Teacher, images: data.ImageArray | data.ImageFiles, places: range, workers: int,
+                       ranks: distributed.Ranks) -> evaluate.Features:  # fmt: skip
+    """The teacher's features of whole images, read at twice its input's side whatever the student's views need."""
+    files = isinstance(images, data.ImageFiles)
+    if files:
+        images.max_side, before = 2 * teacher.size, images.max_side
+    found = eval_knn.features(teacher.backbone, Subset(images, places), teacher.size, ranks, 256, workers)
+    if files:
+        images.max_side = before
+    return found
 
 
 def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles, path: Path, workers: int,
@@ -233,44 +256,73 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
     Beside it, PATH.json says which weights and images it belongs to and how many rows are done, so that a stopped run goes on.
 
     Raises:
-        ValueError: where the file belongs to other weights or images, or a feature does not fit float16.
+        ValueError: where the file cannot be written, is damaged, belongs to other weights or images, or a feature does not fit
+            float16.
     """
-    notes = Path(f"{path}.json")
+    notes, total = Path(f"{path}.json"), len(images)
     own = {"teacher": teacher.fingerprint, "images": images.fingerprint(), "size": teacher.size}
+    first = features_of_images(teacher, images, range(min(total, max(8, ranks.world))), workers, ranks).features.cpu()
+    damaged = f"--cache_teacher {path} is damaged: delete it and {notes.name}"
     done = 0
     if notes.exists():
         try:
             theirs = json.loads(notes.read_text())
+            for key, what in (("teacher", "weights"), ("images", "images"), ("size", "sizes")):
+                if theirs[key] != own[key]:
+                    raise CacheOfOthers(f"--cache_teacher {path} belongs to other {what} ({theirs[key]}, not {own[key]}): give another "
+                                        f"file, or delete it and {notes.name}")  # fmt: skip
             done = theirs["done"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{notes} is damaged: delete it and {path.name}") from error
-        for key, what in (("teacher", "weights"), ("images", "images"), ("size", "sizes")):
-            if theirs.get(key) != own[key]:
-                raise ValueError(f"--cache_teacher {path} belongs to other {what} ({theirs.get(key)}, not {own[key]}): give another file, "
-                                 "or delete it and its .json")  # fmt: skip
+            if type(done) is not int or not 0 <= done <= total:
+                raise ValueError("not what the notes say")
+            if done:
+                stored = np.load(path, mmap_mode="r")
+                whole = stored.shape == (total, first.shape[1]) and stored.dtype == np.float16
+                if not whole or not np.isfinite(stored[:done]).all():
+                    raise ValueError("not what the notes say")
+        except CacheOfOthers:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(damaged) from error
+        if done and not np.allclose(stored[: len(first)], first, rtol=0.02, atol=0.02 * first.std().item()):
+            raise ValueError(f"--cache_teacher {path} holds other features of the first images than this teacher gives: they, or how it "
+                             f"sees them, have changed; give another file, or delete it and {notes.name}")  # fmt: skip
     elif path.exists():
         raise ValueError(f"--cache_teacher {path} exists without {notes.name}, which would say whose it is: give another file")
-    for start in range(done, len(images), CHUNK):
-        part = Subset(images, range(start, min(start + CHUNK, len(images))))
-        rows = eval_knn.features(teacher.backbone, part, teacher.size, ranks, 256, workers).features.half()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if done < total and not os.access(path.parent, os.W_OK):
+            raise OSError(0, "it cannot be written to")
+    except OSError as error:
+        raise ValueError(f"--cache_teacher {path}: folder {path.parent}: {error.strerror}") from error
+    if dist.is_initialized():
+        dist.barrier()  # all have read what the first rank is going to change
+
+    def note(rows: int) -> None:
+        temporary = Path(f"{notes}.tmp")
+        temporary.write_text(json.dumps(own | {"done": rows}))
+        os.replace(temporary, notes)
+
+    while done < total:
+        stop = done + CHUNK if total - done - CHUNK >= ranks.world else total  # no rank is left without an image
+        rows = features_of_images(teacher, images, range(done, stop), workers, ranks).features.half()
         if not rows.isfinite().all():
             raise ValueError(f"features of {teacher.name} exceed float16's range, 65,504: --cache_teacher cannot hold them")
         if ranks.first:
-            rows = rows.cpu().numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, (len(images), rows.shape[1]))
-            file[start : start + len(rows)] = rows
+            if done == 0:
+                note(0)
+            file = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, (total, rows.shape[1]))
+            file[done:stop] = rows.cpu().numpy()
             file.flush()
-            temporary = Path(f"{notes}.tmp")
-            temporary.write_text(json.dumps(own | {"done": start + len(rows)}))
-            os.replace(temporary, notes)
-            print(f"teacher: features of {start + len(rows)} of {len(images)} images in {path}", flush=True)
+            note(stop)
+            print(f"teacher: features of {stop} of {total} images in {path}", flush=True)
+        done = stop
     if dist.is_initialized():
         dist.barrier()
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--cache_teacher {path} is missing or damaged: delete it and its .json") from error
+    return np.load(path, mmap_mode="r")
+
+
+class CacheOfOthers(ValueError):
+    """A cache that is whole, and somebody else's."""
 
 
 def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
@@ -300,12 +352,12 @@ class Distillation:
         self.args, self.ranks, self.source, self.total_steps = args, ranks, source, total_steps
         self.weights = dict(zip(args.objective, args.objective_weight or [1.0] * len(args.objective)))
         self.teacher = teacher = open_teacher(args, source, ranks)
+        width = self.teacher_width()
         if args.cache_teacher:
             teacher.features = cached_features(teacher, source.pretrain, Path(args.cache_teacher), args.num_workers, ranks)
-        # What a resumed run must share; where the teacher's files lie does not matter.
-        self.settings = {"teacher": teacher.fingerprint, "teacher_size": teacher.size, "cache_teacher": bool(args.cache_teacher)}
+        known = [module for module in (teacher.head, teacher.classifier) if module]
+        self.settings = {"teacher's weights": "-".join([teacher.fingerprint, *map(fingerprint, known)]), "cached": bool(args.cache_teacher)}
         self.teacher_knn = None
-        width = self.teacher_width()
         if args.teacher_head == "train":
             if source.train is None:
                 raise ValueError(f"--teacher_head train needs labels, and {source.name} has none")
@@ -333,6 +385,7 @@ class Distillation:
             self.losses["dino"].center.copy_(teacher.center)
             self.parts["average"] = self.average = ema.make_teacher(self.network)
             self.pairs = ema.paired_parameters(self.average, self.network)
+            self.buffers = ema.paired_buffers(self.average, self.network)
             self.backbone, self.kept = self.average.backbone, "student's average"
         self.losses.to(ranks.device)
 
@@ -341,9 +394,13 @@ class Distillation:
         if self.teacher.features is not None:
             return self.teacher.features.shape[1]
         size = self.teacher.size
-        features = self.teacher(torch.zeros(1, 3, size, size, device=self.ranks.device))
-        if features.ndim != 2:
-            raise ValueError(f"{self.teacher.name} gives {tuple(features.shape)} for an image, where (1, features) was expected")
+        try:
+            features = self.teacher.backbone(torch.zeros(1, 3, size, size, device=self.ranks.device))
+        except Exception as error:  # somebody else's code fails in any way there is
+            raise ValueError(f"{self.teacher.name} cannot take an image of {size} x {size} pixels, see --teacher_size: {error}") from error
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            given = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise ValueError(f"{self.teacher.name} gives {given} for an image, where a tensor (1, features) was expected")
         return features.shape[1]
 
     def heads(self, own: int, width: int) -> dict[str, nn.Module]:
@@ -356,8 +413,9 @@ class Distillation:
                 heads["kd"] = nn.AdaptiveAvgPool1d(min(own, width))
             else:
                 heads["kd"] = nn.Linear(own, width)
-        for name in {"simkd", "similarity"} & self.weights.keys():
-            heads[name] = Projector(own, max(own, width), width)
+        for name in ("simkd", "similarity"):  # in this order on all ranks and in all runs
+            if name in self.weights:
+                heads[name] = Projector(own, max(own, width), width)
         if "mvmr" in self.weights:
             heads["mvmr"] = Projector(own, *self.args.projector)
         if "dino" in self.weights:
@@ -394,6 +452,8 @@ class Distillation:
                 with torch.no_grad():
                     prototypes = self.teacher.head(targets[: 2 * images])
                 terms[name] = self.losses[name](answers.chunk(len(views)), prototypes.chunk(2), self.args.teacher_temp)
+            elif name == "similarity":
+                terms[name] = self.losses[name](answers, targets if self.teacher.features is None else targets[:images])
             else:
                 terms[name] = self.losses[name](answers, targets)
         if logging:
@@ -417,7 +477,9 @@ class Distillation:
 
     def after_step(self, step: int) -> None:
         if self.average:
-            ema.update(*self.pairs, schedules.cosine(step, self.total_steps, self.args.momentum_teacher, 1.0))
+            momentum = schedules.cosine(step, self.total_steps, self.args.momentum_teacher, 1.0)
+            ema.update(*self.pairs, momentum)
+            ema.update(*self.buffers, momentum)
 
     def signs(self) -> dict[str, float]:
         features, terms = self.seen
@@ -432,7 +494,7 @@ class Distillation:
             return evaluate.Features(found.to(self.ranks.device), torch.as_tensor(images.labels).to(self.ranks.device), [])
         if self.teacher.backbone is None:
             raise ValueError(f"{self.teacher.name} holds features of the images to train on alone, and others are needed")
-        return eval_knn.features(self.teacher.backbone, images, self.teacher.size, self.ranks, 256, self.args.num_workers)
+        return features_of_images(self.teacher, images, range(len(images)), self.args.num_workers, self.ranks)
 
     def beside(self) -> str:
         """The teacher's accuracy, measured once."""
@@ -452,6 +514,7 @@ class Distillation:
         asked = self.features_of_teacher(self.source.test)
         said = f"the teacher's classifier: {evaluate.accuracy(self.teacher.classifier(asked.features), asked.labels):.4f} on its features"
         network = (self.average or self.network).eval()
+        distributed.broadcast_buffers(network)
         own = eval_knn.features(network.backbone, self.source.test, self.args.global_crops_size, self.ranks, 256, self.args.num_workers)
         if "simkd" in self.weights:
             answers = self.teacher.classifier(network.heads["simkd"](own.features))
@@ -469,7 +532,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 
 def main() -> None:
-    args = train.parse(get_parser())
+    args = train.parse(get_parser(), skip=SKIPPED)
     distributed.launch("distill.py", check(args), args.device, lambda ranks: run(args, ranks))
 
 

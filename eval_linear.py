@@ -36,8 +36,8 @@ PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
 PROBE_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]
 LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7]
 
-# Settings are chosen by trainings of at most so many steps, or with many labels the choice would cost far more than what
-# it is for. ResNet5M on CIFAR-10 with 15,000 labels lost 0.1 points by it, with fewer nothing (seed 0).
+# Settings are chosen by trainings of so many steps, in whole epochs, or with many labels the choice would cost far more than
+# what it is for. ResNet5M on CIFAR-10 with 15,000 labels lost 0.1 points by it, with fewer nothing (seed 0).
 CHOICE_STEPS = 1000
 
 
@@ -144,7 +144,7 @@ def protocol(args: argparse.Namespace) -> str:
     if len(args.lr) * len(args.weight_decay) > 1:
         settings += f", chosen on {args.val_fraction:g} of the training labels in use"
         settings += ", then fitted to all of them" if args.solver == "lbfgs" else (
-            f" after {CHOICE_STEPS} steps or all epochs, whichever is less; then fitted to all of them")  # fmt: skip
+            f" after {CHOICE_STEPS} steps, in whole epochs, or all epochs if they are fewer; then fitted to all of them")  # fmt: skip
     return f"linear classifier on {views}, half-whitened by all training images: {solver}; {settings}"
 
 

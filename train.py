@@ -78,7 +78,8 @@ DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 # Settings that a resumed run may change, because they do not change what it computes.
-FREE_SETTINGS = {"output_dir", "data_path", "data_root", "download", "device", "num_workers", "log_freq", "knn_freq",
+# A teacher (of distill.py) is compared by its weights, wherever its files lie.
+FREE_SETTINGS = {"teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device", "num_workers", "log_freq", "knn_freq",
                  "saveckp_freq"}  # fmt: skip
 
 
@@ -182,11 +183,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags, over the preset's settings, over the defaults."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None, skip: tuple[str, ...] = ()) -> argparse.Namespace:
+    """Flags, over the preset's settings, over the defaults; of a preset what the parser knows, less what is to `skip`."""
     args = parser.parse_known_args(argv)[0]
     if preset := args.preset:
-        parser.set_defaults(**{name: value for name, value in PRESETS[preset].items() if hasattr(args, name)})
+        parser.set_defaults(**{name: value for name, value in PRESETS[preset].items()
+                               if hasattr(args, name) and name not in skip})  # fmt: skip
         if preset == "lowdino" and args.arch == "resnet5m":
             parser.set_defaults(local_crops_number=8)
     return parser.parse_args(argv)
@@ -309,6 +311,8 @@ def build_backbone(args: argparse.Namespace) -> nn.Module:
     is_vit = args.arch in vit.ARCHS
     if args.init:
         backbone = lowdino.load_backbone(args.init, args.arch).train()
+        if is_vit and backbone.patch_size != args.patch_size:
+            raise ValueError(f"--init {args.init} has patches of {backbone.patch_size} pixels; give --patch_size {backbone.patch_size}")
     else:
         options = dict(patch_size=args.patch_size, image_size=args.global_crops_size) if is_vit else {}
         backbone = lowdino.build_backbone(args.arch, **options)
@@ -341,22 +345,15 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     return evaluate.accuracy(scores, test.labels)
 
 
-def restore(saved: dict, parts: dict, settings: dict, output: Path) -> tuple[int, float | None]:
-    """Load a checkpoint into the parts; returns its step and the k-NN accuracy before the first.
-
-    Raises:
-        ValueError: naming each setting that differs from the saved run's.
-    """
+def refuse_changes(saved: dict, settings: dict, output: Path) -> None:
+    """Raise a ValueError that names each setting that differs from the saved run's."""
     if "settings" not in saved:
-        raise ValueError(f"{output}/checkpoint.pth is not a checkpoint of train.py; give another --output_dir")
+        raise ValueError(f"{output}/checkpoint.pth is not a checkpoint of a training; give another --output_dir")
     theirs = saved["settings"]
     changed = [f"{k} {theirs.get(k)}, not {v}" for k, v in settings.items() if theirs.get(k) != v]
     if changed:
         raise ValueError(f"{output} holds a run with {'; '.join(changed)}: give the same settings to go on with it, "
                          "or another --output_dir")  # fmt: skip
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return saved["step"], saved["first_knn"]
 
 
 class SelfDistillation:
@@ -366,7 +363,7 @@ class SelfDistillation:
         network      what is trained
         backbone     what is evaluated and kept, the backbone of the `kept` network
         parts        name -> whatever has a state to be saved, the network among them
-        settings     what a resumed run must share beside the flags, or in place of one
+        settings     what a resumed run must share beside the flags
         out_dim      K where the answers are distributions over K prototypes, else None
         objective(model, views, batch, step, logging) -> the loss, and what to differentiate; `model` is the network as DDP
                      wraps it, and the batch's images are on the device
@@ -506,6 +503,13 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     warmup_steps = round(args.warmup_epochs * epoch_steps)
     peak_lr = args.lr * (total_batch / args.lr_reference_batch if args.lr_reference_batch else 1)
 
+    # What a resumed run must share with the one that stopped; compared before a method may work for hours.
+    settings = {k: v for k, v in vars(args).items() if k not in FREE_SETTINGS}
+    settings |= {"world": ranks.world, "images": source.pretrain.fingerprint()}
+    saved = checkpoint.load_checkpoint(output)
+    if saved:
+        refuse_changes(saved, settings, output)
+
     method = make_method(args, ranks, source, total_steps)
     parameters = [p for p in method.network.parameters() if p.requires_grad]
     optimizer = build_optimizer(args, method.network, device)
@@ -515,13 +519,15 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
                                   args.global_crops_scale, args.local_crops_scale, args.vertical_flip,
                                   blur_sigma=(0.1, max(2 * args.global_crops_size / 224, 0.1))).to(device)  # fmt: skip
 
-    # All that has a state, and what a resumed run must share with the one that stopped.
+    # All that has a state.
     parts = method.parts | {"optimizer": optimizer, "scaler": scaler}
-    settings = {k: v for k, v in vars(args).items() if k not in FREE_SETTINGS}
-    settings |= {"world": ranks.world, "images": source.pretrain.fingerprint()} | method.settings
+    settings |= method.settings
     step, first_knn = 0, None
-    if saved := checkpoint.load_checkpoint(output):
-        step, first_knn = restore(saved, parts, settings, output)
+    if saved:
+        refuse_changes(saved, settings, output)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        step, first_knn = saved["step"], saved["first_knn"]
         log.say(f"going on from {output} after step {step}")
     if first:
         log.rewind(step)
@@ -599,8 +605,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             loss_sum, loss_steps = torch.zeros((), device=device), 0
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"diverging loss: it is {mean_loss} at step {step}: a lower --lr, a longer "
-                                         f"--warmup_epochs or --norm_last_layer true may help; {output} keeps what was "
-                                         "saved before")  # fmt: skip
+                                         f"--warmup_epochs may help; {output} keeps what was saved before")  # fmt: skip
             signs, speed = method.signs(), clock.read(total_steps - step)
             values = {"loss": mean_loss}
             if method.out_dim:

@@ -45,7 +45,7 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
         raise ValueError(f"{path} holds {content['arch']}, not {arch}")
     arch = arch or content.get("arch")
     weights = weights_of(content, path)
-    if arch in (None, *vit.ARCHS) and "pos_embed" in weights:
+    if arch not in models.ARCHS and "pos_embed" in weights:
         try:
             backbone = vit.like(weights)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """The momentum teacher: an exponential moving average of the student's parameters (He et al., 2020; Caron et al., 2021).
 
-Only parameters are averaged. The buffers, batch norm's running statistics among them, are the teacher's own, from its
-own forward passes in training mode: averaged statistics would belong to no network that ever ran.
+A teacher's buffers, batch norm's running statistics among them, are its own, from its own forward passes in training mode:
+averaged statistics would belong to no network that ever ran. Only parameters are averaged, then.
 """
 
 import copy
@@ -33,6 +33,12 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tens
     if shared:
         raise ValueError(f"teacher and student share the storage of {shared[:5]}: the teacher must be a copy")
     return list(theirs.values()), [ours[name] for name in theirs]
+
+
+def paired_buffers(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating-point buffers of both, for `update`: of an average that sees no image itself and can have none of its own."""
+    pairs = [(a, b) for a, b in zip(teacher.buffers(), student.buffers()) if a.is_floating_point()]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 @torch.no_grad()

@@ -231,11 +231,11 @@ class SimilarityLoss(nn.Module):
 
         p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s),   L = - mean_i sum_j p_t[j] log p_s[j]
 
-    with unit vectors s_i, t_i and q_j: the teacher's vectors of the batch of all ranks, the image itself among them, and of
-    the last `queue_size` images before it, as in SEED (equations 1 to 3).
+    with unit vectors s_i, t_i and q_j: the teacher's vectors of the batch of all ranks, its own among them, and the last
+    `queue_size` before it, as in SEED (equations 1 to 3).
 
-    forward(student, teacher): (n, D) each, the student's already projected to the teacher's width. Returns a scalar;
-    gradient to the student alone. In training mode the teacher's vectors then enter the queue.
+    forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D): V views in a row of what the
+    teacher saw once. Returns a scalar; gradient to the student alone. In training mode the teacher's vectors then enter the queue.
 
     Args:
         dim: D. queue_size: number of vectors kept; 0 for the batch alone.
@@ -260,7 +260,7 @@ class SimilarityLoss(nn.Module):
                 empty = torch.arange(len(anchors), device=t.device) >= len(batch) + self.filled
                 target = (t @ anchors.T / self.teacher_temp).masked_fill(empty, -torch.inf).softmax(dim=1)
             log_s = (s @ anchors.T / self.student_temp).masked_fill(empty, -torch.inf).log_softmax(dim=1)
-            loss = -(target * log_s.masked_fill(empty, 0.0)).sum(dim=1).mean()
+            loss = -(target.repeat(len(s) // len(t), 1) * log_s.masked_fill(empty, 0.0)).sum(dim=1).mean()
             if self.training:
                 self.queue.copy_(anchors[: self.queue_size])
                 self.filled.copy_((self.filled + len(batch)).clamp(max=self.queue_size))

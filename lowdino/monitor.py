@@ -157,7 +157,7 @@ class Health:
                                              "or raise --lr")  # fmt: skip
         if feature_std < 0.01 or effective_rank < 1.5:
             signs["dead features"] = (f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
-                                      f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight, and look at "
+                                      f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where there is one, and look at "
                                       "crops.png, whether the pictures differ at all")  # fmt: skip
         if entropy is None:
             return signs

@@ -57,6 +57,7 @@ def test_similarity_looks_at_the_batch_and_the_last_images():
         batch = [unit(row) for row in t.tolist()]
         anchors = batch + history[:5]
         history = batch + history
+        torch.testing.assert_close(SimilarityLoss(6, 0)(torch.cat([s, s]), t), SimilarityLoss(6, 0)(s, t))  # two views of each
         by_hand = 0.0
         for a, b in zip(s.tolist(), t.tolist()):
             p_s = softmax([sum(x * y for x, y in zip(unit(a), q)) / 0.2 for q in anchors])
@@ -118,6 +119,7 @@ def test_dino_objective_takes_the_head_of_a_run(picture_folder, tmp_path, call_s
     saved = lowdino.load_backbone(str(tmp_path / "out" / "backbone.pth")).state_dict()
     assert all(torch.equal(value, kept["average"][f"backbone.{name}"]) for name, value in saved.items())
     assert not torch.equal(kept["average"]["backbone.conv1.weight"], kept["student"]["backbone.conv1.weight"])
+    assert all(kept["average"][f"backbone.{name}"].abs().sum() > 0 for name in saved if name.endswith("running_mean"))
     # Another script's folder is refused.
     done = call_script("distill.py", "--teacher", teacher, *SMALL, "--data_path", picture_folder, "--output_dir", tmp_path / "run", check=False)
     assert done.returncode == 2 and "holds a run with" in done.stderr and done.stderr.count("\n") == 1
@@ -138,7 +140,7 @@ class Counted(nn.Module):
 
 def method_and_views(tmp_path, flags, teacher, monkeypatch):
     monkeypatch.setattr(distill, "imported", lambda path: teacher)
-    args = distill.train.parse(distill.get_parser(), ["--teacher", "some:teacher", *map(str, SMALL), "--knn_freq", "0", *flags])
+    args = distill.train.parse(distill.get_parser(), skip=distill.SKIPPED, argv=["--teacher", "some:teacher", *map(str, SMALL), "--knn_freq", "0", *flags])
     assert distill.check(args) is None
     images = data.demo_images(range(40))
     source = data.Data("some", images, images, data.demo_images(range(50, 60)), 10)
@@ -169,7 +171,7 @@ def test_a_cached_teacher_never_runs_again(tmp_path, monkeypatch):
     loss, _ = cached.objective(cached.network, views, batch, 0, False)
     loss.backward()
     again = method_and_views(tmp_path, flags, teacher, monkeypatch)  # a later student
-    assert teacher.seen == seen
+    assert teacher.seen == seen + 1 + 8  # its width, and the first images to compare with the file
     rows = torch.from_numpy(file[[7, 3, 39, 0]]).float()
     assert torch.equal(again.targets(views, indices), torch.cat([rows, rows]))
     assert distill.fingerprint(teacher) == before and all(p.grad is None for p in teacher.parameters())
@@ -187,7 +189,7 @@ def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
     half.flush()
     teacher = Counted()
     method_and_views(tmp_path, flags, teacher, monkeypatch)
-    assert teacher.seen == 24 and np.array_equal(np.load(cache), whole)
+    assert teacher.seen == 24 + 1 + 8 and np.array_equal(np.load(cache), whole)
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -201,11 +203,42 @@ def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path, monkeypa
     with pytest.raises(ValueError, match=message):
         method_and_views(tmp_path, flags, Counted(), monkeypatch)
     notes.write_text("{")
-    with pytest.raises(ValueError, match="cache.npy.json is damaged: delete it and cache.npy"):
+    with pytest.raises(ValueError, match="cache.npy is damaged: delete it and cache.npy.json"):
         method_and_views(tmp_path, flags, Counted(), monkeypatch)
     notes.unlink()
     with pytest.raises(ValueError, match="exists without cache.npy.json, which would say whose it is"):
         method_and_views(tmp_path, flags, Counted(), monkeypatch)
+
+
+def test_a_damaged_or_changed_cache_is_refused(tmp_path, monkeypatch):
+    cache, notes = tmp_path / "cache.npy", tmp_path / "cache.npy.json"
+    flags = ["--cache_teacher", str(cache)]
+    method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    good, values = cache.read_bytes(), json.loads(notes.read_text())
+    for content in (good[:300], b"half", np.lib.format.magic(1, 0)):
+        cache.write_bytes(content)
+        with pytest.raises(ValueError, match="cache.npy is damaged: delete it and cache.npy.json"):
+            method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    cache.write_bytes(good)
+    for done in ("x", None, -3, 41):
+        notes.write_text(json.dumps(values | {"done": done}))
+        with pytest.raises(ValueError, match="cache.npy is damaged"):
+            method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    notes.write_text(json.dumps(values))
+    spoilt = np.load(cache)
+    for rows, message in ((np.nan, "is damaged"), (7.0, "holds other features of the first images than this teacher gives")):
+        np.save(cache, np.full_like(spoilt, rows))
+        with pytest.raises(ValueError, match=message):
+            method_and_views(tmp_path, flags, Counted(), monkeypatch)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--cache_teacher .*file/c.npy: folder .*: "):
+        method_and_views(tmp_path, ["--cache_teacher", str(tmp_path / "file" / "c.npy")], Counted(), monkeypatch)
+
+
+def test_heads_stand_in_one_order(tmp_path, monkeypatch):
+    for objectives in (["simkd", "similarity"], ["similarity", "simkd"]):
+        method = method_and_views(tmp_path, ["--objective", *objectives], Counted(), monkeypatch)
+        assert list(method.network.heads) == ["simkd", "similarity"]
 
 
 def test_a_stopped_distillation_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, monkeypatch):
@@ -264,7 +297,8 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
     wide = {"weight": torch.zeros(2, 5), "bias": torch.zeros(2)}
     unfit = save_teacher(tmp_path / "unfit.pth", classifier=wide)
     three = save_teacher(tmp_path / "three.pth", classifier={"weight": torch.zeros(3, 320), "bias": torch.zeros(3)})
-    (tmp_path / "mine.py").write_text("def number(): return 3\ndef maps(): import torch; return torch.nn.Conv2d(3, 4, 8)\n")
+    (tmp_path / "mine.py").write_text("def number(): return 3\ndef maps(): import torch; return torch.nn.Conv2d(3, 4, 8)\n"
+                                     "def fussy(): import torch; return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(5, 2))\n")
     for teacher, flags, message in (
         (tmp_path / "none.pth", [], "no file"),
         (tmp_path / "damaged.pth", [], "it is damaged"),
@@ -277,7 +311,9 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
         ("nowhere:teacher", [], "cannot import and call it: No module named 'nowhere'"),
         ("mine:other", [], "cannot import and call it"),
         ("mine:number", [], "returns a int, where a network was expected"),
-        ("mine:maps", [], r"where \(1, features\) was expected"),
+        ("mine:maps", [], r"where a tensor \(1, features\) was expected"),
+        ("mine:fussy", [], "cannot take an image of 32 x 32 pixels, see --teacher_size"),
+        (tmp_path / "lr=1" / "none.pth", [], "no file .*lr=1/none.pth"),
     ):
         done = call_script("distill.py", "--teacher", teacher, *SMALL, *flags, "--data_path", picture_folder, "--output_dir",
                            tmp_path / "out", check=False, cwd=tmp_path)  # fmt: skip
@@ -303,6 +339,9 @@ def test_labels_are_asked_for_where_there_are_none(picture_folder, tmp_path, cal
     (["--teacher", "resnet18"], "--teacher resnet18 would have random weights"),
     (["--teacher", "a.npz", "--cache_teacher", "b.npy"], "--cache_teacher and --teacher_size need a teacher that is a network"),
     (["--cache_teacher", "b"], "--cache_teacher should end in .npy"),
+    (["--teacher", "a.npz", "--teacher_head", "file"], "--teacher_head file needs a teacher's file of weights"),
+    (["--teacher", "a.npz", "--teacher_head", "train", "--objective", "simkd"], "--teacher_head train with a file of features"),
+    (["--teacher", "a.npy", "--objective", "dino"], "--objective dino needs the teacher's head"),
     (["--teacher_size", "3"], "--teacher_size must be at least 32"),
     (["--temperature", "0"], "--temperature must be above 0"),
     (["--alpha", "2"], "--alpha must lie between 0 and 1"),
@@ -310,11 +349,14 @@ def test_labels_are_asked_for_where_there_are_none(picture_folder, tmp_path, cal
     (["--epochs", "0"], "--epochs must be at least 1"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(flags, message):
-    args = distill.train.parse(distill.get_parser(), ["--teacher", "a.pth", *flags])
+    args = distill.train.parse(distill.get_parser(), skip=distill.SKIPPED, argv=["--teacher", "a.pth", *flags])
     assert distill.check(args).startswith(message)
 
 
 def test_presets_serve_distillation_too():
-    args = distill.train.parse(distill.get_parser(), ["--teacher", "a.pth", "--preset", "small"])
+    args = distill.train.parse(distill.get_parser(), skip=distill.SKIPPED, argv=["--teacher", "a.pth", "--preset", "small"])
+    assert distill.check(args) is None
+    sslight = distill.train.parse(distill.get_parser(), skip=distill.SKIPPED, argv=["--teacher", "a.pth", "--preset", "sslight"])
+    assert sslight.alpha == 1.0 and distill.check(sslight) is None
     assert (args.lr, args.epochs, args.local_crops_number, args.teacher_temp) == (2e-3, 30, 0, 0.04) and not hasattr(args, "out_dim")
     assert Path(distill.__file__).name == "distill.py"
