@@ -79,7 +79,7 @@ def save_teacher(path, arch="mobilevit_xxs", **more):
     return path
 
 
-SMALL = ["--arch", "resnet5m", "--batch_size_per_gpu", 8, "--epochs", 2, "--warmup_epochs", 1, "--device", "cpu", "--log_freq", 2,
+SMALL = ["--arch", "mobilevit_xxs", "--batch_size_per_gpu", 8, "--epochs", 2, "--warmup_epochs", 1, "--device", "cpu", "--log_freq", 2,
          "--global_crops_size", 32, "--knn_freq", 1]  # fmt: skip
 
 
@@ -100,11 +100,8 @@ def test_objectives_alone_and_together(flags, said, picture_folder, tmp_path, ca
     if said:  # the second line is of one step, the third
         one = losses[1]
         assert one["loss"] == pytest.approx(one["kd"] + 2 * one["simkd"] + 0.5 * one["similarity"], rel=1e-5)
-        assert losses[-1]["simkd"] < losses[0]["simkd"]
-    else:
-        assert losses[-1]["loss"] < losses[0]["loss"]
-    assert lowdino.load_backbone(str(tmp_path / "out" / "backbone.pth")).arch == "resnet5m"
-    assert lowdino.load_backbone(str(teacher)).arch == "mobilevit_xxs"
+    assert all(math.isfinite(line["loss"]) for line in losses)
+    assert lowdino.load_backbone(str(tmp_path / "out" / "backbone.pth")).arch == "mobilevit_xxs"
 
 
 def test_dino_objective_takes_the_head_of_a_run(picture_folder, tmp_path, call_script):
@@ -118,7 +115,7 @@ def test_dino_objective_takes_the_head_of_a_run(picture_folder, tmp_path, call_s
     kept = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     saved = lowdino.load_backbone(str(tmp_path / "out" / "backbone.pth")).state_dict()
     assert all(torch.equal(value, kept["average"][f"backbone.{name}"]) for name, value in saved.items())
-    assert not torch.equal(kept["average"]["backbone.conv1.weight"], kept["student"]["backbone.conv1.weight"])
+    assert not torch.equal(kept["average"]["backbone.stem.conv.weight"], kept["student"]["backbone.stem.conv.weight"])
     assert all(kept["average"][f"backbone.{name}"].abs().sum() > 0 for name in saved if name.endswith("running_mean"))
     # Another script's folder is refused.
     done = call_script("distill.py", "--teacher", teacher, *SMALL, "--data_path", picture_folder, "--output_dir", tmp_path / "run", check=False)
@@ -146,6 +143,28 @@ def method_and_views(tmp_path, flags, teacher, monkeypatch):
     source = data.Data("some", images, images, data.demo_images(range(50, 60)), 10)
     args.num_workers = 0
     return distill.Distillation(args, RANKS, source, total_steps=10)
+
+
+@pytest.mark.parametrize("objective", ["kd", "simkd", "similarity", "mvmr"])
+def test_an_objective_is_learned_on_a_batch(objective, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    method = method_and_views(tmp_path, ["--objective", objective, "--queue_size", "0"], Counted(), monkeypatch)
+    images = data.demo_images(range(16)).images
+    batch = data.Batch(images, torch.full((16, 2), 64), torch.arange(16), torch.arange(16))
+    views = [images[:, :, :32, :32] / 128.0 - 1, images[:, :, 32:, 32:] / 128.0 - 1]
+    optimizer = torch.optim.Adam(method.network.parameters(), lr=2e-3)
+    losses = []
+    for step in range(12):
+        loss, _ = method.objective(method.network, views, batch, step, False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    floor = 0.0
+    if objective == "similarity":  # a cross-entropy's least value is the entropy of its target
+        t = torch.nn.functional.normalize(method.targets(views, batch.indices), dim=1)
+        floor = torch.special.entr((t @ t.T / 0.01).softmax(dim=1)).sum(dim=1).mean().item()
+    assert losses[-1] - floor < 0.7 * (losses[0] - floor), losses
 
 
 def test_a_cached_teacher_never_runs_again(tmp_path, monkeypatch):
