@@ -124,10 +124,10 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, view: Tensor) -> Tensor:
         """Features of a view that is normalised for the student: (B, 3, H, W) -> (B, D) float32."""
-        mean, std = (torch.tensor(v, device=view.device).view(1, 3, 1, 1) for v in eval_knn.normalisation(self.backbone))
-        own_mean, own_std = (torch.tensor(v, device=view.device).view(1, 3, 1, 1) for v in (augment.IMAGENET_MEAN, augment.IMAGENET_STD))
-        if not (torch.equal(mean, own_mean) and torch.equal(std, own_std)):
-            view = (view * own_std + own_mean - mean) / std
+        students, own = (augment.IMAGENET_MEAN, augment.IMAGENET_STD), eval_knn.normalisation(self.backbone)
+        if tuple(map(tuple, own)) != students:
+            student_mean, student_std, mean, std = (torch.tensor(v, device=view.device).view(1, 3, 1, 1) for v in (*students, *own))
+            view = (view * student_std + student_mean - mean) / std
         if view.shape[-1] != self.size:
             view = F.interpolate(view, size=(self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
         return self.backbone(view).float()
@@ -249,6 +249,21 @@ def features_of_images(teacher: Teacher, images: data.ImageArray | data.ImageFil
     return found
 
 
+def rows_done(path: Path, done: int, total: int) -> int:
+    """`done`, where that many rows of a cache are there.
+
+    Raises:
+        ValueError, TypeError, OSError: where they are not.
+    """
+    if type(done) is not int or not 0 <= done <= total:
+        raise ValueError(f"{done} of {total} rows")
+    if done:
+        stored = np.load(path, mmap_mode="r")
+        if stored.ndim != 2 or len(stored) != total or stored.dtype != np.float16 or not np.isfinite(stored[:done]).all():
+            raise ValueError(f"{stored.shape} {stored.dtype}")
+    return done
+
+
 def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles, path: Path, workers: int,
                     ranks: distributed.Ranks) -> np.ndarray:  # fmt: skip
     """The teacher's features of the whole images: (N, D) float16, in a memory-mapped file that is made where it is missing.
@@ -261,31 +276,27 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
     """
     notes, total = Path(f"{path}.json"), len(images)
     own = {"teacher": teacher.fingerprint, "images": images.fingerprint(), "size": teacher.size}
-    first = features_of_images(teacher, images, range(min(total, max(8, ranks.world))), workers, ranks).features.cpu()
-    damaged = f"--cache_teacher {path} is damaged: delete it and {notes.name}"
     done = 0
     if notes.exists():
         try:
             theirs = json.loads(notes.read_text())
-            for key, what in (("teacher", "weights"), ("images", "images"), ("size", "sizes")):
-                if theirs[key] != own[key]:
-                    raise CacheOfOthers(f"--cache_teacher {path} belongs to other {what} ({theirs[key]}, not {own[key]}): give another "
-                                        f"file, or delete it and {notes.name}")  # fmt: skip
-            done = theirs["done"]
-            if type(done) is not int or not 0 <= done <= total:
-                raise ValueError("not what the notes say")
-            if done:
-                stored = np.load(path, mmap_mode="r")
-                whole = stored.shape == (total, first.shape[1]) and stored.dtype == np.float16
-                if not whole or not np.isfinite(stored[:done]).all():
-                    raise ValueError("not what the notes say")
-        except CacheOfOthers:
-            raise
+            others = [(what, theirs[key], own[key]) for key, what in (("teacher", "weights"), ("images", "images"), ("size", "sizes"))
+                      if theirs[key] != own[key]]  # fmt: skip
+            if not others:
+                done = rows_done(path, theirs["done"], total)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(damaged) from error
-        if done and not np.allclose(stored[: len(first)], first, rtol=0.02, atol=0.02 * first.std().item()):
-            raise ValueError(f"--cache_teacher {path} holds other features of the first images than this teacher gives: they, or how it "
-                             f"sees them, have changed; give another file, or delete it and {notes.name}")  # fmt: skip
+            raise ValueError(f"--cache_teacher {path} is damaged: delete it and {notes.name}") from error
+        if others:
+            what, theirs, ours = others[0]
+            raise ValueError(f"--cache_teacher {path} belongs to other {what} ({theirs}, not {ours}): give another file, or delete it "
+                             f"and {notes.name}")  # fmt: skip
+        if done:
+            places = range(min(total, max(8, ranks.world)))
+            first = features_of_images(teacher, images, places, workers, ranks).features.cpu()
+            stored = np.load(path, mmap_mode="r")[: len(first)]
+            if stored.shape != first.shape or not np.allclose(stored, first, rtol=0.02, atol=0.02 * first.std().item()):
+                raise ValueError(f"--cache_teacher {path} holds other features of the first images than this teacher gives: they, or how "
+                                 f"it sees them, have changed; give another file, or delete it and {notes.name}")  # fmt: skip
     elif path.exists():
         raise ValueError(f"--cache_teacher {path} exists without {notes.name}, which would say whose it is: give another file")
     try:
@@ -319,10 +330,6 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
     if dist.is_initialized():
         dist.barrier()
     return np.load(path, mmap_mode="r")
-
-
-class CacheOfOthers(ValueError):
-    """A cache that is whole, and somebody else's."""
 
 
 def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
@@ -372,7 +379,7 @@ class Distillation:
                              "--teacher_head train trains another")  # fmt: skip
 
         backbone = train.build_backbone(args)
-        self.network = train.on_device(ManyHeads(backbone, self.heads(backbone.embed_dim, width)), ranks)
+        self.network = distributed.on_device(ManyHeads(backbone, self.heads(backbone.embed_dim, width)), ranks)
         self.losses = nn.ModuleDict({"kd": KDLoss(args.temperature), "simkd": SimKDLoss()})
         if "mvmr" in self.weights:
             self.losses["mvmr"] = MVMRLoss()
@@ -502,9 +509,7 @@ class Distillation:
             return ""
         if self.teacher_knn is None:
             memory, asked = (self.features_of_teacher(images) for images in (self.source.train, self.source.test))
-            scores = evaluate.knn_classify(memory.features, memory.labels, asked.features, self.args.nb_knn,
-                                           num_classes=self.source.classes)  # fmt: skip
-            self.teacher_knn = evaluate.accuracy(scores, asked.labels)
+            self.teacher_knn = evaluate.knn_accuracy(memory, asked, self.args.nb_knn, self.source.classes)
         return f", of the teacher {self.teacher_knn:.4f}"
 
     def classifier_accuracy(self) -> str | None:

@@ -246,9 +246,7 @@ def finetuned(args: argparse.Namespace, subject: Subject, name: str, places: Ten
     torch.manual_seed(seed)
     head = nn.Linear(backbone.embed_dim, subject.source.classes)
     nn.init.zeros_(head.weight)
-    network = nn.Sequential(backbone, head).to(ranks.device, memory_format=torch.channels_last)
-    if ranks.world > 1 and ranks.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network = distributed.on_device(nn.Sequential(backbone, head), ranks)
     optimizer = torch.optim.AdamW(optim.layerwise_groups(*network, args.layer_decay), lr=0.0,
                                   weight_decay=args.weight_decay[0])  # fmt: skip
     loader, steps = training_batches(args, subject, places, seed, args.epochs)
@@ -326,8 +324,7 @@ def measure(args: argparse.Namespace, name: str, opened: tuple[str, nn.Module] |
     classes = int(train.labels.max()) + 1
     if int(test.labels.max()) >= classes:
         raise ValueError(f"the test images have class {int(test.labels.max())}, the training images none above {classes - 1}")
-    votes = evaluate.knn_classify(train.features, train.labels, test.features, args.nb_knn, num_classes=classes)
-    row["knn"] = evaluate.accuracy(votes, test.labels)
+    row["knn"] = evaluate.knn_accuracy(train, test, args.nb_knn, classes)
     say(f"  k-NN (k={min(args.nb_knn, len(train.labels))}) top-1 {row['knn']:.4f}", flush=True)
     whole = args.finetune or args.from_scratch
     if not whole:

@@ -321,13 +321,6 @@ def build_backbone(args: argparse.Namespace) -> nn.Module:
     return backbone
 
 
-def on_device(network: nn.Module, ranks: distributed.Ranks) -> nn.Module:
-    network = network.to(ranks.device, memory_format=torch.channels_last)
-    if ranks.world > 1 and ranks.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network
-
-
 def build_optimizer(args: argparse.Namespace, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     groups = optim.parameter_groups(student)
     if args.optimizer == "adamw":
@@ -341,8 +334,7 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     """Top-1 accuracy of weighted k-NN on the test images, the training images being the memory."""
     train, test = (eval_knn.features(backbone, images, args.global_crops_size, ranks, workers=args.num_workers)
                    for images in (source.train, source.test))  # fmt: skip
-    scores = evaluate.knn_classify(train.features, train.labels, test.features, args.nb_knn, num_classes=source.classes)
-    return evaluate.accuracy(scores, test.labels)
+    return evaluate.knn_accuracy(train, test, args.nb_knn, source.classes)
 
 
 def refuse_changes(saved: dict, settings: dict, output: Path) -> None:
@@ -378,7 +370,7 @@ class SelfDistillation:
         self.args, self.total_steps, self.epoch_steps = args, total_steps, total_steps // args.epochs
         backbone = build_backbone(args)
         head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim)
-        self.network = on_device(MultiViewNetwork(backbone, head), ranks)
+        self.network = distributed.on_device(MultiViewNetwork(backbone, head), ranks)
         self.teacher = ema.make_teacher(self.network)
         self.pairs = ema.paired_parameters(self.teacher, self.network)
         self.teacher_norms = None
@@ -451,7 +443,8 @@ class MVMR:
     def __init__(self, args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, total_steps: int):
         self.args, self.settings = args, {}
         backbone = build_backbone(args)
-        self.network = on_device(ManyHeads(backbone, {"projector": Projector(backbone.embed_dim, *args.projector)}), ranks)
+        projector = Projector(backbone.embed_dim, *args.projector)
+        self.network = distributed.on_device(ManyHeads(backbone, {"projector": projector}), ranks)
         self.backbone = backbone
         self.criterion = MVMRLoss(args.invariance_weight, args.variance_weight, args.dependence_weight, args.representation_weight)
         self.parts = {"student": self.network}
@@ -472,7 +465,8 @@ class MVMR:
         terms = self.criterion(*outputs["projector"].chunk(2), known)
         if logging:
             self.seen = features.chunk(2)[0].detach(), [term.detach() for term in terms]
-        return sum(terms), sum(terms)
+        loss = sum(terms)
+        return loss, loss
 
     def after_backward(self, step: int) -> None:
         pass

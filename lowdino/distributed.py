@@ -102,6 +102,14 @@ def complain(script: str, sentence: str) -> int:
     return 2
 
 
+def on_device(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """The module on this rank's device, its images channels-last, its batch norm over all ranks where they have CUDA."""
+    module = module.to(ranks.device, memory_format=torch.channels_last)
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module
+
+
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """The module with its gradients averaged over the ranks; itself where there is one process."""
     if not dist.is_initialized():

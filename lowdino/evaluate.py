@@ -117,6 +117,11 @@ def knn_classify(train_features: Tensor, train_labels: Tensor, test_features: Te
     return vote(similarities, train_labels[places], temperature, num_classes)
 
 
+def knn_accuracy(train: Features, test: Features, k: int, num_classes: int) -> float:
+    """Top-1 accuracy of `knn_classify` on the test features, the training features being the memory."""
+    return accuracy(knn_classify(train.features, train.labels, test.features, k, num_classes=num_classes), test.labels)
+
+
 def accuracy(scores: Tensor, labels: Tensor, top: int = 1) -> float:
     """Fraction of rows whose label is among the `top` highest scores: (M, C), (M,) -> a number in [0, 1]."""
     return (scores.topk(top, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()

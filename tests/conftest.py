@@ -73,6 +73,24 @@ def call_script(capfd, monkeypatch):
     return call
 
 
+@pytest.fixture
+def stopped_after_a_checkpoint(call_script, monkeypatch):
+    """As call_script, but the run fails right after it has saved its first checkpoint."""
+    checkpoint = importlib.import_module("lowdino.checkpoint")
+    save = checkpoint.save_checkpoint
+
+    def save_and_stop(folder, state):
+        save(folder, state)
+        raise OSError("stopped")
+
+    def call(script, *flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_checkpoint", save_and_stop)
+            assert "stopped" in call_script(script, *flags, check=False).stderr
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def photos():
     """Natural-looking images that need no file: sums of random waves and edges, (12, 3, 48, 48) uint8."""

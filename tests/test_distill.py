@@ -260,20 +260,12 @@ def test_heads_stand_in_one_order(tmp_path, monkeypatch):
         assert list(method.network.heads) == ["simkd", "similarity"]
 
 
-def test_a_stopped_distillation_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, monkeypatch):
+def test_a_stopped_distillation_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, stopped_after_a_checkpoint):
     teacher = save_teacher(tmp_path / "teacher.pth")
     flags = ["--teacher", teacher, *SMALL, "--objective", "simkd", "similarity", "--queue_size", 20, "--data_path", picture_folder,
              "--cache_teacher", tmp_path / "cache.npy"]  # fmt: skip
     call_script("distill.py", *flags, "--output_dir", tmp_path / "whole")
-    save = checkpoint.save_checkpoint
-
-    def save_and_stop(folder, state):
-        save(folder, state)
-        raise OSError("stopped")
-
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_stop)
-    assert "stopped" in call_script("distill.py", *flags, "--output_dir", tmp_path / "stopped", check=False).stderr
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    stopped_after_a_checkpoint("distill.py", *flags, "--output_dir", tmp_path / "stopped")
     done = call_script("distill.py", *flags, "--output_dir", tmp_path / "stopped")
     assert "going on from" in done.stdout
     whole, stopped = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "stopped"))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import lowdino
 import train
-from lowdino import checkpoint, descriptors
+from lowdino import descriptors
 from lowdino.losses import DistanceCorrelation, MVMRLoss
 
 
@@ -156,7 +156,7 @@ def test_wrong_flags_are_refused(flags, message):
     assert train.check(train.parse(train.get_parser(), flags)).startswith(message)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, stopped_after_a_checkpoint):
     flags = ["--preset", "mvmr_small", "--arch", "mobilevit_xxs", "--batch_size_per_gpu", 8, "--epochs", 2, "--projector", 32, 16, "--device",
              "cpu", "--log_freq", 1, "--data_path", picture_folder, "--knn_freq", 1]  # fmt: skip
     done = call_script("train.py", *flags, "--output_dir", tmp_path / "whole")
@@ -168,15 +168,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(picture_folder, tmp_path, call_sc
     backbone = lowdino.load_backbone(str(tmp_path / "whole" / "backbone.pth"))
     assert backbone.epoch == 2
 
-    save = checkpoint.save_checkpoint
-
-    def save_and_stop(folder, state):
-        save(folder, state)
-        raise OSError("stopped")
-
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_stop)
-    assert "stopped" in call_script("train.py", *flags, "--output_dir", tmp_path / "stopped", check=False).stderr
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    stopped_after_a_checkpoint("train.py", *flags, "--output_dir", tmp_path / "stopped")
     assert "going on from" in call_script("train.py", *flags, "--output_dir", tmp_path / "stopped").stdout
     whole, stopped = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["student"] for name in ("whole", "stopped"))
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
