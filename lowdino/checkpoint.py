@@ -5,8 +5,11 @@ runs code from it.
 """
 
 import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +18,38 @@ from torch import Tensor, nn
 LEFT_OUT = ("fc.", "classifier.", "head.fc.", "mask_token")
 
 
-def save_atomic(path: str | Path, content: Any) -> None:
-    """Write with torch.save so that `path` is, at every moment, complete or absent.
+@contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` once the block ends well: `path` is, at every moment, complete or absent.
 
     tmp -> flush -> fsync -> rename -> fsync(folder): a rename is atomic, but only what was flushed to the disk before it
     survives a power cut, and the rename itself is kept by the folder.
+
+    Raises:
+        OSError: where the disk is full or the folder cannot be written to; an earlier `path` is then as it was.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as error:
         tmp.unlink(missing_ok=True)
+        # torch.save hides a full disk behind an error of its own, and an error in writing does not know the file.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+def save_atomic(path: str | Path, content: Any) -> None:
+    """torch.save by `atomic`."""
+    with atomic(path) as file:
+        torch.save(content, file)
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,39 +63,56 @@ def sync_folder(folder: Path) -> None:
 
 def save_checkpoint(folder: str | Path, content: dict) -> None:
     """Write `folder/checkpoint.pth`; the one before becomes `checkpoint.prev.pth`."""
-    path = Path(folder) / "checkpoint.pth"
-    new = path.with_name("checkpoint.new.pth")
+    new, latest, previous = checkpoint_paths(folder)
     save_atomic(new, content)
-    if path.exists():
-        os.replace(path, path.with_name("checkpoint.prev.pth"))
-    os.replace(new, path)
-    sync_folder(path.parent)
+    if latest.exists():
+        os.replace(latest, previous)
+    os.replace(new, latest)
+    sync_folder(latest.parent)
 
 
-def load_checkpoint(folder: str | Path) -> dict | None:
-    """The latest complete checkpoint in `folder`, on the CPU, or None where there is none.
+def checkpoint_paths(folder: str | Path) -> list[Path]:
+    """The three names of a checkpoint, newest first; the first is complete where it is there, between two renames."""
+    return [Path(folder) / f"checkpoint{which}.pth" for which in (".new", "", ".prev")]
 
-    Between the two renames of `save_checkpoint` only the one before is there; it is then the latest.
+
+def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> dict | None:
+    """The latest whole checkpoint in `folder`, on the CPU, or None where there is none.
+
+    Args:
+        warn: told, in one sentence, of a newer one that is damaged.
 
     Raises:
-        ValueError: where the latest is damaged.
+        ValueError: where all of them are damaged.
     """
-    latest, previous = Path(folder) / "checkpoint.pth", Path(folder) / "checkpoint.prev.pth"
-    if not latest.exists():
-        return load(previous) if previous.exists() else None
-    try:
-        return load(latest)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete it to go on from {previous}" if previous.exists() else str(error)) from error
+    damaged = []
+    for path in (path for path in checkpoint_paths(folder) if path.exists()):
+        try:
+            content = load(path)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warn(f"{'; '.join(damaged)}: going back to {path}")
+        return content
+    if damaged:
+        raise ValueError("; ".join(damaged))
+    return None
 
 
 def load(path: str | Path) -> dict:
     """Read a file of tensors and plain types, on the CPU, without running any code from it.
 
+    torch.save writes a zip file with a CRC-32 of each record, which torch.load does not look at; here it is.
+
     Raises:
         ValueError: where the file is missing, damaged or holds anything else.
     """
     try:
+        if zipfile.is_zipfile(path):  # else of torch before 1.6, as are some of the authors' files
+            with zipfile.ZipFile(path) as records:
+                if (bad := records.testzip()) is not None:
+                    raise ValueError(f"checksum of {bad}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"no file {path}") from error

@@ -1,6 +1,7 @@
 """Files: atomic, safe to open, and clear when they do not fit."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -84,11 +85,18 @@ def test_truncated_file_is_refused(tmp_path):
         checkpoint.load(tmp_path / "x.pth")
 
 
-def test_damaged_checkpoint_names_the_one_before(tmp_path):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    said = []
     for step in (1, 2):
         checkpoint.save_checkpoint(tmp_path, {"step": step})
     (tmp_path / "checkpoint.pth").write_bytes(b"half a fi")
-    with pytest.raises(ValueError, match="checkpoint.pth: it is damaged.*; delete it to go on from .*checkpoint.prev.pth"):
+    assert checkpoint.load_checkpoint(tmp_path, said.append) == {"step": 1}
+    assert len(said) == 1 and re.search("checkpoint.pth: it is damaged.*: going back to .*checkpoint.prev.pth", said[0])
+    checkpoint.save_atomic(tmp_path / "checkpoint.new.pth", {"step": 3})  # killed between two renames
+    assert checkpoint.load_checkpoint(tmp_path)["step"] == 3
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoint.new.pth: .*checkpoint.pth: .*checkpoint.prev.pth: it is damaged"):
         checkpoint.load_checkpoint(tmp_path)
 
 
