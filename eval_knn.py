@@ -196,7 +196,7 @@ def save_neighbours(path: str, images: data.Data, train: Features, test: Feature
 
 def thumbnails(images: data.ImageArray | data.ImageFiles, places: list[int]) -> tuple[Tensor, Tensor]:
     """The central squares of some images, (n, 3, 64, 64), and their labels."""
-    canvas, sizes, labels, _ = next(iter(data.evaluation_loader(Subset(images, places), len(places), 0)))
+    canvas, sizes, labels, *_ = next(iter(data.evaluation_loader(Subset(images, places), len(places), 0)))
     return augment.resized_crop(canvas, augment.central_boxes(sizes, 1.0), 64), labels
 
 

@@ -9,10 +9,14 @@ import argparse
 import json
 import math
 import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import eval_knn
 import lowdino
@@ -80,7 +84,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32
 # Settings that a resumed run may change, because they do not change what it computes.
 # A teacher (of distill.py) is compared by its weights, wherever its files lie.
 FREE_SETTINGS = {"teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device", "num_workers", "log_freq", "knn_freq",
-                 "saveckp_freq"}  # fmt: skip
+                 "saveckp_freq", "save_every_steps", "accept_changes", "skip_nonfinite", "max_bad_fraction"}  # fmt: skip
 
 
 def bool_flag(text: str) -> bool:
@@ -175,6 +179,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--download", action="store_true", help="fetch cifar10, cifar100 or stl10 where --data_root lacks it")
     add("--output_dir", default="output", help="where all is written; a run that was stopped goes on from here")
     add("--saveckp_freq", type=int, default=20, help="keep a numbered checkpoint every so many epochs; 0: none")
+    add("--save_every_steps", type=int, default=0, help="also save a checkpoint every so many steps; 0: at the end of an epoch")
+    add("--accept_changes", action="store_true", help="go on with the run in --output_dir though the settings have changed")
+    add("--skip_nonfinite", type=int, default=0, metavar="N",
+        help="leave out up to N steps in a row whose loss or gradients are infinite or no numbers, instead of stopping")  # fmt: skip
+    add("--max_bad_fraction", type=float, default=0.01,
+        help="of the images that may be unreadable, others standing in for them; they are named in bad_images.txt")  # fmt: skip
     add("--knn_freq", type=int, default=10, help="k-NN accuracy every so many epochs, where there are labels; 0: never")
     add("--nb_knn", type=int, default=20, help="neighbours of that k-NN")
     add("--log_freq", type=int, default=10, help="a log line every so many steps")
@@ -248,8 +258,8 @@ def check_training(args: argparse.Namespace) -> str | None:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, not {getattr(args, name)}"
     not_negative = ("local_crops_number", "lr_reference_batch", "warmup_epochs", "min_lr", "weight_decay",
-                    "weight_decay_end", "clip_grad", "saveckp_freq", "knn_freq", "seed", "lr")  # fmt: skip
-    if wrong := check_ranges(args, not_negative, (), ("vertical_flip", "drop_path_rate")):
+                    "weight_decay_end", "clip_grad", "saveckp_freq", "save_every_steps", "skip_nonfinite", "knn_freq", "seed", "lr")  # fmt: skip
+    if wrong := check_ranges(args, not_negative, (), ("vertical_flip", "drop_path_rate", "max_bad_fraction")):
         return wrong
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
@@ -287,6 +297,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
         args.global_crops_size = data.suitable_size(source.pretrain)
     if args.local_crops_size is None:
         args.local_crops_size = max(round(args.global_crops_size * 3 / 7 / 16) * 16, 32)
+    source.pretrain.replace_bad = True
     source.limit_side(2 * args.global_crops_size)  # a crop of a quarter of the area still fills its view
     if args.num_workers is None:
         args.num_workers = data.default_workers(source.pretrain)
@@ -337,15 +348,42 @@ def knn_accuracy(args: argparse.Namespace, backbone: nn.Module, source: data.Dat
     return evaluate.knn_accuracy(train, test, args.nb_knn, source.classes)
 
 
-def refuse_changes(saved: dict, settings: dict, output: Path) -> None:
-    """Raise a ValueError that names each setting that differs from the saved run's."""
+def compare_settings(saved: dict, settings: dict, output: Path, accept: bool, log: monitor.Log) -> None:
+    """Name each setting that differs from the saved run's: in a ValueError, or, where one may `accept` them, in the log."""
     if "settings" not in saved:
         raise ValueError(f"{output}/checkpoint.pth is not a checkpoint of a training; give another --output_dir")
     theirs = saved["settings"]
     changed = [f"{k} {theirs.get(k)}, not {v}" for k, v in settings.items() if theirs.get(k) != v]
-    if changed:
+    if changed and not accept:
         raise ValueError(f"{output} holds a run with {'; '.join(changed)}: give the same settings to go on with it, "
-                         "or another --output_dir")  # fmt: skip
+                         "another --output_dir, or --accept_changes")  # fmt: skip
+    if changed:
+        log.say(f"accepted: {output} held a run with {'; '.join(changed)}")
+
+
+def culprits(attempt: Callable, model: nn.Module, batch: data.Batch, images: data.ImageArray | data.ImageFiles,
+             ranks: distributed.Ranks) -> str:  # fmt: skip
+    """On which ranks a step's loss or gradients are not finite, and for which images.
+
+    The step is attempted again, for what its backward pass left is a mean over all ranks.
+    """
+    model.zero_grad(set_to_none=True)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+        _, objective = attempt()
+        objective.backward()
+    files = getattr(images, "paths", None)
+    names = [files[i] if files else f"number {i}" for i in batch.indices[:8].tolist()]
+    where = f"on rank {ranks.rank} for images {', '.join(names)}{' and others' if len(batch.indices) > 8 else ''}"
+    losses = gradients = None
+    if not objective.isfinite():
+        losses = f"it is {objective.item():.4g} {where}"
+    elif not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+        gradients = f"it is {objective.item():.4g}, but its gradients are not finite {where}"
+    # A loss over the images of all ranks spreads bad gradients: they count where every loss is a number.
+    for found in zip(*distributed.gather_objects((losses, gradients))):
+        if any(found):
+            return "; ".join(filter(None, found))
+    return "it was finite when it was computed again"
 
 
 class SelfDistillation:
@@ -484,8 +522,13 @@ class MVMR:
 
 
 def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data, make_method: type) -> object:
-    """Run and return a method, `make_method(args, ranks, source, total_steps)`, from where --output_dir is or from the start."""
+    """Run and return a method, `make_method(args, ranks, source, total_steps)`, from where --output_dir is or from the start.
+
+    Raises:
+        SystemExit: with status `distributed.STOPPED` after a signal; the same call goes on.
+    """
     device, first = ranks.device, ranks.first
+    signals = distributed.StopSignals()
     output = Path(args.output_dir)
     log = monitor.Log(output, active=first)
     log.say(f"data: {source.name}, {len(source.pretrain)} images; global views {args.global_crops_size} px, "
@@ -500,9 +543,9 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     # What a resumed run must share with the one that stopped; compared before a method may work for hours.
     settings = {k: v for k, v in vars(args).items() if k not in FREE_SETTINGS}
     settings |= {"world": ranks.world, "images": source.pretrain.fingerprint()}
-    saved = checkpoint.load_checkpoint(output)
+    saved = checkpoint.load_checkpoint(output, warn=lambda text: log.say(f"{'!' * 80}\nWARNING: {text}\n{'!' * 80}"))
     if saved:
-        refuse_changes(saved, settings, output)
+        compare_settings(saved, settings, output, args.accept_changes, log)
 
     method = make_method(args, ranks, source, total_steps)
     parameters = [p for p in method.network.parameters() if p.requires_grad]
@@ -513,28 +556,40 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
                                   args.global_crops_scale, args.local_crops_scale, args.vertical_flip,
                                   blur_sigma=(0.1, max(2 * args.global_crops_size / 224, 0.1))).to(device)  # fmt: skip
 
-    # All that has a state.
+    # All that has a state. The loss is summed between log lines, on each rank.
     parts = method.parts | {"optimizer": optimizer, "scaler": scaler}
-    settings |= method.settings
-    step, first_knn = 0, None
+    step, first_knn, skipped = 0, None, 0
+    loss_sum, loss_steps = torch.zeros((), device=device), 0
     if saved:
-        refuse_changes(saved, settings, output)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        step, first_knn = saved["step"], saved["first_knn"]
+        compare_settings(saved, method.settings, output, args.accept_changes, log)
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            step, first_knn, skipped, loss_sums = (saved[name] for name in ("step", "first_knn", "skipped", "loss_sums"))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{output} holds a run that these settings cannot go on with: {' '.join(str(error).split())}") from error
+        if step > total_steps:
+            raise ValueError(f"{output} holds a run that has made {step} steps, and now {total_steps} are asked for")
+        if len(loss_sums) == ranks.world:
+            loss_sum, loss_steps = loss_sums[ranks.rank].to(device), saved["loss_steps"]
         log.say(f"going on from {output} after step {step}")
+    settings |= method.settings
     if first:
         log.rewind(step)
-        (output / "args.json").write_text(json.dumps(vars(args) | {"world": ranks.world}, indent=2) + "\n")
+        with checkpoint.atomic(output / "args.json") as file:
+            file.write(json.dumps(vars(args) | {"world": ranks.world}, indent=2).encode() + b"\n")
         log.say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
 
     model = distributed.data_parallel(method.network, device)
     batches = data.TrainingBatches(len(source.pretrain), args.batch_size_per_gpu, args.seed, step, total_steps,
                                    ranks.rank, ranks.world)  # fmt: skip
     loader = data.training_loader(source.pretrain, batches, args.num_workers, pin_memory=device.type == "cuda")
+    bad_images = monitor.BadImages(output, len(source.pretrain), args.max_bad_fraction, active=first)
 
-    def evaluate_knn(epoch: int) -> float | None:
-        if source.test is None or not args.knn_freq:
+    def evaluate_knn() -> float | None:
+        """The accuracy at an end of an epoch, or before the first one, where it is due."""
+        epoch = step // epoch_steps
+        if source.test is None or not args.knn_freq or (epoch % args.knn_freq and step < total_steps):
             return None
         distributed.broadcast_buffers(method.backbone)
         accuracy = knn_accuracy(args, method.backbone, source, ranks)
@@ -542,17 +597,38 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
         log.record(step=step, epoch=epoch, knn=accuracy)
         return accuracy
 
-    if step == 0:
-        first_knn = evaluate_knn(0)
-    elif step == total_steps:
+    def save() -> None:
+        loss_sums = distributed.gather_strided(loss_sum[None], ranks.world)
+        if not first:
+            return
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "first_knn": first_knn, "skipped": skipped, "loss_sums": loss_sums, "loss_steps": loss_steps,
+                  "settings": settings}  # fmt: skip
+        epoch, within = divmod(step, epoch_steps)
+        if not within:
+            checkpoint.save_backbone(output / "backbone.pth", method.backbone, args.arch, augment.IMAGENET_MEAN,
+                                     augment.IMAGENET_STD, args.global_crops_size, epoch)  # fmt: skip
+            if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                checkpoint.save_atomic(output / f"checkpoint{epoch:04}.pth", state)
+        log.sync()
+        checkpoint.save_checkpoint(output, state)  # last: a run that is killed before it does these steps again
+
+    accuracy = None
+    if step == total_steps:
         log.say(f"already finished: {args.epochs} epochs; give another --output_dir to train anew")
+    # A run that was stopped while it evaluated has this to do yet.
+    if step % epoch_steps == 0 and distributed.gather_objects(log.find("knn", step))[0] is None:
+        accuracy = evaluate_knn()
+        first_knn = accuracy if step == 0 else first_knn
 
     for part in method.parts.values():
         part.train()
+    # What a forward pass changes by itself, batch norm's statistics and centres, to be undone where a step is left out.
+    buffers = [b for part in method.parts.values() for b in part.buffers()]
+    buffers_before = [b.clone() for b in buffers]
     clock = monitor.Clock()
     health = monitor.Health(method.out_dim)
-    loss_sum, loss_steps = torch.zeros((), device=device), 0
-    accuracy = None
+    signals.held = True
     for batch in loader:
         clock.waited()
         epoch = step // epoch_steps
@@ -568,38 +644,57 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
 
         # Views.
         batch = batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
-        generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order
-        torch.manual_seed(augment.seeded_generator("cpu", 3, args.seed, step, ranks.rank).initial_seed())  # stochastic depth
+        generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order, 4 bad images
         views = multicrop(batch.images, batch.sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         if step == 0 and first:
-            monitor.save_views(output / "crops.png", views, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+            with checkpoint.atomic(output / "crops.png") as file:
+                monitor.save_views(file, views, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
         # Teacher, student, loss.
-        with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
-            loss, objective = method.objective(model, views, batch, step, logging)
+        def attempt() -> tuple[Tensor, Tensor]:
+            torch.manual_seed(augment.seeded_generator("cpu", 3, args.seed, step, ranks.rank).initial_seed())  # stochastic depth
+            with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
+                return method.objective(model, views, batch, step, logging)
 
-        # Backward, clip, step.
+        torch._foreach_copy_(buffers_before, buffers)
+        loss, objective = attempt()
+
+        # Backward, clip.
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(objective).backward()
         scaler.unscale_(optimizer)
         method.after_backward(step)
-        if args.clip_grad:
-            optim.clip_gradients_by_parameter(parameters, args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        method.after_step(step)
+        norms = optim.clip_gradients_by_parameter(parameters, args.clip_grad)
 
-        # Log, evaluate, save.
+        # Does any rank object? Gradients that float16 cannot hold are GradScaler's to deal with.
+        sound = objective.isfinite() & (norms.isfinite().all() | scaler.is_enabled())
+        unsound, stopping, bad = distributed.any_rank([~sound, signals.seen, bool(bad_images.unknown(batch.bad))], device)
+        if bad:
+            bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
+        if unsound:
+            found = culprits(attempt, model, batch, source.pretrain, ranks)
+            torch._foreach_copy_(buffers, buffers_before)
+            skipped += 1
+            if skipped > args.skip_nonfinite:
+                raise FloatingPointError(f"diverging loss at step {step + 1}: {found}; a lower --lr or a longer --warmup_epochs may "
+                                         f"help, --skip_nonfinite leaves such steps out; {output} keeps what was saved before")  # fmt: skip
+            log.say(f"diverging loss at step {step + 1}: {found}; left out, {skipped} in a row")
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            # Step.
+            skipped = 0
+            scaler.step(optimizer)
+            scaler.update()
+            method.after_step(step)
+            loss_sum, loss_steps = loss_sum + loss.detach(), loss_steps + 1
+
+        # Log, save, evaluate.
         step += 1
-        loss_sum, loss_steps = loss_sum + loss.detach(), loss_steps + 1
         clock.stepped(total_batch)
-        if logging:
+        if logging and not unsound:
             mean_loss = distributed.mean_over_ranks(loss_sum / loss_steps).item()
             loss_sum, loss_steps = torch.zeros((), device=device), 0
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"diverging loss: it is {mean_loss} at step {step}: a lower --lr, a longer "
-                                         f"--warmup_epochs may help; {output} keeps what was saved before")  # fmt: skip
             signs, speed = method.signs(), clock.read(total_steps - step)
             values = {"loss": mean_loss}
             if method.out_dim:
@@ -610,24 +705,23 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             log.record(step=step, epoch=epoch, **values, **speed)
             for news in health.read(step, loss=mean_loss, **signs):
                 log.say(f"health: {news}")
+        if end_of_epoch or stopping or (args.save_every_steps and step % args.save_every_steps == 0):
+            save()
+        if stopping:
+            log.say(f"stopped by a signal after step {step}, which is saved: the same command goes on from there")
+            sys.exit(distributed.STOPPED)
         if end_of_epoch:
-            epoch += 1
-            if step == total_steps or (args.knn_freq and epoch % args.knn_freq == 0):
-                accuracy = evaluate_knn(epoch)
-            if first:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": step, "first_knn": first_knn, "settings": settings}
-                checkpoint.save_backbone(output / "backbone.pth", method.backbone, args.arch, augment.IMAGENET_MEAN,
-                                         augment.IMAGENET_STD, args.global_crops_size, epoch)  # fmt: skip
-                if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                    checkpoint.save_atomic(output / f"checkpoint{epoch:04}.pth", state)
-                checkpoint.save_checkpoint(output, state)  # last: a run that is killed before it does this epoch again
+            with signals.at_once():
+                accuracy = evaluate_knn()
             clock.restart()
+    signals.held = False
     if accuracy is not None:
-        log.say(f"k-NN (k={args.nb_knn}) accuracy: {accuracy:.4f} after {args.epochs} epochs, "
-                f"{first_knn:.4f} before the first{method.beside()}")  # fmt: skip
+        before = "" if first_knn is None else f", {first_knn:.4f} before the first"
+        log.say(f"k-NN (k={args.nb_knn}) accuracy: {accuracy:.4f} after {args.epochs} epochs{before}{method.beside()}")
     if clock.steps:
         log.say(f"health: {health.verdict()}")
+        if bad_images.known:
+            log.say(f"{len(bad_images.known)} images could not be read; see {bad_images.path}")
     log.say(f"backbone: {output / 'backbone.pth'}")
     return method
 

@@ -6,6 +6,7 @@ and demo images made by code.
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
     sizes: Tensor  # (B, 2) int64, height and width of each
     labels: Tensor  # (B,) int64, NO_LABEL where there is none
     indices: Tensor  # (B,) int64, places in the data set
+    bad: Sequence[str] = ()  # of each image that could not be read and that another stands in for: the path, and why
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +76,13 @@ class ImageFiles(Dataset):
     Args:
         paths: of the files. labels: a class for each, or None.
         max_side: larger images are reduced on reading, see `read_image`; None keeps all pixels.
+
+    Where `replace_bad` is set, another image stands in for one that cannot be read: which, its place alone decides, so
+    that it is the same for any number of loader processes and after a restart. By default reading raises a ValueError.
     """
+
+    replace_bad = False
+    ATTEMPTS = 20
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, max_side: int | None = None):
         self.paths = list(paths)
@@ -84,8 +92,15 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return read_image(self.paths[index], self.max_side), self.labels[index], index
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int, list[str]]:
+        substitutes = np.random.SeedSequence([4, index]).generate_state(self.ATTEMPTS) if self.replace_bad else ()
+        bad: list[str] = []
+        for place in (index, *(int(s) % len(self) for s in substitutes)):
+            try:
+                return read_image(self.paths[place], self.max_side), self.labels[place], place, bad
+            except ValueError as error:
+                bad.append(str(error))
+        raise ValueError(bad[0])
 
     def fingerprint(self) -> str:
         """Count and names, less the folder that all of them lie in, so that a moved folder is still the same."""
@@ -98,7 +113,7 @@ class ImageFiles(Dataset):
         try:
             with Image.open(self.paths[index]) as image:
                 return min(image.size)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as in `read_image`
             raise ValueError(f"cannot read image {self.paths[index]}: {error}") from error
 
 
@@ -129,31 +144,39 @@ def read_image(path: str, max_side: int | None = None) -> Tensor:
                 if scale < 1:
                     smaller = [max(round(side * scale), 1) for side in image.size]
                     image = image.resize(smaller, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes Pillow's decoders fail in any way there is
         raise ValueError(f"cannot read image {path}: {error}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def collate(items: Batch | list[tuple[Tensor, int, int]]) -> Batch:
+def collate(items: Batch | list[tuple[Tensor, int, int, list[str]]]) -> Batch:
     """Images of any sizes on the smallest square canvas that holds them all."""
     if isinstance(items, Batch):
         return items
-    images, labels, indices = zip(*items)
+    images, labels, indices, bad = zip(*items)
     sizes = torch.tensor([image.shape[1:] for image in images])
     side = int(sizes.max())
     canvas = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
     for place, image in zip(canvas, images):
         place[:, : image.shape[1], : image.shape[2]] = image
-    return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices))
+    return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices), sum(bad, []))
 
 
 def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
     """Side of the views that suit a set of images: what a typical one has, in whole 32s, from 32 to 224 pixels.
 
-    Typical is the median of the shorter side over an even sample.
+    Typical is the median of the shorter side over an even sample of them, less those that cannot be read.
     """
     step = max(len(dataset) // sample, 1)
-    side = int(np.median([dataset.shorter_side(i) for i in range(0, len(dataset), step)]))
+    sides, unread = [], None
+    for i in range(0, len(dataset), step):
+        try:
+            sides.append(dataset.shorter_side(i))
+        except ValueError as error:
+            unread = error
+    if not sides:
+        raise unread
+    side = int(np.median(sides))
     return min(max(side // 32 * 32, 32), 224)
 
 
@@ -202,8 +225,15 @@ class TrainingBatches(Sampler[list[int]]):
             yield order[first : first + self.batch_size].tolist()
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """For a loader's process: a signal to the whole group must not take the images from a parent that saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
+                      worker_init_fn=leave_signals_to_parent)  # fmt: skip
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
@@ -215,7 +245,7 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank:
     if len(dataset) < world:
         raise ValueError(f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer")
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    return DataLoader(mine, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    return DataLoader(mine, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals_to_parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 import inspect
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +71,58 @@ def start(device: str = "auto") -> Ranks:
         device = f"cuda:{index}"
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world)
+        # Where all ranks are on one machine, gloo need not listen on its network; it would by the machine's name.
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+        loopback = {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex())
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world if nodes == 1 else 0)) == world and loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+        # torchrun keeps its store when it starts dead ranks anew, and the addresses of the dead in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, torch.device(device))
 
 
 def stop() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# Exit status of a run that a signal stopped and that goes on when started again: EX_TEMPFAIL of sysexits.h, "try again".
+STOPPED = 75
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1, by which SLURM, torchrun and clouds say that they are going to kill, noted so that a run can save.
+
+    While `held`, a signal is only noted in `seen`; else it ends the process at once with status STOPPED. To lose the
+    torchrun that started this process counts as a signal: it will be missed when the next one is due.
+    """
+
+    def __init__(self):
+        self.came, self.held, self.parent = False, False, os.getppid()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        self.came = True
+        if not self.held:
+            sys.exit(STOPPED)
+
+    @property
+    def seen(self) -> bool:
+        return self.came or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A part of a held run that may be broken off anywhere."""
+        self.held = False
+        if self.seen:
+            sys.exit(STOPPED)
+        yield
+        self.held = True
 
 
 def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], None]) -> None:
@@ -93,6 +141,13 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         sys.exit(complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
     except OSError as error:
         sys.exit(complain(script, f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in said or "Storage size" in said:
+            sys.exit(complain(script, f"out of memory: smaller batches, views or heads may help ({said})"))
+        if isinstance(error, dist.DistError) or "gloo" in said:
+            sys.exit(complain(script, f"lost another rank, whose own error tells why ({said})"))
+        raise
     finally:
         stop()
 
@@ -126,6 +181,23 @@ def mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
+
+
+def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
+    """Which of some flags are set on any rank: one exchange, and the one wait for the device that a step has."""
+    found = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags])
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [flag > 0 for flag in found.tolist()]
+
+
+def gather_objects(own: object) -> list:
+    """Each rank's object, on all ranks, in their order."""
+    if not dist.is_initialized():
+        return [own]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def gather_strided(rows: Tensor, total: int) -> Tensor:

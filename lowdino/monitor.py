@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +28,67 @@ class Log:
             print(text, flush=True)
 
     def rewind(self, step: int) -> None:
-        """Forget records of steps after `step`, which will be made again, and a last line that was cut off."""
+        """Cut off the records of steps after `step`, which will be made again, and a last line that is not whole."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break
-        self.path.write_text("".join(kept) if step else "")
+        with open(self.path, "rb+") as file:
+            kept = 0
+            for line in file if step else ():
+                try:
+                    if json.loads(line)["step"] > step:
+                        break
+                except (ValueError, KeyError, TypeError):
+                    break
+                kept += len(line)
+            file.truncate(kept)
+
+    def find(self, key: str, step: int) -> float | None:
+        """What was recorded as `key` at `step`; None where nothing was."""
+        if not self.path.exists():
+            return None
+        records = (json.loads(line) for line in self.path.read_text().splitlines())
+        return next((r[key] for r in records if r["step"] == step and key in r), None)
+
+    def sync(self) -> None:
+        """Make all records durable."""
+        if self.active and self.path.exists():
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
 
     def record(self, **values) -> None:
         if self.active:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+
+
+class BadImages:
+    """Images that could not be read, each once, in `folder/bad_images.txt`: a line says which and why.
+
+    Args:
+        images: how many there are in all. max_fraction: how many of them may be bad.
+    """
+
+    def __init__(self, folder: str | Path, images: int, max_fraction: float, active: bool = True):
+        self.path, self.images, self.max_fraction, self.active = Path(folder) / "bad_images.txt", images, max_fraction, active
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        self.known = dict.fromkeys(line.rstrip("\n") for line in lines if line.endswith("\n"))
+
+    def unknown(self, said: Sequence[str]) -> list[str]:
+        return [line for line in (" ".join(s.split()) for s in said) if line not in self.known]
+
+    def add(self, said: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: where they are too many.
+        """
+        news = self.unknown(dict.fromkeys(said))
+        self.known |= dict.fromkeys(news)
+        if self.active:
+            with open(self.path, "a") as file:
+                file.writelines(line + "\n" for line in news)
+        if len(self.known) > self.max_fraction * self.images:
+            raise ValueError(f"{len(self.known)} of {self.images} images cannot be read, more than --max_bad_fraction {self.max_fraction}; "
+                             f"they are named in {self.path}, the last: {news[-1]}")  # fmt: skip
 
 
 class Clock:
@@ -90,9 +138,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def save_views(path: str | Path, views: list[Tensor], mean: tuple[float, ...], std: tuple[float, ...],
+def save_views(file: BinaryIO, views: list[Tensor], mean: tuple[float, ...], std: tuple[float, ...],
                images: int = 8) -> None:  # fmt: skip
-    """Write a picture of the first images' views: a row an image, a column a view, small ones framed in grey."""
+    """Write a picture (PNG) of the first images' views: a row an image, a column a view, small ones framed in grey."""
     side = max(view.shape[-1] for view in views)
     scale, shift = (torch.tensor(v).view(1, 3, 1, 1) for v in (std, mean))
     columns = []
@@ -101,7 +149,7 @@ def save_views(path: str | Path, views: list[Tensor], mean: tuple[float, ...], s
         room = side - view.shape[-1]
         before = room // 2
         columns.append(F.pad(view, (before, room - before, before, room - before), value=0.5))
-    save_image(torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), path, nrow=len(views), pad_value=1.0)
+    save_image(torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), file, format="png", nrow=len(views), pad_value=1.0)
 
 
 @torch.no_grad()

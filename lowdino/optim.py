@@ -36,15 +36,19 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
 
 
 @torch.no_grad()
-def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> None:
+def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale each parameter's gradient down to a Euclidean norm of `max_norm`, in place and without synchronising.
+
+    Returns the norms as they were, one for each parameter that has a gradient. 0 for `max_norm` is no limit.
 
     This is DINO's clipping, a limit for every tensor by itself; `torch.nn.utils.clip_grad_norm_` limits all together.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(scales.unbind()))
+    if max_norm:
+        scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+    return norms
 
 
 class LARS(torch.optim.Optimizer):

@@ -60,9 +60,10 @@ def test_large_images_are_reduced(tmp_path, size, ending):
 
 def test_collate_puts_images_in_the_corner_of_one_canvas():
     images = [torch.full((3, h, w), 9, dtype=torch.uint8) for h, w in ((4, 7), (6, 2))]
-    batch = data.collate([(images[0], 1, 5), (images[1], 0, 8)])
+    batch = data.collate([(images[0], 1, 5, []), (images[1], 0, 8, ["a.png", "b.png"])])
     assert batch.images.shape == (2, 3, 7, 7)
     assert batch.sizes.tolist() == [[4, 7], [6, 2]] and batch.labels.tolist() == [1, 0] and batch.indices.tolist() == [5, 8]
+    assert list(batch.bad) == ["a.png", "b.png"]
     assert batch.images[0, :, :4].min() == 9 and batch.images[0, :, 4:].max() == 0
     assert batch.images[1, :, :6, :2].min() == 9 and batch.images.sum() == 9 * 3 * (28 + 12)
 

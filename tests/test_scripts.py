@@ -46,7 +46,7 @@ def assert_same_run(a, b):
         else:
             assert x == y, where
 
-    for part in ("student", "teacher", "loss", "optimizer"):
+    for part in ("student", "teacher", "loss", "optimizer", "scaler"):
         compare(ends[0][part], ends[1][part], part)
     assert records(a, "loss") == records(b, "loss") and len(records(a, "loss")) > 2
 
@@ -193,7 +193,9 @@ def test_an_unreadable_image_is_one_sentence(picture_folder, tmp_path, call_scri
     (picture_folder / "train" / "dark" / "5.png").write_bytes(b"no picture")
     done = call_script("train.py", *SMALL, "--data_path", picture_folder / "train", "--epochs", 1, "--num_workers", workers,
                       "--output_dir", tmp_path / "o", check=False)  # fmt: skip
-    assert done.returncode == 2 and re.fullmatch(r"train.py: error: cannot read image .*/dark/5.png: .*\n", done.stderr)
+    assert done.returncode == 2 and re.fullmatch(r"train.py: error: 1 of 24 images cannot be read.* cannot read image .*/dark/5.png: .*\n", done.stderr)
+    done = call_script("eval_knn.py", "--pixels", "--data_path", picture_folder, "--num_workers", workers, check=False)
+    assert done.returncode == 2 and re.fullmatch(r"eval_knn.py: error: cannot read image .*/dark/5.png: .*\n", done.stderr)
 
 
 def test_bad_output_folder_is_one_sentence(picture_folder, tmp_path):
