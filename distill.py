@@ -313,6 +313,7 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
         temporary.write_text(json.dumps(own | {"done": rows}))
         os.replace(temporary, notes)
 
+    replaced, images.replace_bad = images.replace_bad, False  # no substitute's features in a file that outlives its images
     while done < total:
         stop = done + CHUNK if total - done - CHUNK >= ranks.world else total  # no rank is left without an image
         rows = features_of_images(teacher, images, range(done, stop), workers, ranks).features.half()
@@ -327,6 +328,7 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
             note(stop)
             print(f"teacher: features of {stop} of {total} images in {path}", flush=True)
         done = stop
+    images.replace_bad = replaced
     if dist.is_initialized():
         dist.barrier()
     return np.load(path, mmap_mode="r")

@@ -563,13 +563,16 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     if saved:
         compare_settings(saved, method.settings, output, args.accept_changes, log)
         try:
+            if saved["settings"]["optimizer"] != args.optimizer:
+                raise ValueError("another --optimizer has no use for its state")
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            step, first_knn, skipped, loss_sums = (saved[name] for name in ("step", "first_knn", "skipped", "loss_sums"))
+            step, first_knn = saved["step"], saved["first_knn"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{output} holds a run that these settings cannot go on with: {' '.join(str(error).split())}") from error
         if step > total_steps:
             raise ValueError(f"{output} holds a run that has made {step} steps, and now {total_steps} are asked for")
+        skipped, loss_sums = saved.get("skipped", 0), saved.get("loss_sums", ())
         if len(loss_sums) == ranks.world:
             loss_sum, loss_steps = loss_sums[ranks.rank].to(device), saved["loss_steps"]
         log.say(f"going on from {output} after step {step}")

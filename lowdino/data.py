@@ -44,6 +44,8 @@ class ImageArray(Dataset):
         view_side: the side at which their content is still to be seen, for `suitable_size`; None for S.
     """
 
+    replace_bad = False  # there are none; see `ImageFiles`
+
     def __init__(self, images: Tensor, labels: Tensor | None = None, view_side: int | None = None):
         self.images = images
         self.view_side = view_side or images.shape[-1]
@@ -104,9 +106,10 @@ class ImageFiles(Dataset):
 
     def fingerprint(self) -> str:
         """Count and names, less the folder that all of them lie in, so that a moved folder is still the same."""
-        top = os.path.commonpath([os.path.dirname(path) for path in self.paths])
-        names = "\n".join(os.path.relpath(path, top) for path in self.paths)
-        return f"{len(self)}, names {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+        paths = [os.path.abspath(path) for path in self.paths]
+        top = os.path.commonpath([os.path.dirname(path) for path in paths])
+        names = "\n".join(os.path.relpath(path, top) for path in paths)
+        return f"{len(self)}, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
 
     def shorter_side(self, index: int) -> int:
         """Height or width, the smaller, from the file's header."""

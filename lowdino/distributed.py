@@ -84,8 +84,8 @@ def start(device: str = "auto") -> Ranks:
 
 
 def stop() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # what was to be saved is, and the exit status should tell
+        signal.signal(number, signal.SIG_IGN)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,19 +97,26 @@ STOPPED = 75
 class StopSignals:
     """SIGTERM and SIGUSR1, by which SLURM, torchrun and clouds say that they are going to kill, noted so that a run can save.
 
-    While `held`, a signal is only noted in `seen`; else it ends the process at once with status STOPPED. To lose the
-    torchrun that started this process counts as a signal: it will be missed when the next one is due.
+    While `held`, a signal is only noted in `seen`; else it ends the process at once with status STOPPED, and without
+    cleaning up: an exception could come out of any line, of torch's own too. To lose the torchrun that started this process
+    counts as a signal: it will be missed when the next one is due.
     """
 
     def __init__(self):
-        self.came, self.held, self.parent = False, False, os.getppid()
+        self.came, self.held, self.process, self.parent = False, False, os.getpid(), os.getppid()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:  # a loader's process, not yet told to leave signals alone
+            return
         self.came = True
         if not self.held:
-            sys.exit(STOPPED)
+            self.leave()
+
+    def leave(self) -> None:
+        sys.stdout.flush()
+        os._exit(STOPPED)
 
     @property
     def seen(self) -> bool:
@@ -120,7 +127,7 @@ class StopSignals:
         """A part of a held run that may be broken off anywhere."""
         self.held = False
         if self.seen:
-            sys.exit(STOPPED)
+            self.leave()
         yield
         self.held = True
 
@@ -147,6 +154,8 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
             sys.exit(complain(script, f"out of memory: smaller batches, views or heads may help ({said})"))
         if isinstance(error, dist.DistError) or "gloo" in said:
             sys.exit(complain(script, f"lost another rank, whose own error tells why ({said})"))
+        if said.startswith("DataLoader worker"):
+            sys.exit(complain(script, f"{said.split('. ')[0]}: where memory is short, fewer --num_workers may help"))
         raise
     finally:
         stop()

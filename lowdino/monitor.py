@@ -35,7 +35,7 @@ class Log:
             kept = 0
             for line in file if step else ():
                 try:
-                    if json.loads(line)["step"] > step:
+                    if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                         break
                 except (ValueError, KeyError, TypeError):
                     break
@@ -66,12 +66,19 @@ class BadImages:
 
     Args:
         images: how many there are in all. max_fraction: how many of them may be bad.
+
+    Raises:
+        ValueError: where the file names too many already.
     """
+
+    ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # names of files are bytes
 
     def __init__(self, folder: str | Path, images: int, max_fraction: float, active: bool = True):
         self.path, self.images, self.max_fraction, self.active = Path(folder) / "bad_images.txt", images, max_fraction, active
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        self.known = dict.fromkeys(line.rstrip("\n") for line in lines if line.endswith("\n"))
+        self.known: dict[str, None] = {}
+        if self.path.exists():
+            self.known = dict.fromkeys(self.path.read_text(**self.ENCODING).splitlines())
+            self.check()
 
     def unknown(self, said: Sequence[str]) -> list[str]:
         return [line for line in (" ".join(s.split()) for s in said) if line not in self.known]
@@ -84,11 +91,14 @@ class BadImages:
         news = self.unknown(dict.fromkeys(said))
         self.known |= dict.fromkeys(news)
         if self.active:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", **self.ENCODING) as file:
                 file.writelines(line + "\n" for line in news)
+        self.check()
+
+    def check(self) -> None:
         if len(self.known) > self.max_fraction * self.images:
             raise ValueError(f"{len(self.known)} of {self.images} images cannot be read, more than --max_bad_fraction {self.max_fraction}; "
-                             f"they are named in {self.path}, the last: {news[-1]}")  # fmt: skip
+                             f"they are named in {self.path}, to be deleted once they are mended; the last: {list(self.known)[-1]}")  # fmt: skip
 
 
 class Clock:

@@ -1,5 +1,6 @@
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def call_script(capfd, monkeypatch):
             importlib.import_module(Path(script).stem).main()
         except SystemExit as stop:
             code = stop.code
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # ignored by a script that ends
+            signal.signal(number, signal.SIG_DFL)
         done = subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
         if check and code:
             raise AssertionError(f"{script} {flags} gave {code}\n{done.stdout}\n{done.stderr}")

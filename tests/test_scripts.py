@@ -82,9 +82,8 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
     assert other.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("ranks, workers, arch", [
-    (2, 0, "mobilevit_xxs"), pytest.param(1, 2, "mobilevit_xxs", marks=pytest.mark.slow), pytest.param(1, 0, "vit_tiny", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, workers, arch", [(2, 0, "mobilevit_xxs"), (1, 2, "mobilevit_xxs"), (1, 0, "vit_tiny")])
 def test_killed_run_goes_on_to_the_same_end(picture_folder, tmp_path, run_script, ranks, workers, arch):
     flags = [*SMALL, "--arch", arch, "--data_path", picture_folder, "--epochs", 4, "--num_workers", workers, "--knn_freq", 0]
     run_script("train.py", *flags, "--output_dir", tmp_path / "whole", ranks=ranks)

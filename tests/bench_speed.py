@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Where the time goes: views against a PIL pipeline, the parts of a step, and the whole of train.py against bare passes.
+
+    python tests/bench_speed.py --archs resnet5m mobilevit_xxs --sizes 32 64 --output_dir runs/speed
+
+Each figure is a median over --repeats, and each ratio is taken between two things timed in turns. Prints three Markdown
+tables and writes speed.json. Two views an image and `--preset small`, on made-up images as large as the views up to 64
+pixels, twice as large above; nothing here decodes files.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train
+from lowdino import augment, data, distributed, evaluate, monitor, optim
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(device: torch.device, repeats: int, **works: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each; every round runs them all, and the first round does not count."""
+    rounds = [{name: seconds(device, work) for name, work in works.items()} for _ in range(repeats + 1)][1:]
+    return {name: statistics.median(r[name] for r in rounds) for name in works}
+
+
+def pictures(count: int, side: int) -> torch.Tensor:
+    """Demo images enlarged to `side`: (count, 3, side, side) uint8."""
+    images = data.demo_images(range(count)).images.float()
+    return torch.nn.functional.interpolate(images, (side, side), mode="bilinear").round().to(torch.uint8)
+
+
+def pil_views(arguments: tuple[np.ndarray, int]) -> int:
+    """The global views of `augment.MultiCrop`, image by image by torchvision's transforms of PIL images, one thread."""
+    images, size = arguments
+    torch.set_num_threads(1)
+
+    def pipeline(blur: float, solarize: float) -> v2.Compose:
+        return v2.Compose([
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=blur), v2.RandomSolarize(128, p=solarize),
+            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)])  # fmt: skip
+
+    pipelines = pipeline(1.0, 0.0), pipeline(0.1, 0.2)
+    return sum(p(Image.fromarray(image)).shape[0] for image in images for p in pipelines)
+
+
+def measure_views(size: int, repeats: int, device: torch.device) -> dict:
+    images = pictures(256, size if size <= 64 else 2 * size)
+    sizes = torch.full((len(images), 2), images.shape[-1])
+    crop = augment.MultiCrop(size, size, 0, (0.2, 1.0)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
+    with Pool(cores) as pool:
+        times = in_turns(device, repeats,
+                         ours=lambda: [crop(part.to(device), sides.to(device), generator)
+                                       for part, sides in zip(images.split(64), sizes.split(64))],
+                         pil=lambda: pool.map(pil_views, [(part, size) for part in np.array_split(arrays, 4 * cores)], chunksize=1))  # fmt: skip
+    count = 2 * len(images)
+    return {"size": size, "views_per_s": count / times["ours"], "pil_views_per_s": count / times["pil"], "pil_processes": cores,
+            "ratio": times["pil"] / times["ours"]}  # fmt: skip
+
+
+def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.device) -> dict:
+    """Seconds of each part of a training step, and of the bare passes on views that are there already."""
+    args = train.parse(train.get_parser(), ["--preset", "small", "--arch", arch, "--global_crops_size", str(size),
+                                            "--local_crops_size", str(size), "--momentum_teacher", "0.99"])  # fmt: skip
+    args.amp = "bf16" if device.type == "cuda" else "none"
+    images = pictures(batch, size if size <= 64 else 2 * size)
+    source = data.Data("made-up images", data.ImageArray(images))
+    method = train.SelfDistillation(args, distributed.Ranks(0, 1, device), source, args.epochs * 100)
+    model, parameters = method.network.train(), list(method.network.parameters())
+    optimizer = train.build_optimizer(args, model, device)
+    crop = augment.MultiCrop(size, size, 0, args.global_crops_scale).to(device)
+    generator, state = torch.Generator(device).manual_seed(0), {}
+    drawn = source.pretrain.__getitems__(list(range(batch)))
+
+    def views():
+        made = crop(drawn.images.to(device), drawn.sizes.to(device), generator)
+        state["views"] = [view.contiguous(memory_format=torch.channels_last) for view in made]
+
+    def autocast():
+        return torch.autocast(device.type, train.AUTOCAST[args.amp], enabled=args.amp != "none")
+
+    def teacher():
+        with torch.no_grad(), autocast():
+            method.teacher(state["views"])
+
+    def forward():
+        with autocast():
+            state["bare"] = sum(out.float().mean() for out in model(state["views"]))
+
+    def backward():
+        optimizer.zero_grad(set_to_none=True)
+        state["bare"].backward()
+
+    def objective():
+        with autocast():
+            state["loss"] = method.objective(model, state["views"], drawn, 0, False)[1]
+
+    def objective_backward():
+        optimizer.zero_grad(set_to_none=True)
+        state["loss"].backward()
+
+    def clip_and_step():
+        norms = optim.clip_gradients_by_parameter(parameters, args.clip_grad)
+        distributed.any_rank([~norms.isfinite().all()], device)
+        optimizer.step()
+
+    parts = in_turns(device, repeats, views=views, teacher=teacher, forward=forward, backward=backward, teacher_student_losses=objective,
+                     their_backward=objective_backward, clip_and_step=clip_and_step, ema=lambda: method.after_step(0),
+                     signs=lambda: None)  # fmt: skip
+    parts.pop("signs")
+    floor = parts["teacher"] + parts["forward"] + parts["backward"]
+    whole = sum(parts[name] for name in ("views", "teacher_student_losses", "their_backward", "clip_and_step", "ema"))
+    return {"arch": arch, "size": size, "batch": batch, "floor_images_per_s": batch / floor, "step_images_per_s": batch / whole,
+            "step_over_floor": floor / whole, **{f"{name}_ms": 1e3 * value for name, value in parts.items()}}  # fmt: skip
+
+
+def measure_train(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device) -> dict:
+    """Images/s of train.py itself, by its own log, the first tenth left out; its share of time spent on waiting; its peak memory."""
+    epochs = max(steps * batch // data.DEMO_TRAIN, 1)
+    folder = output / f"{arch}_{size}_{time.time_ns()}"
+    subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "small", "--arch", arch, "--global_crops_size", str(size),
+                    "--batch_size_per_gpu", str(batch), "--epochs", str(epochs), "--warmup_epochs", "0", "--knn_freq", "0", "--saveckp_freq", "0",
+                    "--device", device.type, "--output_dir", str(folder)], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    records = [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "images_per_s" in r]
+    records = records[len(records) // 10 + 1 :]
+    return {"train_images_per_s": statistics.median(r["images_per_s"] for r in records),
+            "data_wait": statistics.median(r["data_wait"] for r in records), "memory_mb": records[-1]["memory_mb"]}  # fmt: skip
+
+
+def measure_knn(repeats: int, device: torch.device) -> dict:
+    """The k-NN step on 50,000 x 10,000 x 640 beside the matrix product that it cannot do without."""
+    generator = torch.Generator().manual_seed(0)
+    memory, asked = (torch.randn(n, 640, generator=generator).to(device) for n in (50000, 10000))
+    labels = torch.randint(10, (50000,), generator=generator).to(device)
+
+    def product():
+        for block in asked.split(1000):
+            block @ memory.T
+
+    times = in_turns(device, repeats, product=product, knn=lambda: evaluate.knn_classify(memory, labels, asked, 20, num_classes=10))
+    return {"knn_s": times["knn"], "product_s": times["product"], "ratio": times["knn"] / times["product"], "memory_mb": monitor.memory_mb(device)}
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    cells = [[f"{row[c]:.3g}" if isinstance(row[c], float) and row[c] < 1000 else f"{row[c]:.0f}" if isinstance(row[c], float) else str(row[c])
+              for c in columns] for row in rows]  # fmt: skip
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--archs", nargs="+", default=["resnet5m", "mobilevit_xxs", "mobilevit_s"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 96, 224])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=120, help="of train.py")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", default="runs/speed")
+    args = parser.parse_args()
+    device, output = torch.device(args.device), Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    found = {"views": [measure_views(size, args.repeats, device) for size in args.sizes], "steps": []}
+    print(table(found["views"], {"size": "pixels", "views_per_s": "views/s", "pil_views_per_s": "PIL, views/s", "pil_processes": "PIL processes",
+                                 "ratio": "ratio"}), flush=True)  # fmt: skip
+    for arch in args.archs:
+        for size in args.sizes:
+            before = measure_step(arch, size, args.batch, args.repeats, device)
+            row = before | measure_train(arch, size, args.batch, args.steps, output, device)
+            after = measure_step(arch, size, args.batch, args.repeats, device)
+            row["floor_images_per_s"] = (before["floor_images_per_s"] + after["floor_images_per_s"]) / 2
+            row["train_over_floor"] = row["train_images_per_s"] / row["floor_images_per_s"]
+            found["steps"].append(row)
+            print(json.dumps(row), flush=True)
+    names = ["views", "teacher", "forward", "backward", "teacher_student_losses", "their_backward", "clip_and_step", "ema"]
+    print("\n" + table(found["steps"], {"arch": "arch", "size": "pixels", **{f"{n}_ms": f"{n.replace('_', ' ')}, ms" for n in names}}))
+    print(table(found["steps"], {"arch": "arch", "size": "pixels", "floor_images_per_s": "floor, images/s", "train_images_per_s": "train.py, images/s",
+                                 "train_over_floor": "ratio", "step_over_floor": "one step over the floor", "data_wait": "waiting",
+                                 "memory_mb": "MiB"}))  # fmt: skip
+    found["knn"] = measure_knn(args.repeats, device)
+    print(f"k-NN, 50,000 x 10,000 x 640: {found['knn']['knn_s']:.1f} s, {found['knn']['ratio']:.2f} times the bare matrix product")
+    (output / "speed.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
