@@ -133,9 +133,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
         optimizer.step()
 
     parts = in_turns(device, repeats, views=views, teacher=teacher, forward=forward, backward=backward, teacher_student_losses=objective,
-                     their_backward=objective_backward, clip_and_step=clip_and_step, ema=lambda: method.after_step(0),
-                     signs=lambda: None)  # fmt: skip
-    parts.pop("signs")
+                     their_backward=objective_backward, clip_and_step=clip_and_step, ema=lambda: method.after_step(0))  # fmt: skip
     floor = parts["teacher"] + parts["forward"] + parts["backward"]
     whole = sum(parts[name] for name in ("views", "teacher_student_losses", "their_backward", "clip_and_step", "ema"))
     return {"arch": arch, "size": size, "batch": batch, "floor_images_per_s": batch / floor, "step_images_per_s": batch / whole,
