@@ -229,9 +229,13 @@ class TrainingBatches(Sampler[list[int]]):
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For a loader's process: a signal to the whole group must not take the images from a parent that saves first."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """For a loader's process: a signal to the whole group must not take the images from a parent that saves first.
+
+    SIGTERM ends it half a minute later, for a parent that leaves without it sends one too and waits.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -1,5 +1,6 @@
 """Processes and devices: started by torchrun, by SLURM or alone; NCCL on CUDA, gloo on the CPU."""
 
+import gc
 import inspect
 import os
 import signal
@@ -139,26 +140,32 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         wrong: what is the matter with the flags, which the first rank says for all; None where nothing is.
         device: see `start`.
     """
+    status = 0
     try:
         if wrong:
-            sys.exit(complain(script, wrong) if rank_from_environment()[0] == 0 else 2)
-        work(start(device))
+            status = complain(script, wrong) if rank_from_environment()[0] == 0 else 2
+        else:
+            work(start(device))
     except (ValueError, FloatingPointError) as error:
         # Of an error in a loader's process the last line is its own; the others are that process's traceback.
-        sys.exit(complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+        status = complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     except OSError as error:
-        sys.exit(complain(script, f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+        status = complain(script, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (RuntimeError, MemoryError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in said or "Storage size" in said:
-            sys.exit(complain(script, f"out of memory: smaller batches, views or heads may help ({said})"))
-        if isinstance(error, dist.DistError) or "gloo" in said:
-            sys.exit(complain(script, f"lost another rank, whose own error tells why ({said})"))
-        if said.startswith("DataLoader worker"):
-            sys.exit(complain(script, f"{said.split('. ')[0]}: where memory is short, fewer --num_workers may help"))
-        raise
+            status = complain(script, f"out of memory: smaller batches, views or heads may help ({said})")
+        elif isinstance(error, dist.DistError) or "gloo" in said:
+            status = complain(script, f"lost another rank, whose own error tells why ({said})")
+        elif said.startswith("DataLoader worker"):
+            status = complain(script, f"{said.split('. ')[0]}: where memory is short, fewer --num_workers may help")
+        else:
+            raise
     finally:
         stop()
+    gc.collect()  # a loader that an error left, with its processes
+    if status:
+        sys.exit(status)
 
 
 def complain(script: str, sentence: str) -> int:
