@@ -309,9 +309,8 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
         dist.barrier()  # all have read what the first rank is going to change
 
     def note(rows: int) -> None:
-        temporary = Path(f"{notes}.tmp")
-        temporary.write_text(json.dumps(own | {"done": rows}))
-        os.replace(temporary, notes)
+        with checkpoint.atomic(notes) as file:
+            file.write(json.dumps(own | {"done": rows}).encode())
 
     replaced, images.replace_bad = images.replace_bad, False  # no substitute's features in a file that outlives its images
     while done < total:

@@ -183,12 +183,16 @@ def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
     return min(max(side // 32 * 32, 32), 224)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(dataset: Dataset) -> int:
     """Loader processes for this rank: none for images in memory, else one a core of its share, 10 at most."""
     if isinstance(dataset, ImageArray):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 10)
+    return min(max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

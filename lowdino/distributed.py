@@ -84,8 +84,11 @@ def start(device: str = "auto") -> Ranks:
     return Ranks(rank, world, torch.device(device))
 
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
+
+
 def stop() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # what was to be saved is, and the exit status should tell
+    for number in STOP_SIGNALS:  # what was to be saved is, and the exit status should tell
         signal.signal(number, signal.SIG_IGN)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -105,7 +108,7 @@ class StopSignals:
 
     def __init__(self):
         self.came, self.held, self.process, self.parent = False, False, os.getpid(), os.getppid()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: object) -> None:

@@ -10,7 +10,6 @@ pixels, twice as large above; nothing here decodes files.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def measure_views(size: int, repeats: int, device: torch.device) -> dict:
     sizes = torch.full((len(images), 2), images.shape[-1])
     crop = augment.MultiCrop(size, size, 0, (0.2, 1.0)).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = data.cores()
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
     with Pool(cores) as pool:
         times = in_turns(device, repeats,

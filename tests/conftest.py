@@ -53,6 +53,12 @@ def run_script():
     return run
 
 
+def restore_signals():
+    """As they are in a new process; a script that ends leaves them ignored."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def call_script(capfd, monkeypatch):
     """As run_script, but by main() in this process, without the seconds that a new one spends on importing torch."""
@@ -66,8 +72,7 @@ def call_script(capfd, monkeypatch):
             importlib.import_module(Path(script).stem).main()
         except SystemExit as stop:
             code = stop.code
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # ignored by a script that ends
-            signal.signal(number, signal.SIG_DFL)
+        restore_signals()
         done = subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
         if check and code:
             raise AssertionError(f"{script} {flags} gave {code}\n{done.stdout}\n{done.stderr}")
@@ -122,13 +127,17 @@ def cifar10():
 
 @pytest.fixture
 def picture_folder(tmp_path):
+    return draw_pictures(tmp_path / "pictures")
+
+
+def draw_pictures(top):
     """A small labelled folder: train/ and val/ with two classes of 32 x 40 pictures."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4)):
         for shade, name in ((60, "dark"), (200, "light")):
-            folder = tmp_path / "pictures" / split / name
+            folder = top / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 values = rng.integers(shade - 40, shade + 40, (40, 32, 3))
                 Image.fromarray(values.astype(np.uint8)).save(folder / f"{i}.png")
-    return tmp_path / "pictures"
+    return top

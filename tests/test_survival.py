@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import ROOT
+from conftest import ROOT, draw_pictures, restore_signals
 from lowdino import checkpoint, data, distributed, evaluate, optim
 from test_scripts import SMALL, assert_same_run, records
 
@@ -67,18 +67,11 @@ def terminate():
 def whole(tmp_path_factory):
     """An unhurt run's images and its output folder."""
     folder = tmp_path_factory.mktemp("whole")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for shade, name in ((60, "dark"), (160, "light")):
-            (folder / "pictures" / split / name).mkdir(parents=True)
-            for i in range(count):
-                values = torch.randint(shade, shade + 80, (40, 32, 3), dtype=torch.uint8, generator=generator)
-                Image.fromarray(values.numpy()).save(folder / "pictures" / split / name / f"{i}.png")
+    draw_pictures(folder / "pictures")
     args = train.parse(train.get_parser(), [str(f) for f in flags(folder / "pictures", folder / "out")])
     ranks = distributed.start("cpu")
     train.train(args, ranks, train.settle(args, ranks), train.SelfDistillation)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    restore_signals()
     return folder / "pictures", folder / "out"
 
 
