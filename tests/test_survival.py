@@ -63,8 +63,17 @@ def terminate():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Runs are alike bit for bit where their sums are shared out alike, and the processes started here have one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(one_thread, tmp_path_factory):
     """An unhurt run's images and its output folder."""
     folder = tmp_path_factory.mktemp("whole")
     draw_pictures(folder / "pictures")
