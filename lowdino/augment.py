@@ -8,6 +8,7 @@ Images are (B, 3, H, W) with values in [0, 1] unless said otherwise; every param
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,18 +35,25 @@ def interpolation_matrix(start: Tensor, length: Tensor, out_size: int, in_size: 
 
     Cubic kernel with a = -0.5 (Keys, 1981), widened by the scale where it shrinks (antialiasing) and cut at the crop's
     edges: Pillow's definition. Where `flip`, the rows come in reverse order.
+
+    Keys' two cubics at distance x are one sum, v * v * (v - 1) / 2 + u * u * (1 - 2 * u), of v = max(2 - x, 0) and
+    u = max(1 - x, 0).
     """
+    support = 2 * max(1, in_size / out_size)  # at most, in pixels
+    taps = torch.arange(2 * math.ceil(support), device=start.device)
     out = torch.arange(out_size, device=start.device, dtype=torch.float32) + 0.5
-    pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) + 0.5
     out = torch.where(flip[:, None], out_size - out, out)  # (B, out)
-    start, length = start.float()[:, None], length.float()[:, None]  # (B, 1)
+    start, length = start.float()[:, None, None], length.float()[:, None, None]  # (B, 1, 1)
     scale = length / out_size
-    centre = start + out * scale  # (B, out)
-    x = ((pixel - centre[:, :, None]) / scale.clamp(min=1)[:, :, None]).abs()  # (B, out, in)
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
-    inside = (pixel > start) & (pixel < start + length)  # (B, in)
-    weight = weight * ((x < 2) & inside[:, None, :])
-    return weight / weight.sum(dim=2, keepdim=True)
+    centre = start + out[:, :, None] * scale  # (B, out, 1)
+    pixel = (centre - 0.5 * len(taps)).round() + taps  # (B, out, taps), those whose middle is within the support
+    x = (pixel + 0.5 - centre).abs_() / scale.clamp(min=1)
+    v = (2 - x).clamp_(min=0)
+    u = (v - 1).clamp_(min=0)
+    weight = (v * v * (v - 1) / 2 + u * u * (1 - 2 * u)) * ((pixel >= start) & (pixel < start + length))
+    weight = weight / weight.sum(dim=2, keepdim=True)
+    matrix = weight.new_zeros(len(weight), out_size, in_size)
+    return matrix.scatter_add_(2, pixel.long().clamp_(0, in_size - 1), weight)  # beyond the edges weights are 0
 
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -55,7 +63,7 @@ def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     B, C, H, W = images.shape
     images = torch.bmm(images.reshape(B, C * H, W), columns.transpose(1, 2)).clamp_(0, 1)
-    return torch.matmul(rows[:, None], images.view(B, C, H, -1)).clamp_(0, 1)
+    return torch.matmul(rows[:, None], images.view(B, C, H, columns.shape[1])).clamp_(0, 1)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | None = None,
@@ -75,20 +83,38 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     always resized along the width first; since then a box that loses more than twice as much in height as in width is
     resized along the height first, and so it is here: such an image goes through transposed.
     """
+    top, left, height, width = boxes.unbind(dim=1)
+    lost_height, lost_width = height - out_size, width - out_size
+    transposed = (lost_height > 0) & (lost_height > 2 * lost_width)
+    if images.dtype == torch.uint8 and images.device.type == "cpu" and out_size >= 96:
+        return resized_crop_one_by_one(images, boxes, out_size, transposed, flip, vertical_flip)
     images = to_float(images)
     side = max(images.shape[2:])
     if images.shape[2] != images.shape[3]:
         images = F.pad(images, (0, side - images.shape[3], 0, side - images.shape[2]))
-    top, left, height, width = boxes.unbind(dim=1)
     none = torch.zeros_like(top, dtype=torch.bool)
     rows = interpolation_matrix(top, height, out_size, side, none if vertical_flip is None else vertical_flip)
     columns = interpolation_matrix(left, width, out_size, side, none if flip is None else flip)
-    lost_height, lost_width = height - out_size, width - out_size
-    transposed = ((lost_height > 0) & (lost_height > 2 * lost_width))[:, None, None]
+    if side <= out_size:  # nothing shrinks
+        return separable(images, rows, columns)
+    transposed = transposed[:, None, None]
     rows, columns = torch.where(transposed, columns, rows), torch.where(transposed, rows, columns)
     transposed = transposed[:, None]
     views = separable(torch.where(transposed, images.transpose(2, 3), images), rows, columns)
     return torch.where(transposed, views.transpose(2, 3), views)
+
+
+def resized_crop_one_by_one(images: Tensor, boxes: Tensor, out_size: int, transposed: Tensor, flip: Tensor | None,
+                            vertical_flip: Tensor | None) -> Tensor:  # fmt: skip
+    """`resized_crop` by torch's resize of uint8, for a CPU and large views, where the matrices are large and mostly zeros."""
+    views = torch.empty(len(images), 3, out_size, out_size, dtype=torch.uint8)
+    for i, (top, left, height, width) in enumerate(boxes.int().tolist()):
+        crop = images[i : i + 1, :, top : top + height, left : left + width]
+        turn = 2, (3 if transposed[i] else 2)  # the resize goes along the width first
+        crop = F.interpolate(crop.transpose(*turn), (out_size, out_size), mode="bicubic", antialias=True).transpose(*turn)
+        mirrored = [axis for axis, mirror in ((2, vertical_flip), (3, flip)) if mirror is not None and mirror[i]]
+        views[i] = crop.flip(mirrored)[0]
+    return to_float(views)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -139,26 +165,25 @@ def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
 def grayscale(images: Tensor) -> Tensor:
     """Luma of ITU-R 601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W)."""
     r, g, b = images.unbind(dim=1)
-    return (0.299 * r + 0.587 * g + 0.114 * b)[:, None]
+    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` (B,) of a full circle, in HSV: value and chroma stay.
 
-    With value v, chroma c and hue h in sixths of the circle, channel n (5, 3, 1 for r, g, b) of an HSV colour is
-    v - c * clip(min(k, 4 - k), 0, 1) at k = (n + h) mod 6: no table of six cases.
+    With the channels stretched to 0..1, by the lowest and the chroma, the hue is 1 + g + b - r sixths of the circle away
+    from red, on the side of the greater of g and b; and a channel is 2 - (the hue's distance from it), cut to 0..1. So
+    there is no table of six cases, and nothing to choose.
     """
     r, g, b = images.unbind(dim=1)  # (B, H, W)
-    value = torch.maximum(torch.maximum(r, g), b)  # much faster than amax over three channels
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    safe = chroma.clamp(min=1e-8)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = hue + 6 * shift[:, None, None]
-    channels = []
-    for n in (5, 3, 1):
-        k = (n + hue) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    low = torch.minimum(torch.minimum(r, g), b)  # much faster than amin over three channels
+    chroma = torch.maximum(torch.maximum(r, g), b) - low
+    hue = torch.copysign((g + b).sub_(r).sub_(low).add_(chroma), g - b)
+    hue = hue.div_(chroma.clamp(min=1e-8)).add_(6 * shift[:, None, None])
+    hue = hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
+    # Red is at 0 and 6, 3 away from 3; green at 2, blue at 4.
+    channels = (hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()
+    return torch.stack([c.clamp_(0, 1).mul_(chroma).add_(low) for c in channels], dim=1)
 
 
 def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
@@ -176,13 +201,14 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     slots = place[:, :3].argsort(dim=1)  # (B, 3) the blends, first to last
     late = place.gather(1, slots) > place[:, 3:]  # (B, 3) behind the hue
     factors = factors.gather(1, slots)
+    images = images.clone()
     for when in (False, True):
-        for i in range(3):
-            f = torch.where(late[:, i] == when, factors[:, i], 1.0).view(-1, 1, 1, 1)
-            operation = slots[:, i].view(-1, 1, 1, 1)
-            luma = grayscale(images)
-            grey = torch.where(operation == 1, luma.mean(dim=(2, 3), keepdim=True), luma) * (operation > 0)
-            images = torch.lerp(grey, images, f).clamp_(0, 1)
+        f = torch.where(late == when, factors, 1.0)  # (B, 3)
+        mean_luma, luma = (1 - f) * (slots == 1), (1 - f) * (slots == 2)
+        for own, of_mean, of_luma in zip(*(x[:, :, None, None, None].unbind(dim=1) for x in (f, mean_luma, luma))):
+            grey = grayscale(images)
+            grey = (of_luma * grey).add_(of_mean * grey.mean(dim=(2, 3), keepdim=True))
+            images.mul_(own).add_(grey).clamp_(0, 1)
         if not when:
             images = shift_hue(images, hue)
     return images
@@ -196,15 +222,16 @@ def blur_matrix(sigma: Tensor, size: int, reach: int = 4) -> Tensor:
     """
     pixel = torch.arange(size, device=sigma.device)
     i, j = pixel[:, None], pixel  # (size, 1), (size,)
-    distances = torch.arange(reach + 2, device=sigma.device)  # the last stands for all that are too far
+    distances = torch.arange(reach + 1, device=sigma.device)
     decay = -0.5 / sigma.float().clamp(min=1e-4)[:, None] ** 2  # (B, 1); 0 becomes the identity
-    shares = torch.exp(decay * distances**2) * (distances <= reach)  # (B, reach + 2)
+    shares = torch.exp(decay * distances**2)  # (B, reach + 1)
     shares = shares / (2 * shares.sum(dim=1, keepdim=True) - 1)  # at distance 0 it is 1
 
-    def share(distance: Tensor) -> Tensor:
-        return shares[:, distance.clamp(max=reach + 1)]  # (B, size, size)
+    def at(distance: Tensor) -> Tensor:
+        return (distance == distances[:, None, None]).float()  # (reach + 1, size, size)
 
-    return share((i - j).abs()) + share(i + j) * (j > 0) + share(2 * (size - 1) - i - j) * (j < size - 1)
+    ways = at((i - j).abs()) + at(i + j) * (j > 0) + at(2 * (size - 1) - i - j) * (j < size - 1)
+    return (shares @ ways.flatten(1)).view(-1, size, size)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -215,7 +242,19 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 def solarize(images: Tensor) -> Tensor:
     """Invert all values of one half and above."""
-    return torch.where(images >= 0.5, 1 - images, images)
+    return torch.minimum(images, 1 - images)
+
+
+def where_chosen(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """operation(images, *values) of the images that are `chosen` (B,), the others as they are.
+
+    A GPU works on all of them, or it would have to wait until their number is known; a CPU on the chosen ones, in place.
+    """
+    if images.device.type != "cpu":
+        return torch.where(chosen.view(-1, 1, 1, 1), operation(images, *values), images)
+    which = chosen.nonzero().flatten()
+    images[which] = operation(images[which], *(v[which] for v in values))
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,42 +293,48 @@ class MultiCrop(nn.Module):
         self.register_buffer("jitter", torch.tensor(jitter), persistent=False)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        # One row a view: side, scale, probability of blur, probability of solarising.
-        self.views = [(global_size, global_scale, blur[0], 0.0), (global_size, global_scale, blur[1], solarize)]
-        self.views += [(local_size, local_scale, blur[2], 0.0)] * local_number
+        # The views of one size: the size, the crops' scale, and of each view the probabilities of blur and of solarising.
+        self.groups = [(global_size, global_scale, blur[:2], (0.0, solarize))]
+        if local_number:
+            self.groups += [(local_size, local_scale, blur[2:] * local_number, (0.0,) * local_number)]
 
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
         with torch.autocast(device_type=images.device.type, enabled=False):
-            images = to_float(images)
-            return [self.view(images, sizes, generator, *view) for view in self.views]
+            if images.device.type != "cpu":
+                images = to_float(images)
+            return [view for group in self.groups for view in self.draw(images, sizes, generator, *group)]
 
-    def view(self, images: Tensor, sizes: Tensor, generator: torch.Generator,
-             size: int, scale: tuple[float, float], blur: float, solar: float) -> Tensor:  # fmt: skip
-        B, device = len(images), images.device
+    def draw(self, images: Tensor, sizes: Tensor, generator: torch.Generator, size: int, scale: tuple[float, float],
+             blur: tuple[float, ...], solar: tuple[float, ...]) -> Sequence[Tensor]:  # fmt: skip
+        """The views of one size, whose colours change in one go: N = len(blur) views, then NB images."""
+        device, views = images.device, len(blur)
+        N = views * len(images)
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
             return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
 
-        def chance(probability: float) -> Tensor:
-            return uniform(B) < probability
+        def chance(*probabilities: float) -> Tensor:
+            """(N,), from one probability for all views or one for each."""
+            return torch.cat([u < p for u, p in zip(uniform(N).chunk(len(probabilities)), probabilities)])
 
-        boxes = random_boxes(sizes, scale, generator)
-        x = resized_crop(images, boxes, size, flip=chance(0.5), vertical_flip=chance(self.vertical_flip))
+        boxes = random_boxes(sizes.repeat(views, 1), scale, generator).chunk(views)
+        flips, vertical_flips = chance(0.5).chunk(views), chance(self.vertical_flip).chunk(views)
+        x = torch.cat([resized_crop(images, boxes[i], size, flip=flips[i], vertical_flip=vertical_flips[i]) for i in range(views)])
 
-        jittered = chance(0.8)
-        amounts = uniform(B, 4, low=-1.0) * self.jitter * jittered[:, None]
-        x = color_jitter(x, 1 + amounts[:, :3], amounts[:, 3], order=uniform(B, 4).argsort(dim=1))
-        x = torch.where(chance(0.2).view(-1, 1, 1, 1), grayscale(x), x)
-        x = gaussian_blur(x, uniform(B, low=self.blur_sigma[0], high=self.blur_sigma[1]) * chance(blur))
-        x = torch.where(chance(solar).view(-1, 1, 1, 1), solarize(x), x)
-        return normalize(x, self.mean, self.std)
+        amounts = uniform(N, 4, low=-1.0) * self.jitter * chance(0.8)[:, None]
+        x = color_jitter(x, 1 + amounts[:, :3], amounts[:, 3], order=uniform(N, 4).argsort(dim=1))
+        x = where_chosen(chance(0.2), x, lambda x: grayscale(x).expand(-1, 3, -1, -1))
+        x = where_chosen(chance(*blur), x, gaussian_blur, uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1]))
+        if any(solar):
+            x = where_chosen(chance(*solar), x, solarize)
+        return normalize(x, self.mean, self.std).chunk(views)
 
 
 def normalize(images: Tensor, mean: Tensor | tuple[float, ...], std: Tensor | tuple[float, ...]) -> Tensor:
     """(images - mean) / std by channel."""
     mean, std = (torch.as_tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (images - mean) / std
+    return (images - mean).div_(std)
 
 
 @torch.no_grad()

@@ -36,12 +36,13 @@ def pillow_resize(image, size):
 
 
 def crop_errors(images, out_size, boxes, flips):
-    ours = augment.resized_crop(images, torch.from_numpy(boxes), out_size, torch.from_numpy(flips))
+    """Of uint8 and of float images, which may go different ways."""
+    ours = [augment.resized_crop(x, torch.from_numpy(boxes), out_size, torch.from_numpy(flips)) for x in (images, augment.to_float(images))]
     errors = []
-    for image, (top, left, height, width), flip, view in zip(images, boxes, flips, ours):
+    for image, (top, left, height, width), flip, *views in zip(images, boxes, flips, *ours):
         pil = pillow_resize(to_pil(image).crop((left, top, left + width, top + height)), out_size)
         expected = np.asarray(ImageOps.mirror(pil) if flip else pil).astype(np.float64)
-        errors.append(np.abs(levels(view) - expected))
+        errors.append([np.abs(levels(view) - expected) for view in views])
     return np.stack(errors)
 
 
@@ -157,26 +158,30 @@ def test_drawn_jitter_flips_and_blur_have_torchvisions_distribution(monkeypatch)
 
         monkeypatch.setattr(augment, name, wrapper)
 
-    spy("color_jitter", 1, 2), spy("gaussian_blur", 1), spy("resized_crop", 1)
+    spy("color_jitter", 1, 2), spy("where_chosen", 0, 2, -1), spy("resized_crop", 1)
     n = 4000
     images, sizes = torch.full((n, 3, 8, 8), 100, dtype=torch.uint8), torch.full((n, 2), 8)
     crop = augment.MultiCrop(8, 8, 1, vertical_flip=0.3)
     crop(images, sizes, augment.seeded_generator("cpu", 0, 0, 0))
-    assert len(seen["color_jitter"]) == 3  # two global views and a local one, each drawn by itself
+    # Two global views, then a local one, each drawn by itself.
+    views = [draws for (factors, hue), named in seen["color_jitter"] for draws in zip(factors.split(n), hue.split(n), named["order"].split(n))]
+    assert len(views) == 3
 
     torch.manual_seed(0)
     jitter = T.ColorJitter(0.4, 0.4, 0.2, 0.1)
     theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
-    for (factors, hue), named in seen["color_jitter"]:
+    for factors, hue, order in views:
         on = (factors[:, 0] != 1).numpy()
         assert abs(on.mean() - 0.8) < 0.03
         ours = torch.cat([factors, hue[:, None]], dim=1).numpy()[on]
         for i in range(4):
             assert largest_gap(ours[:, i], np.array([float(draw[i + 1]) for draw in theirs])) < 0.05
-        orders = np.unique(named["order"].numpy(), axis=0, return_counts=True)
+        orders = np.unique(order.numpy(), axis=0, return_counts=True)
         assert len(orders[0]) == 24 and orders[1].min() > n / 24 * 0.6
-    for ((sigma,), _), probability in zip(seen["gaussian_blur"], (1.0, 0.1, 0.5)):
-        blurred = sigma[sigma > 0].numpy()
+    blurs = [draws for (chosen, operation, sigma), _ in seen["where_chosen"] if operation == augment.gaussian_blur
+             for draws in zip(chosen.split(n), sigma.split(n))]  # fmt: skip
+    for (chosen, sigma), probability in zip(blurs, (1.0, 0.1, 0.5), strict=True):
+        blurred = sigma[chosen].numpy()
         assert abs(len(blurred) / n - probability) < 0.03
         assert largest_gap(blurred, np.random.default_rng(0).uniform(0.1, 2.0, 20_000)) < 0.1
     for _, named in seen["resized_crop"]:
