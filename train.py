@@ -10,8 +10,10 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,7 +85,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32
 
 # Settings that a resumed run may change, because they do not change what it computes.
 # A teacher (of distill.py) is compared by its weights, wherever its files lie.
-FREE_SETTINGS = {"teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device", "num_workers", "log_freq", "knn_freq",
+FREE_SETTINGS = {"teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device", "num_workers", "cache", "compile", "log_freq", "knn_freq",
                  "saveckp_freq", "save_every_steps", "accept_changes", "skip_nonfinite", "max_bad_fraction"}  # fmt: skip
 
 
@@ -190,6 +192,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--log_freq", type=int, default=10, help="a log line every so many steps")
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, help="loader processes a rank; default: 0 for images in memory, else up to 10")
+    add("--cache", choices=["auto", "device", "host", "none"], default="auto",
+        help="decode each image once and keep it there; none: in every epoch; auto: on a GPU, if a quarter of it is enough, "
+             "else on the host, if 2 GiB a rank are, else not")  # fmt: skip
+    add("--compile", action="store_true", help="compile student and teacher by torch.compile: a slow start, faster steps")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
 
 
@@ -583,10 +589,21 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             file.write(json.dumps(vars(args) | {"world": ranks.world}, indent=2).encode() + b"\n")
         log.say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
 
+    if args.compile:  # whole networks, so that an evaluation, of the backbone alone and in other batches, is as ever
+        for part in ("student", "teacher"):
+            if part in method.parts:
+                method.parts[part].compile(dynamic=False)
     model = distributed.data_parallel(method.network, device)
     batches = data.TrainingBatches(len(source.pretrain), args.batch_size_per_gpu, args.seed, step, total_steps,
                                    ranks.rank, ranks.world)  # fmt: skip
-    loader = data.training_loader(source.pretrain, batches, args.num_workers, pin_memory=device.type == "cuda")
+    where, start = "none" if step == total_steps else args.cache, time.perf_counter()
+    if where == "auto":
+        where = data.where_to_cache(source.pretrain, device)
+    images = data.cached(source.pretrain, where, device, args.num_workers)
+    if images is not source.pretrain:
+        log.say(f"images decoded and kept on the {where} in {time.perf_counter() - start:.1f} s")
+    loader = data.training_loader(images, batches, args.num_workers, pin_memory=device.type == "cuda" and where != "device")
+    remembered = replace(source, train=images if source.train is source.pretrain else source.train)
     bad_images = monitor.BadImages(output, len(source.pretrain), args.max_bad_fraction, active=first)
 
     def evaluate_knn() -> float | None:
@@ -595,7 +612,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
         if source.test is None or not args.knn_freq or (epoch % args.knn_freq and step < total_steps):
             return None
         distributed.broadcast_buffers(method.backbone)
-        accuracy = knn_accuracy(args, method.backbone, source, ranks)
+        accuracy = knn_accuracy(args, method.backbone, remembered, ranks)
         log.say(f"epoch {epoch}: k-NN (k={args.nb_knn}) of the {method.kept} {accuracy:.4f}{method.beside()}")
         log.record(step=step, epoch=epoch, knn=accuracy)
         return accuracy
@@ -632,7 +649,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     clock = monitor.Clock()
     health = monitor.Health(method.out_dim)
     signals.held = True
-    for batch in loader:
+    for batch in data.on_device(loader, device):
         clock.waited()
         epoch = step // epoch_steps
         end_of_epoch = (step + 1) % epoch_steps == 0
@@ -646,7 +663,6 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
         # Views.
-        batch = batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
         generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order, 4 bad images
         views = multicrop(batch.images, batch.sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]

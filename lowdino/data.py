@@ -7,7 +7,7 @@ and demo images made by code.
 import hashlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +66,9 @@ class ImageArray(Dataset):
     def shorter_side(self, index: int) -> int:
         return self.view_side
 
+    def decoded_bytes(self) -> int:
+        return self.images.numel()
+
     def fingerprint(self) -> str:
         """Count, side and the pixels of a thousand images."""
         some = self.images[:: max(len(self) // 1000, 1)]
@@ -119,6 +122,59 @@ class ImageFiles(Dataset):
         except Exception as error:  # as in `read_image`
             raise ValueError(f"cannot read image {self.paths[index]}: {error}") from error
 
+    def decoded_bytes(self, sample: int = 32) -> int:
+        """An estimate, from an even sample."""
+        read = [self[i][0].numel() for i in range(0, len(self), max(len(self) // sample, 1))]
+        return round(len(self) * sum(read) / len(read))
+
+
+class CachedImages(Dataset):
+    """The images of another set, decoded once and kept on a device, each in its own size.
+
+    Args:
+        files: the set; what it reads now, at its `max_side` and with its substitutes, stays. num_workers: to read it with.
+    """
+
+    def __init__(self, files: ImageFiles, device: torch.device, num_workers: int):
+        self.paths = files.paths
+        self.items: list[tuple[Tensor, int, int, list[str]]] = []
+        for pixels, shapes, *others in DataLoader(files, 64, num_workers=num_workers, collate_fn=pack, worker_init_fn=leave_signals_to_parent):
+            parts = pixels.to(device, copy=True).split([shape.numel() for shape in shapes])  # a copy: a loader's process lends
+            self.items += zip([part.view(shape) for part, shape in zip(parts, shapes)], *others)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int, list[str]]:
+        return self.items[index]
+
+
+def pack(items: list[tuple[Tensor, int, int, list[str]]]) -> tuple:
+    """Of one tensor, a loader's process sends 64 images faster than of 64."""
+    images, *others = zip(*items)
+    return torch.cat([image.flatten() for image in images]), [image.shape for image in images], *others
+
+
+# What "auto" keeps in memory: of a GPU this share at most, of the host's memory so many bytes a rank.
+CACHE_SHARE, CACHE_BYTES = 0.25, 2 * 2**30
+
+
+def where_to_cache(dataset: ImageArray | ImageFiles, device: torch.device) -> str:
+    """The choice of "auto": "device" (CUDA), "host" or "none", the first that the decoded images fit."""
+    size = dataset.decoded_bytes()
+    if device.type == "cuda" and size <= CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        return "device"
+    return "host" if size <= CACHE_BYTES else "none"
+
+
+def cached(dataset: ImageArray | ImageFiles, where: str, device: torch.device, num_workers: int) -> ImageArray | ImageFiles | CachedImages:
+    """The set as a training reads it: decoded once and kept on the "device" or the "host", or read ever anew ("none")."""
+    if isinstance(dataset, ImageArray):
+        if where != "device":
+            return dataset
+        return ImageArray(dataset.images.to(device), dataset.labels, dataset.view_side)
+    return dataset if where == "none" else CachedImages(dataset, device if where == "device" else torch.device("cpu"), num_workers)
+
 
 def read_image(path: str, max_side: int | None = None) -> Tensor:
     """Decode any Pillow image to (3, H, W) uint8 RGB; grey of 16 bits is scaled to 8, alpha is dropped.
@@ -159,9 +215,12 @@ def collate(items: Batch | list[tuple[Tensor, int, int, list[str]]]) -> Batch:
     images, labels, indices, bad = zip(*items)
     sizes = torch.tensor([image.shape[1:] for image in images])
     side = int(sizes.max())
-    canvas = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
-    for place, image in zip(canvas, images):
-        place[:, : image.shape[1], : image.shape[2]] = image
+    if (sizes == side).all():
+        canvas = torch.stack(images)
+    else:
+        canvas = torch.zeros(len(images), 3, side, side, dtype=torch.uint8, device=images[0].device)
+        for place, image in zip(canvas, images):
+            place[:, : image.shape[1], : image.shape[2]] = image
     return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices), sum(bad, []))
 
 
@@ -243,8 +302,36 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
+    """Images that are cached need no other processes, nor may others have those on a GPU."""
+    workers = 0 if isinstance(dataset, CachedImages) else num_workers
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
                       worker_init_fn=leave_signals_to_parent)  # fmt: skip
+
+
+def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with images and sizes on the device; on CUDA the next is copied while this one is worked on."""
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead = None
+    for batch in loader:
+        with torch.cuda.stream(copies):  # of None it is nothing
+            batch = batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
+        if copies is None:
+            yield batch
+            continue
+        if ahead is not None:
+            yield ready(*ahead)
+        ahead = batch, copies.record_event()
+    if ahead is not None:
+        yield ready(*ahead)
+
+
+def ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """A batch whose copy the stream in use waits for, and whose memory it keeps from being given away too soon."""
+    here = torch.cuda.current_stream(batch.images.device)
+    here.wait_event(copied)
+    for tensor in (batch.images, batch.sizes):
+        tensor.record_stream(here)
+    return batch
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
@@ -256,7 +343,8 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank:
     if len(dataset) < world:
         raise ValueError(f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer")
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    return DataLoader(mine, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals_to_parent)
+    workers = 0 if isinstance(dataset, CachedImages) else num_workers
+    return DataLoader(mine, batch_size=batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,34 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder
         assert torch.equal(batch.images[2, :, :40, :32], images[indices[2]][0])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_images_are_those_of_the_files(picture_folder, workers):
+    Image.new("RGB", (50, 20), (10, 200, 30)).save(picture_folder / "train" / "dark" / "wide.png")
+    (picture_folder / "train" / "light" / "1.png").write_text("not a picture")
+    files = data.load(str(picture_folder)).pretrain
+    files.replace_bad, files.max_side = True, 24
+    cached = data.cached(files, "host", torch.device("cpu"), workers)
+    indices = list(range(len(files)))
+    for expected, found in zip(data.collate([files[i] for i in indices]), data.collate([cached[i] for i in indices]), strict=True):
+        assert torch.equal(torch.as_tensor(expected), torch.as_tensor(found)) if isinstance(expected, torch.Tensor) else expected == found
+    for loader in (data.evaluation_loader(cached, 4, 2), data.training_loader(cached, [[0]], 2, False)):
+        assert loader.num_workers == 0
+
+
+def test_where_auto_caches_follows_from_the_decoded_size(picture_folder, monkeypatch):
+    files, cpu = data.load(str(picture_folder)).pretrain, torch.device("cpu")
+    size = 24 * 3 * 40 * 32
+    assert files.decoded_bytes() == size
+    monkeypatch.setattr(data, "CACHE_BYTES", size)
+    assert data.where_to_cache(files, cpu) == "host"
+    monkeypatch.setattr(data, "CACHE_BYTES", size - 1)
+    assert data.where_to_cache(files, cpu) == "none"
+    assert data.cached(files, "none", cpu, 0) is files
+    array = data.demo_images(range(3))
+    assert array.decoded_bytes() == 3 * 3 * 64 * 64 and data.cached(array, "host", cpu, 0) is array
+    assert torch.equal(data.cached(array, "device", cpu, 0).__getitems__([2, 0]).images, array.images[[2, 0]])
+
+
 def test_demo_is_deterministic_by_index_and_balanced():
     several, one = data.demo_images([3, 14, 1_000_007]), data.demo_images([14])
     assert several.images.shape == (3, 3, 64, 64) and several.labels.tolist() == [3, 4, 7]

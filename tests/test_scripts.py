@@ -17,11 +17,11 @@ import eval_knn
 import lowdino
 import train
 from conftest import ROOT
-from lowdino import distributed
+from lowdino import data, distributed
 
 SMALL = ["--arch", "mobilevit_xxs", "--batch_size_per_gpu", "4", "--local_crops_number", "1", "--out_dim", "16",
          "--hidden_dim", "32", "--warmup_epochs", "1", "--log_freq", "2", "--device", "cpu", "--knn_freq", "1",
-         "--infonce_weight", "1"]  # fmt: skip
+         "--infonce_weight", "1", "--cache", "none"]  # fmt: skip
 
 
 def records(folder, key):
@@ -49,6 +49,41 @@ def assert_same_run(a, b):
     for part in ("student", "teacher", "loss", "optimizer", "scaler"):
         compare(ends[0][part], ends[1][part], part)
     assert records(a, "loss") == records(b, "loss") and len(records(a, "loss")) > 2
+
+
+def test_cached_images_are_decoded_once_and_train_alike(picture_folder, tmp_path, call_script, monkeypatch):
+    reads, read = [], data.read_image
+
+    def counted(path, max_side=None):
+        reads.append(path)
+        return read(path, max_side)
+
+    monkeypatch.setattr(data, "read_image", counted)
+    (picture_folder / "train" / "dark" / "3.png").write_text("not a picture")
+    flags = [*SMALL, "--data_path", picture_folder, "--epochs", 2, "--num_workers", 0, "--max_bad_fraction", 0.2]
+    call_script("train.py", *flags, "--output_dir", tmp_path / "none")
+    assert len(reads) > 3 * 24  # two epochs, three evaluations
+    reads.clear()
+    done = call_script("train.py", *flags, "--cache", "auto", "--output_dir", tmp_path / "auto")
+    assert "images decoded and kept on the host" in done.stdout
+    training = [path for path in reads if f"{os.sep}train{os.sep}" in path]
+    assert len(set(training)) == 24 and len(training) == 2 * (24 + 1)  # with a substitute; the estimate of "auto" reads all of so few
+    assert_same_run(tmp_path / "none", tmp_path / "auto")
+    assert records(tmp_path / "none", "knn") == records(tmp_path / "auto", "knn")
+    assert (tmp_path / "none" / "bad_images.txt").read_text() == (tmp_path / "auto" / "bad_images.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_leaves_plain_files(picture_folder, tmp_path, call_script):
+    flags = [*SMALL, "--arch", "resnet5m", "--data_path", picture_folder, "--epochs", 2, "--num_workers", 0]
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        call_script("train.py", *flags, "--output_dir", tmp_path / name, *more)
+    eager, compiled = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("eager", "compiled"))
+    assert eager["student"].keys() == compiled["student"].keys()
+    for name, weight in eager["student"].items():
+        torch.testing.assert_close(compiled["student"][name], weight, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(records(tmp_path / "compiled", "loss"), records(tmp_path / "eager", "loss"), atol=0.01, rtol=0)
 
 
 def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
