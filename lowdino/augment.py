@@ -2,7 +2,8 @@
 
 A crop, an antialiased resize and a flip are one linear map along each axis, so all of it is two batched matrix products
 with matrices of each image's own: exact to Pillow's BICUBIC within its rounding, differentiable, and the same code on
-CPU, CUDA and MPS. Blur is two more products. Colour operations are a few fused lines. The data loader only decodes.
+CPU, CUDA and MPS. Blur is two more products. Colour operations are arithmetic, without a comparison an element, which a CPU
+is slow at. The data loader only decodes.
 
 Images are (B, 3, H, W) with values in [0, 1] unless said otherwise; every parameter is a tensor of one value an image.
 """
@@ -86,7 +87,7 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     top, left, height, width = boxes.unbind(dim=1)
     lost_height, lost_width = height - out_size, width - out_size
     transposed = (lost_height > 0) & (lost_height > 2 * lost_width)
-    if images.dtype == torch.uint8 and images.device.type == "cpu" and out_size >= 96:
+    if goes_one_by_one(images, out_size):
         return resized_crop_one_by_one(images, boxes, out_size, transposed, flip, vertical_flip)
     images = to_float(images)
     side = max(images.shape[2:])
@@ -95,18 +96,22 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     none = torch.zeros_like(top, dtype=torch.bool)
     rows = interpolation_matrix(top, height, out_size, side, none if vertical_flip is None else vertical_flip)
     columns = interpolation_matrix(left, width, out_size, side, none if flip is None else flip)
-    if side <= out_size:  # nothing shrinks
-        return separable(images, rows, columns)
-    transposed = transposed[:, None, None]
-    rows, columns = torch.where(transposed, columns, rows), torch.where(transposed, rows, columns)
-    transposed = transposed[:, None]
-    views = separable(torch.where(transposed, images.transpose(2, 3), images), rows, columns)
-    return torch.where(transposed, views.transpose(2, 3), views)
+    views = separable(images, rows, columns)
+
+    def sideways(_: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return separable(images.transpose(2, 3), columns, rows).transpose(2, 3)
+
+    return where_chosen(transposed, views, sideways, images, rows, columns)
+
+
+def goes_one_by_one(images: Tensor, out_size: int) -> bool:
+    """Large views of uint8 on a CPU: the matrices would be large, and mostly zeros."""
+    return images.dtype == torch.uint8 and images.device.type == "cpu" and out_size >= 96
 
 
 def resized_crop_one_by_one(images: Tensor, boxes: Tensor, out_size: int, transposed: Tensor, flip: Tensor | None,
                             vertical_flip: Tensor | None) -> Tensor:  # fmt: skip
-    """`resized_crop` by torch's resize of uint8, for a CPU and large views, where the matrices are large and mostly zeros."""
+    """`resized_crop` by torch's own resize of uint8."""
     views = torch.empty(len(images), 3, out_size, out_size, dtype=torch.uint8)
     for i, (top, left, height, width) in enumerate(boxes.int().tolist()):
         crop = images[i : i + 1, :, top : top + height, left : left + width]
@@ -301,15 +306,15 @@ class MultiCrop(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
         with torch.autocast(device_type=images.device.type, enabled=False):
-            if images.device.type != "cpu":
-                images = to_float(images)
             return [view for group in self.groups for view in self.draw(images, sizes, generator, *group)]
 
     def draw(self, images: Tensor, sizes: Tensor, generator: torch.Generator, size: int, scale: tuple[float, float],
              blur: tuple[float, ...], solar: tuple[float, ...]) -> Sequence[Tensor]:  # fmt: skip
-        """The views of one size, whose colours change in one go: N = len(blur) views, then NB images."""
+        """The views of one size; the colours of all N of them, view by view, change in one go."""
         device, views = images.device, len(blur)
         N = views * len(images)
+        if not goes_one_by_one(images, size):
+            images = to_float(images)
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
             return low + (high - low) * torch.rand(*shape, generator=generator, device=device)

@@ -191,7 +191,7 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     # Batch norm's buffers need no exchange in training; the option that says so was renamed in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, **{option: False})
+    return DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{option: False})
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

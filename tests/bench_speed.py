@@ -3,13 +3,14 @@
 
     python tests/bench_speed.py --archs resnet5m mobilevit_xxs --sizes 32 64 --output_dir runs/speed
 
-Each figure is a median over --repeats, and each ratio is taken between two things timed in turns. Prints three Markdown
-tables and writes speed.json. Two views an image and `--preset small`, on made-up images as large as the views up to 64
-pixels, twice as large above; nothing here decodes files.
+Each figure is a median over --repeats, and each ratio is taken between two things timed in turns. Prints Markdown tables
+and writes speed.json. Two views an image and `--preset small`, on made-up images as large as the views up to 64 pixels, twice
+as large above; nothing here decodes files.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -85,17 +86,17 @@ def measure_views(size: int, repeats: int, device: torch.device) -> dict:
             "ratio": times["pil"] / times["ours"]}  # fmt: skip
 
 
-def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.device) -> dict:
+def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.device, local: int = 0) -> dict:
     """Seconds of each part of a training step, and of the bare passes on views that are there already."""
-    args = train.parse(train.get_parser(), ["--preset", "small", "--arch", arch, "--global_crops_size", str(size),
-                                            "--local_crops_size", str(size), "--momentum_teacher", "0.99"])  # fmt: skip
+    args = train.parse(train.get_parser(), ["--preset", "small", "--arch", arch, "--global_crops_size", str(size), "--local_crops_number", str(local),
+                                            "--local_crops_size", "32", "--momentum_teacher", "0.99"])  # fmt: skip
     args.amp = "bf16" if device.type == "cuda" else "none"
     images = pictures(batch, size if size <= 64 else 2 * size)
     source = data.Data("made-up images", data.ImageArray(images))
     method = train.SelfDistillation(args, distributed.Ranks(0, 1, device), source, args.epochs * 100)
     model, parameters = method.network.train(), list(method.network.parameters())
     optimizer = train.build_optimizer(args, model, device)
-    crop = augment.MultiCrop(size, size, 0, args.global_crops_scale).to(device)
+    crop = augment.MultiCrop(size, 32, local, args.global_crops_scale).to(device)
     generator, state = torch.Generator(device).manual_seed(0), {}
     drawn = source.pretrain.__getitems__(list(range(batch)))
 
@@ -108,7 +109,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
 
     def teacher():
         with torch.no_grad(), autocast():
-            method.teacher(state["views"])
+            method.teacher(state["views"][:2])
 
     def forward():
         with autocast():
@@ -135,21 +136,33 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
                      their_backward=objective_backward, clip_and_step=clip_and_step, ema=lambda: method.after_step(0))  # fmt: skip
     floor = parts["teacher"] + parts["forward"] + parts["backward"]
     whole = sum(parts[name] for name in ("views", "teacher_student_losses", "their_backward", "clip_and_step", "ema"))
-    return {"arch": arch, "size": size, "batch": batch, "floor_images_per_s": batch / floor, "step_images_per_s": batch / whole,
+    return {"arch": arch, "size": size, "batch": batch, "local_views": local, "floor_images_per_s": batch / floor, "step_images_per_s": batch / whole,
             "step_over_floor": floor / whole, **{f"{name}_ms": 1e3 * value for name, value in parts.items()}}  # fmt: skip
 
 
-def measure_train(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device) -> dict:
-    """Images/s of train.py itself, by its own log, the first tenth left out; its share of time spent on waiting; its peak memory."""
+def measure_train(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device, ranks: int = 1) -> dict:
+    """Images/s of train.py itself, by its own log, the first tenth left out; its share of time spent on waiting; its peak memory.
+
+    Several ranks share the batch and, on a CPU, the cores.
+    """
     epochs = max(steps * batch // data.DEMO_TRAIN, 1)
-    folder = output / f"{arch}_{size}_{time.time_ns()}"
-    subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "small", "--arch", arch, "--global_crops_size", str(size),
-                    "--batch_size_per_gpu", str(batch), "--epochs", str(epochs), "--warmup_epochs", "0", "--knn_freq", "0", "--saveckp_freq", "0",
-                    "--device", device.type, "--output_dir", str(folder)], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    folder = output / f"{arch}_{size}_{ranks}_{time.time_ns()}"
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    subprocess.run([*launcher, str(ROOT / "train.py"), "--preset", "small", "--arch", arch, "--global_crops_size", str(size),
+                    "--batch_size_per_gpu", str(batch // ranks), "--epochs", str(epochs), "--warmup_epochs", "0", "--knn_freq", "0",
+                    "--saveckp_freq", "0", "--device", device.type, "--output_dir", str(folder)], check=True, stdout=subprocess.DEVNULL,
+                   env=os.environ | {"OMP_NUM_THREADS": str(max(data.cores() // ranks, 1))})  # fmt: skip
     records = [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "images_per_s" in r]
     records = records[len(records) // 10 + 1 :]
     return {"train_images_per_s": statistics.median(r["images_per_s"] for r in records),
             "data_wait": statistics.median(r["data_wait"] for r in records), "memory_mb": records[-1]["memory_mb"]}  # fmt: skip
+
+
+def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device) -> dict:
+    """Two ranks against one process, with one batch between them, in turns."""
+    runs = [measure_train(arch, size, batch, steps, output, device, ranks)["train_images_per_s"] for ranks in (1, 2, 1, 2, 1)]
+    one, two = statistics.median(runs[0::2]), statistics.mean(runs[1::2])
+    return {"arch": arch, "size": size, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}
 
 
 def measure_knn(repeats: int, device: torch.device) -> dict:
@@ -190,10 +203,10 @@ def main() -> None:
                                  "ratio": "ratio"}), flush=True)  # fmt: skip
     for arch in args.archs:
         for size in args.sizes:
-            before = measure_step(arch, size, args.batch, args.repeats, device)
-            row = before | measure_train(arch, size, args.batch, args.steps, output, device)
-            after = measure_step(arch, size, args.batch, args.repeats, device)
-            row["floor_images_per_s"] = (before["floor_images_per_s"] + after["floor_images_per_s"]) / 2
+            rows = []
+            for _ in range(3):
+                rows.append(measure_step(arch, size, args.batch, args.repeats, device) | measure_train(arch, size, args.batch, args.steps, output, device))
+            row = {name: statistics.median(r[name] for r in rows) if isinstance(value, float) else value for name, value in rows[0].items()}
             row["train_over_floor"] = row["train_images_per_s"] / row["floor_images_per_s"]
             found["steps"].append(row)
             print(json.dumps(row), flush=True)
@@ -202,6 +215,13 @@ def main() -> None:
     print(table(found["steps"], {"arch": "arch", "size": "pixels", "floor_images_per_s": "floor, images/s", "train_images_per_s": "train.py, images/s",
                                  "train_over_floor": "ratio", "step_over_floor": "one step over the floor", "data_wait": "waiting",
                                  "memory_mb": "MiB"}))  # fmt: skip
+    found["ranks"] = [measure_ranks(args.archs[0], size, args.batch, args.steps, output, device) for size in args.sizes[:2]]
+    print(table(found["ranks"], {"arch": "arch", "size": "pixels", "one_images_per_s": "one process, images/s",
+                                 "two_images_per_s": "two ranks, images/s", "ratio": "ratio"}), flush=True)  # fmt: skip
+    grown = [(args.batch // 4, 0), (args.batch, 0), (4 * args.batch, 0), (args.batch, 2), (args.batch, 8)]
+    found["growth"] = [measure_step(args.archs[0], args.sizes[0], batch, args.repeats, device, local) for batch, local in grown]
+    print(table(found["growth"], {"arch": "arch", "size": "pixels", "batch": "batch", "local_views": "local views of 32 px",
+                                  "step_images_per_s": "images/s", "step_over_floor": "one step over the floor"}), flush=True)  # fmt: skip
     found["knn"] = measure_knn(args.repeats, device)
     print(f"k-NN, 50,000 x 10,000 x 640: {found['knn']['knn_s']:.1f} s, {found['knn']['ratio']:.2f} times the bare matrix product")
     (output / "speed.json").write_text(json.dumps(found, indent=2) + "\n")
