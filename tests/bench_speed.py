@@ -11,6 +11,7 @@ as large above; nothing here decodes files.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from torchvision.transforms import v2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import lowdino
 import train
-from lowdino import augment, data, distributed, evaluate, monitor, optim
+from lowdino import augment, data, distributed, ema, evaluate, monitor, optim
 
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:
@@ -165,6 +167,48 @@ def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, de
     return {"arch": arch, "size": size, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}
 
 
+def measure_levers(arch: str, size: int, batch: int, repeats: int, device: torch.device) -> list[dict]:
+    """What one choice each gives: milliseconds as train.py has it, and otherwise."""
+
+    def passes(memory_format: torch.memory_format, compiled: bool = False) -> Callable[[], None]:
+        network = lowdino.build_backbone(arch).to(device, memory_format=memory_format)
+        views = torch.randn(2 * batch, 3, size, size, device=device).contiguous(memory_format=memory_format)
+        if compiled:
+            network.compile(dynamic=False)
+
+        def work():
+            network.zero_grad(set_to_none=True)
+            network(views).square().mean().backward()
+
+        work()
+        return work
+
+    def adamw(fused: bool) -> Callable[[], None]:
+        network = lowdino.build_backbone(arch).to(device)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        return torch.optim.AdamW(optim.parameter_groups(network), fused=fused, foreach=False).step
+
+    teacher, student = lowdino.build_backbone(arch).to(device), lowdino.build_backbone(arch).to(device)
+    pairs = ema.paired_parameters(teacher, student)
+
+    @torch.no_grad()
+    def one_by_one():
+        for mean, parameter in zip(*pairs):
+            mean.lerp_(parameter, 0.004)
+
+    levers = {"channels_last": (passes(torch.channels_last), passes(torch.contiguous_format)), "fused AdamW": (adamw(True), adamw(False)),
+              "foreach EMA": (lambda: ema.update(*pairs, 0.996), one_by_one)}  # fmt: skip
+    if device.type == "cuda" or shutil.which("c++"):
+        levers["--compile (off by default)"] = passes(torch.channels_last, compiled=True), levers["channels_last"][0]
+    rows = []
+    for name, (with_it, without) in levers.items():
+        times = in_turns(device, repeats, with_it=with_it, without=without)
+        rows.append({"arch": arch, "size": size, "lever": name, "with_ms": 1e3 * times["with_it"], "without_ms": 1e3 * times["without"],
+                     "ratio": times["without"] / times["with_it"]})  # fmt: skip
+    return rows
+
+
 def measure_knn(repeats: int, device: torch.device) -> dict:
     """The k-NN step on 50,000 x 10,000 x 640 beside the matrix product that it cannot do without."""
     generator = torch.Generator().manual_seed(0)
@@ -186,21 +230,8 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells]) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--archs", nargs="+", default=["resnet5m", "mobilevit_xxs", "mobilevit_s"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 96, 224])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=120, help="of train.py")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", default="runs/speed")
-    args = parser.parse_args()
-    device, output = torch.device(args.device), Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    found = {"views": [measure_views(size, args.repeats, device) for size in args.sizes], "steps": []}
-    print(table(found["views"], {"size": "pixels", "views_per_s": "views/s", "pil_views_per_s": "PIL, views/s", "pil_processes": "PIL processes",
-                                 "ratio": "ratio"}), flush=True)  # fmt: skip
+def measure_networks(args: argparse.Namespace, device: torch.device, output: Path, found: dict) -> None:
+    """All that depends on a network, printed and added to `found`."""
     for arch in args.archs:
         for size in args.sizes:
             rows = []
@@ -218,12 +249,34 @@ def main() -> None:
     found["ranks"] = [measure_ranks(args.archs[0], size, args.batch, args.steps, output, device) for size in args.sizes[:2]]
     print(table(found["ranks"], {"arch": "arch", "size": "pixels", "one_images_per_s": "one process, images/s",
                                  "two_images_per_s": "two ranks, images/s", "ratio": "ratio"}), flush=True)  # fmt: skip
+    found["levers"] = [row for arch in args.archs for row in measure_levers(arch, args.sizes[0], args.batch, args.repeats, device)]
+    print(table(found["levers"], {"arch": "arch", "size": "pixels", "lever": "lever", "with_ms": "with, ms", "without_ms": "without, ms",
+                                  "ratio": "ratio"}), flush=True)  # fmt: skip
     grown = [(args.batch // 4, 0), (args.batch, 0), (4 * args.batch, 0), (args.batch, 2), (args.batch, 8)]
     found["growth"] = [measure_step(args.archs[0], args.sizes[0], batch, args.repeats, device, local) for batch, local in grown]
     print(table(found["growth"], {"arch": "arch", "size": "pixels", "batch": "batch", "local_views": "local views of 32 px",
                                   "step_images_per_s": "images/s", "step_over_floor": "one step over the floor"}), flush=True)  # fmt: skip
     found["knn"] = measure_knn(args.repeats, device)
     print(f"k-NN, 50,000 x 10,000 x 640: {found['knn']['knn_s']:.1f} s, {found['knn']['ratio']:.2f} times the bare matrix product")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--archs", nargs="*", help="none: the views alone", default=["resnet5m", "mobilevit_xxs", "mobilevit_s"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 96, 224])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=120, help="of train.py")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", default="runs/speed")
+    args = parser.parse_args()
+    device, output = torch.device(args.device), Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    found = {"views": [measure_views(size, args.repeats, device) for size in args.sizes], "steps": []}
+    print(table(found["views"], {"size": "pixels", "views_per_s": "views/s", "pil_views_per_s": "PIL, views/s", "pil_processes": "PIL processes",
+                                 "ratio": "ratio"}), flush=True)  # fmt: skip
+    if args.archs:
+        measure_networks(args, device, output, found)
     (output / "speed.json").write_text(json.dumps(found, indent=2) + "\n")
 
 

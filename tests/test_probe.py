@@ -143,8 +143,8 @@ def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
     assert len(chosen) == 12 and sum(i < 12 for i in chosen) == 6  # 12 of either class, the dark ones first
 
 
-@pytest.mark.parametrize("flags", [["--augment"], ["--finetune", "--epochs", "12"], ["--from_scratch", "--epochs", "12"],
-                                   ["--solver", "lbfgs"]])  # fmt: skip
+@pytest.mark.parametrize("flags", [["--augment"], ["--finetune", "--epochs", "12"], ["--solver", "lbfgs"],
+                                   pytest.param(["--from_scratch", "--epochs", "12"], marks=pytest.mark.slow)])  # fmt: skip
 def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
     done = call_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, "--data_path", picture_folder, "--batch_size_per_gpu",
                        "8", "--output_dir", tmp_path / "out")  # fmt: skip
