@@ -310,14 +310,17 @@ def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int
 
 def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Batches with images and sizes on the device; on CUDA the next is copied while this one is worked on."""
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead = None
+
+    def moved(batch: Batch) -> Batch:
+        return batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
+
+    if device.type != "cuda":
+        yield from map(moved, loader)
+        return
+    copies, ahead = torch.cuda.Stream(device), None
     for batch in loader:
-        with torch.cuda.stream(copies):  # of None it is nothing
-            batch = batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
-        if copies is None:
-            yield batch
-            continue
+        with torch.cuda.stream(copies):
+            batch = moved(batch)
         if ahead is not None:
             yield ready(*ahead)
         ahead = batch, copies.record_event()
