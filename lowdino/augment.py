@@ -2,8 +2,8 @@
 
 A crop, an antialiased resize and a flip are one linear map along each axis, so all of it is two batched matrix products
 with matrices of each image's own: exact to Pillow's BICUBIC within its rounding, differentiable, and the same code on
-CPU, CUDA and MPS. Blur is two more products. Colour operations are arithmetic, without a comparison an element, which a CPU
-is slow at. The data loader only decodes.
+CPU, CUDA and MPS, but for large views of uint8 images on a CPU, which torch's resize makes. Blur is two more products.
+Colour operations are arithmetic, without a comparison an element, which a CPU is slow at. The data loader only decodes.
 
 Images are (B, 3, H, W) with values in [0, 1] unless said otherwise; every parameter is a tensor of one value an image.
 """

@@ -301,10 +301,13 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
+def processes(dataset: Dataset, num_workers: int) -> int:
+    """A loader's: images that are cached need no other processes, nor may others have those on a GPU."""
+    return 0 if isinstance(dataset, CachedImages) else num_workers
+
+
 def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Images that are cached need no other processes, nor may others have those on a GPU."""
-    workers = 0 if isinstance(dataset, CachedImages) else num_workers
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=processes(dataset, num_workers), collate_fn=collate, pin_memory=pin_memory,
                       worker_init_fn=leave_signals_to_parent)  # fmt: skip
 
 
@@ -346,8 +349,8 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank:
     if len(dataset) < world:
         raise ValueError(f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer")
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    workers = 0 if isinstance(dataset, CachedImages) else num_workers
-    return DataLoader(mine, batch_size=batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_parent)
+    return DataLoader(mine, batch_size=batch_size, num_workers=processes(dataset, num_workers), collate_fn=collate,
+                      worker_init_fn=leave_signals_to_parent)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 
 
 def measure_networks(args: argparse.Namespace, device: torch.device, output: Path, found: dict) -> None:
-    """All that depends on a network, printed and added to `found`."""
+    """Everything but the views, printed and added to `found`."""
     for arch in args.archs:
         for size in args.sizes:
             rows = []
