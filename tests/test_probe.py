@@ -54,6 +54,16 @@ def test_probes_are_separate_classifiers_trained_by_sgd():
         torch.testing.assert_close(together.classifiers()[:, g].double(), weight.detach(), atol=1e-5, rtol=1e-4)
 
 
+def test_sure_classifiers_make_no_denormal_numbers():
+    labels = torch.arange(8) % 2
+    x = F.pad(2.0 * labels[:, None] - 1, (0, 1), value=1.0)  # one feature, -1 or 1
+    probes = probe.Probes([(1e3, 0.0)], 2, 2)
+    for _ in range(900):  # a velocity that nothing feeds falls to 0.9^900 = 7e-42
+        probes.step(x, labels, 1.0)
+    assert evaluate.accuracy(x @ probes.classifiers()[:, 0], labels) == 1
+    assert (probes.velocity[:, 0].abs() > torch.finfo(torch.float32).tiny).all()
+
+
 def optimum(x, labels, classes, decay):
     """The convex optimum by Newton's method in float64: (D + 1, C)."""
     x, target = x.double(), F.one_hot(labels, classes).double()
@@ -84,10 +94,19 @@ def test_logistic_regression_reaches_the_optimum_and_sgd_its_accuracy():
         best = optimum(x, labels, 4, decay)
         torch.testing.assert_close(weights[:-1, g].double(), best[:-1], atol=2e-3 * best.abs().max().item(), rtol=0)
         accuracies.append(evaluate.accuracy(test.double() @ best, test_labels))
-    trained = probe.train_probes(x, labels, 4, [(10.0, decay) for decay in decays], epochs=100)
+    trained = probe.train_probes(x, labels, 4, [(10.0, decay) for decay in decays], steps=200)
     for g in range(3):
         assert evaluate.accuracy(test @ trained[:, g], test_labels) == pytest.approx(accuracies[g], abs=0.005)
     assert min(accuracies) > 0.5
+
+
+def test_brier_scores_equal_a_loop():
+    (x, labels), generator = blobs(20), torch.Generator().manual_seed(0)
+    weights = torch.randn(12, 3, 4, generator=generator)
+    for g, score in enumerate(probe.brier_scores(x, labels, weights)):
+        p = np.exp(x.double().numpy() @ weights[:, g].double().numpy())
+        p /= p.sum(axis=1, keepdims=True)
+        assert score == pytest.approx(sum(sum((p[i, c] - (labels[i] == c).item()) ** 2 for c in range(4)) for i in range(20)) / 20)
 
 
 def test_label_subsets_are_balanced_nested_and_of_the_labels_alone():
