@@ -167,14 +167,22 @@ def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def picks(images: Tensor) -> bool:
+    """Whether an operation on some of the images leaves the others out: on a CPU.
+
+    A GPU works on all and throws away, for it would have to wait until the number of the chosen ones is known.
+    """
+    return images.device.type == "cpu"
+
+
 def grayscale(images: Tensor) -> Tensor:
     """Luma of ITU-R 601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W)."""
     r, g, b = images.unbind(dim=1)
     return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
 
-def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` (B,) of a full circle, in HSV: value and chroma stay.
+def shift_hue(images: Tensor, shift: Tensor) -> None:
+    """Turn the hue by `shift` (B,) of a full circle, in HSV: value and chroma stay. In place.
 
     With the channels stretched to 0..1, by the lowest and the chroma, the hue is 1 + g + b - r sixths of the circle away
     from red, on the side of the greater of g and b; and a channel is 2 - (the hue's distance from it), cut to 0..1. So
@@ -182,13 +190,15 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """
     r, g, b = images.unbind(dim=1)  # (B, H, W)
     low = torch.minimum(torch.minimum(r, g), b)  # much faster than amin over three channels
-    chroma = torch.maximum(torch.maximum(r, g), b) - low
+    high = torch.maximum(torch.maximum(r, g), b)
+    chroma = high - low
     hue = torch.copysign((g + b).sub_(r).sub_(low).add_(chroma), g - b)
-    hue = hue.div_(chroma.clamp(min=1e-8)).add_(6 * shift[:, None, None])
-    hue = hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
-    # Red is at 0 and 6, 3 away from 3; green at 2, blue at 4.
-    channels = (hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()
-    return torch.stack([c.clamp_(0, 1).mul_(chroma).add_(low) for c in channels], dim=1)
+    hue.div_(chroma.clamp(min=1e-8)).add_(6 * shift[:, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
+    # Green is at 2 and blue at 4: what they lack is their distance - 1. Red is at 0 and 6, so that it has its distance from 3, - 1.
+    for channel, place, start, sign in ((r, 3, low, 1), (g, 2, high, -1), (b, 4, high, -1)):
+        torch.sub(hue, place, out=channel).abs_().sub_(1).clamp_(0, 1)
+        torch.addcmul(start, channel, chroma, value=sign, out=channel)
 
 
 def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
@@ -201,22 +211,33 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
 
     Three of the four are one form, f * image + (1 - f) * grey, with grey = 0, the mean luma or the luma. So three slots
     of that form before the hue and three after it, filled or left at f = 1, hold every order with a single turn of hue.
+    Where an operation `picks`, the images are sorted by the hue's place, and a slot has those that fill it.
     """
     place = order.argsort(dim=1)  # (B, 4) of each operation in its image's order
-    slots = place[:, :3].argsort(dim=1)  # (B, 3) the blends, first to last
-    late = place.gather(1, slots) > place[:, 3:]  # (B, 3) behind the hue
-    factors = factors.gather(1, slots)
-    images = images.clone()
-    for when in (False, True):
-        f = torch.where(late == when, factors, 1.0)  # (B, 3)
-        mean_luma, luma = (1 - f) * (slots == 1), (1 - f) * (slots == 2)
-        for own, of_mean, of_luma in zip(*(x[:, :, None, None, None].unbind(dim=1) for x in (f, mean_luma, luma))):
-            grey = grayscale(images)
-            grey = (of_luma * grey).add_(of_mean * grey.mean(dim=(2, 3), keepdim=True))
-            images.mul_(own).add_(grey).clamp_(0, 1)
-        if not when:
-            images = shift_hue(images, hue)
-    return images
+    if picks(images):
+        at_rest = (factors == 1).all(dim=1) & (hue == 0)
+        early = place[:, 3].masked_fill(at_rest, 4)  # the number of blends before the hue; those at rest come last
+        by_hue = early.argsort()
+        none, one, two, end, _ = torch.bincount(early, minlength=5).cumsum(dim=0).tolist()
+        parts = [slice(none, end), slice(one, end), slice(two, end), slice(end), slice(none), slice(one), slice(two)]
+        images, factors, hue, place = (v[by_hue] for v in (images, factors, hue, place))
+    else:
+        by_hue, parts, images = None, [slice(None)] * 7, images.clone()
+    blends = place[:, :3].argsort(dim=1)  # (B, 3) first to last
+    factors = factors.gather(1, blends)
+    late = place.gather(1, blends) > place[:, 3:]  # (B, 3) behind the hue
+    for slot, part in enumerate(parts):  # three blends, the hue, three blends
+        own = images[part]
+        if slot == 3:
+            shift_hue(own, hue[part])
+            continue
+        k = slot % 4  # 0 to 2 in either half
+        f = factors[part, k].masked_fill(late[part, k] != (slot > 3), 1.0)
+        f, blend = (v.view(-1, 1, 1, 1) for v in (f, blends[part, k]))
+        grey = grayscale(own)
+        grey = ((1 - f) * (blend == 2) * grey).add_((1 - f) * (blend == 1) * grey.mean(dim=(2, 3), keepdim=True))
+        own.mul_(f).add_(grey).clamp_(0, 1)
+    return images if by_hue is None else images[by_hue.argsort()]
 
 
 def blur_matrix(sigma: Tensor, size: int, reach: int = 4) -> Tensor:
@@ -251,11 +272,8 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def where_chosen(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """operation(images, *values) of the images that are `chosen` (B,), the others as they are.
-
-    A GPU works on all of them, or it would have to wait until their number is known; a CPU on the chosen ones, in place.
-    """
-    if images.device.type != "cpu":
+    """operation(images, *values) of the images that are `chosen` (B,), the others as they are; in place if it `picks`."""
+    if not picks(images):
         return torch.where(chosen.view(-1, 1, 1, 1), operation(images, *values), images)
     which = chosen.nonzero().flatten()
     images[which] = operation(images[which], *(v[which] for v in values))

@@ -84,14 +84,17 @@ def test_resized_crop_is_differentiable():
     torch.testing.assert_close(images.grad[0, 0], inside, atol=1e-5, rtol=0)
 
 
-def test_color_jitter_is_torchvisions_in_every_order(photos):
+@pytest.mark.parametrize("picks", [True, False])  # as on a CPU, as on a GPU
+def test_color_jitter_is_torchvisions_in_every_order(picks, photos, monkeypatch):
     from itertools import permutations
 
+    monkeypatch.setattr(augment, "picks", lambda images: picks)
     rng = torch.Generator().manual_seed(0)
     orders = torch.tensor(list(permutations(range(4))))
     images = augment.to_float(photos[torch.arange(len(orders)) % len(photos)])
     factors = 0.6 + 0.8 * torch.rand(len(orders), 3, generator=rng)
     hues = 0.2 * torch.rand(len(orders), generator=rng) - 0.1
+    factors[::7], hues[::7] = 1, 0  # some at rest
     ours = augment.color_jitter(images, factors, hues, orders)
     for image, factor, hue, order, view in zip(images, factors, hues, orders, ours):
         steps = [lambda x: TF.adjust_brightness(x, factor[0].item()), lambda x: TF.adjust_contrast(x, factor[1].item()),
@@ -104,8 +107,19 @@ def test_color_jitter_is_torchvisions_in_every_order(photos):
 def test_color_jitter_at_rest_changes_nothing(photos):
     images = augment.to_float(photos)
     n = len(images)
-    still = augment.color_jitter(images, torch.ones(n, 3), torch.zeros(n), torch.arange(4).expand(n, 4))
-    torch.testing.assert_close(still, images, atol=1e-6, rtol=0)
+    for turns in (0.0, 1.0):  # left out, and gone all through
+        still = augment.color_jitter(images, torch.ones(n, 3), torch.full((n,), turns), torch.arange(4).expand(n, 4))
+        torch.testing.assert_close(still, images, atol=2e-6, rtol=0)
+
+
+def test_views_are_the_same_whether_an_operation_picks_or_not(photos, monkeypatch):
+    sizes = torch.full((len(photos), 2), photos.shape[2])
+    views = []
+    for picks in (True, False):
+        monkeypatch.setattr(augment, "picks", lambda images: picks)
+        views += [augment.MultiCrop(32, 16, 2)(photos, sizes, augment.seeded_generator("cpu", 0))]
+    for one, other in zip(*views):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_grayscale_and_solarize_are_pillows(photos):
