@@ -36,10 +36,6 @@ PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
 PROBE_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]
 LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7]
 
-# Settings are chosen by trainings of so many steps at most, of an eighth of the batch at the same learning rates: the path of
-# whole batches, with more noise, at a fifth of the cost. tests/bench_probe.py measures what that saves and what it loses.
-CHOICE_STEPS = 1000
-
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=" ".join(__doc__.split("\n\n")[2].split()),
@@ -144,7 +140,7 @@ def protocol(args: argparse.Namespace) -> str:
     if len(args.lr) * len(args.weight_decay) > 1:
         settings += f", chosen by squared error of probabilities on {args.val_fraction:g} of the training labels in use"
         settings += ", then fitted to all of them" if args.solver == "lbfgs" else (
-            f" after {CHOICE_STEPS} steps at most, of an eighth of the batch; then fitted to all of them")  # fmt: skip
+            " after a training on a sixteenth of the batch; then fitted to all of them")  # fmt: skip
     return f"linear classifier on {views}, half-whitened by all training images: {solver}; {settings}"
 
 
@@ -188,7 +184,8 @@ def fit(args: argparse.Namespace, subject: Subject | None, frozen: Frozen, place
         settings: list[tuple[float, float]], seed: int, choosing: bool = False) -> Tensor:  # fmt: skip
     """Classifiers of all `settings` on the training images at `places`: weights (D + 1, G, C) for the scaler's (N, D + 1).
 
-    Those that are there for `choosing` one of them are trained cheaply, see `CHOICE_STEPS`.
+    Those that are there for `choosing` one of them are trained on a sixteenth of the batch, in as many steps at the same
+    learning rates: the path of whole batches, with more noise. tests/bench_probe.py has what that saves and what it loses.
     """
     if args.solver == "lbfgs":
         x, y = frozen.inputs[places], frozen.labels[places]
@@ -198,7 +195,7 @@ def fit(args: argparse.Namespace, subject: Subject | None, frozen: Frozen, place
     rates = [(lr * size * world / 256, decay) for lr, decay in settings]
     steps = args.epochs * (len(places) // (size * world))
     if choosing:
-        size, steps = math.ceil(size / 8), min(steps, CHOICE_STEPS)
+        size = math.ceil(size / 16)
     if not args.augment:
         return probe.train_probes(frozen.inputs[places], frozen.labels[places], frozen.classes, rates, steps, size, seed)
     loader = training_batches(subject, places, size, steps, seed)

@@ -61,6 +61,8 @@ def main() -> None:
     args = eval_linear.get_parser().parse_args(["--from_features", asked.features])
     args.lr, args.weight_decay = eval_linear.PROBE_LR, eval_linear.PROBE_WEIGHT_DECAY
     title, train, _ = evaluate.load_features(asked.features)
+    if max(asked.labels) >= len(train.labels):
+        parser.error(f"--labels must leave some of the {len(train.labels)} images to measure on")
     scaler = probe.Scaler(train.features)
     frozen = eval_linear.Frozen(scaler, scaler(train.features), train.labels, int(train.labels.max()) + 1)
     rows = []

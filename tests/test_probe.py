@@ -100,13 +100,20 @@ def test_logistic_regression_reaches_the_optimum_and_sgd_its_accuracy():
     assert min(accuracies) > 0.5
 
 
-def test_brier_scores_equal_a_loop():
+def test_brier_scores_equal_a_loop_and_forgive_a_wrong_scale():
     (x, labels), generator = blobs(20), torch.Generator().manual_seed(0)
     weights = torch.randn(12, 3, 4, generator=generator)
-    for g, score in enumerate(probe.brier_scores(x, labels, weights)):
-        p = np.exp(x.double().numpy() @ weights[:, g].double().numpy())
-        p /= p.sum(axis=1, keepdims=True)
-        assert score == pytest.approx(sum(sum((p[i, c] - (labels[i] == c).item()) ** 2 for c in range(4)) for i in range(20)) / 20)
+    scores = probe.brier_scores(x, labels, weights)
+    for g, score in enumerate(scores):
+        at_scales = []
+        for scale in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
+            p = np.exp(scale * (x.double() @ weights[:, g].double()).numpy())
+            p /= p.sum(axis=1, keepdims=True)
+            at_scales.append(sum(sum((p[i, c] - (labels[i] == c).item()) ** 2 for c in range(4)) for i in range(20)) / 20)
+        assert score == pytest.approx(min(at_scales), rel=1e-5)
+    optimal = probe.logistic_regression(x, labels, 4, [1e-2])
+    scores = probe.brier_scores(x, labels, torch.cat([optimal, 16 * optimal, -optimal], dim=1))
+    assert scores[0] < 0.7 and scores[1] == pytest.approx(scores[0].item(), rel=0.05) and scores[2] >= 0.75
 
 
 def test_label_subsets_are_balanced_nested_and_of_the_labels_alone():
