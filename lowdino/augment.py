@@ -94,8 +94,9 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     if images.shape[2] != images.shape[3]:
         images = F.pad(images, (0, side - images.shape[3], 0, side - images.shape[2]))
     none = torch.zeros_like(top, dtype=torch.bool)
-    rows = interpolation_matrix(top, height, out_size, side, none if vertical_flip is None else vertical_flip)
-    columns = interpolation_matrix(left, width, out_size, side, none if flip is None else flip)
+    flips = torch.cat([none if axis is None else axis for axis in (vertical_flip, flip)])
+    start, length = boxes.T.flatten().chunk(2)  # of the rows, then of the columns
+    rows, columns = interpolation_matrix(start, length, out_size, side, flips).chunk(2)
     views = separable(images, rows, columns)
 
     def sideways(_: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
