@@ -84,9 +84,9 @@ SMALL = ["--arch", "mobilevit_xxs", "--batch_size_per_gpu", 8, "--epochs", 2, "-
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--objective", "kd"], None),
+    pytest.param(["--objective", "kd"], None, marks=pytest.mark.slow),
     (["--objective", "kd", "--match", "pool", "--local_crops_number", 1], None),
-    (["--objective", "mvmr", "kd", "--projector", 32, 16, "--local_crops_number", 1], None),
+    pytest.param(["--objective", "mvmr", "kd", "--projector", 32, 16, "--local_crops_number", 1], None, marks=pytest.mark.slow),
     (["--objective", "kd", "simkd", "similarity", "--objective_weight", 1, 2, 0.5, "--teacher_head", "train", "--alpha", 0.5],
      "on the student's through simkd's projector"),
 ])  # fmt: skip
