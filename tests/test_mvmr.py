@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import lowdino
 import train
+from conftest import losses_on_a_batch
 from lowdino import data, descriptors, distributed
 from lowdino.losses import DistanceCorrelation, MVMRLoss
 
@@ -165,13 +166,7 @@ def test_it_is_learned_on_a_batch():
     method = train.MVMR(args, distributed.Ranks(0, 1, torch.device("cpu")), source, 12)
     batch = source.pretrain.__getitems__(list(range(16)))
     views = [images[:, :, :32, :32] / 128.0 - 1, images[:, :, 32:, 32:] / 128.0 - 1]
-    optimizer, losses = torch.optim.Adam(method.network.parameters(), lr=2e-3), []
-    for step in range(12):
-        loss, _ = method.objective(method.network, views, batch, step, False)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_on_a_batch(method, views, batch)
     assert losses[-1] < 0.8 * losses[0], losses
 
 
