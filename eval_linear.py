@@ -154,11 +154,12 @@ class Frozen:
     classes: int
 
 
-def batch_size(args: argparse.Namespace, places: Tensor, world: int) -> int:
-    """Images a rank and step."""
+def size_and_steps(args: argparse.Namespace, places: Tensor, world: int) -> tuple[int, int]:
+    """Images a rank and step, and steps, of --epochs on the training images at `places`."""
     if len(places) < world:
         raise ValueError(f"{len(places)} labelled images are fewer than the {world} ranks; start fewer")
-    return min(args.batch_size_per_gpu, len(places) // world)
+    size = min(args.batch_size_per_gpu, len(places) // world)
+    return size, args.epochs * (len(places) // (size * world))
 
 
 def training_batches(subject: Subject, places: Tensor, size: int, steps: int, seed: int) -> torch.utils.data.DataLoader:
@@ -191,9 +192,8 @@ def fit(args: argparse.Namespace, subject: Subject | None, frozen: Frozen, place
         x, y = frozen.inputs[places], frozen.labels[places]
         return probe.logistic_regression(x, y, frozen.classes, [decay for _, decay in settings])
     world = subject.ranks.world if args.augment else 1  # on features at hand every rank trains the whole
-    size = batch_size(args, places, world)
+    size, steps = size_and_steps(args, places, world)
     rates = [(lr * size * world / 256, decay) for lr, decay in settings]
-    steps = args.epochs * (len(places) // (size * world))
     if choosing:
         size = math.ceil(size / 16)
     if not args.augment:
@@ -245,10 +245,9 @@ def finetuned(args: argparse.Namespace, subject: Subject, name: str, places: Ten
     network = distributed.on_device(nn.Sequential(backbone, head), ranks)
     optimizer = torch.optim.AdamW(optim.layerwise_groups(*network, args.layer_decay), lr=0.0,
                                   weight_decay=args.weight_decay[0])  # fmt: skip
-    size = batch_size(args, places, ranks.world)
+    size, steps = size_and_steps(args, places, ranks.world)
     if size == 1:
         raise ValueError("batch norm needs two images a rank or more: give a larger --batch_size_per_gpu, or more labels")
-    steps = args.epochs * (len(places) // (size * ranks.world))
     loader = training_batches(subject, places, size, steps, seed)
     model = distributed.data_parallel(network, ranks.device).train()
     for step, batch in enumerate(loader):

@@ -122,10 +122,14 @@ def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     On a few hundred held-out images it tells settings apart with less noise than the share of right answers does (Brier,
     1950). Each classifier is scored at the best of nine temperatures, for one may be right more often and too sure of it.
     """
-    logits = torch.einsum("nd,dgc->gnc", x, weights)
-    target = F.one_hot(labels, weights.shape[2])
-    scores = [(scale * logits).softmax(dim=2).sub_(target).square().sum(dim=2).mean(dim=1) for scale in 2.0 ** torch.arange(-5, 4)]
-    return torch.stack(scores).amin(dim=0)
+    scales = [2.0**i for i in range(-5, 4)]
+    totals = torch.zeros(len(scales), weights.shape[1], device=x.device)
+    for rows, own in zip(x.split(1000), labels.split(1000)):  # or with many classes the logits of all would fill the memory
+        logits = torch.einsum("nd,dgc->gnc", rows, weights)
+        target = F.one_hot(own, weights.shape[2])
+        for total, scale in zip(totals, scales):
+            total += (scale * logits).softmax(dim=2).sub_(target).square_().sum(dim=(1, 2))
+    return totals.amin(dim=0) / len(x)
 
 
 def shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:

@@ -144,7 +144,7 @@ def draw_pictures(top):
 
 
 def losses_on_a_batch(method, views, batch):
-    """Of twelve steps of Adam, whose objective draws nothing new."""
+    """The losses of twelve steps of Adam on one batch and its views."""
     optimizer, losses = torch.optim.Adam(method.network.parameters(), lr=2e-3), []
     for step in range(12):
         loss, _ = method.objective(method.network, views, batch, step, False)
