@@ -560,7 +560,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
     multicrop = augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number,
                                   args.global_crops_scale, args.local_crops_scale, args.vertical_flip,
-                                  blur_sigma=(0.1, max(2 * args.global_crops_size / 224, 0.1))).to(device)  # fmt: skip
+                                  blur_sigma=(0.1, 2 * args.global_crops_size / 224)).to(device)  # fmt: skip
 
     # All that has a state. The loss is summed between log lines, on each rank.
     parts = method.parts | {"optimizer": optimizer, "scaler": scaler}

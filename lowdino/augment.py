@@ -299,7 +299,7 @@ class MultiCrop(nn.Module):
         vertical_flip: probability of flipping top-bottom, LowDINO's; left-right is always 0.5.
         jitter: strengths of brightness, contrast, saturation and hue, applied with probability 0.8.
         blur: probability for the first global view, the second, the local ones.
-        blur_sigma: range of the blur's standard deviation in pixels.
+        blur_sigma: range of the blur's standard deviation in pixels; one that ends at 0.3 or less is left out.
         solarize: probability for the second global view.
         mean, std: of the normalisation, by channel.
     """
@@ -349,7 +349,8 @@ class MultiCrop(nn.Module):
         amounts = uniform(N, 4, low=-1.0) * self.jitter * chance(0.8)[:, None]
         x = color_jitter(x, 1 + amounts[:, :3], amounts[:, 3], order=uniform(N, 4).argsort(dim=1))
         x = where_chosen(chance(0.2), x, lambda x: grayscale(x).expand(-1, 3, -1, -1))
-        x = where_chosen(chance(*blur), x, gaussian_blur, uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1]))
+        if self.blur_sigma[1] > 0.3:  # below, a neighbouring pixel's share is less than 0.4 %
+            x = where_chosen(chance(*blur), x, gaussian_blur, uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1]))
         if any(solar):
             x = where_chosen(chance(*solar), x, solarize)
         return normalize(x, self.mean, self.std).chunk(views)

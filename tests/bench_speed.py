@@ -9,6 +9,7 @@ as large above; nothing here decodes files.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import Pool
+from multiprocessing import Pool, get_context
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
     method = train.SelfDistillation(args, distributed.Ranks(0, 1, device), source, args.epochs * 100)
     model, parameters = method.network.train(), list(method.network.parameters())
     optimizer = train.build_optimizer(args, model, device)
-    crop = augment.MultiCrop(size, 32, local, args.global_crops_scale).to(device)
+    crop = augment.MultiCrop(size, 32, local, args.global_crops_scale, blur_sigma=(0.1, 2 * size / 224)).to(device)
     generator, state = torch.Generator(device).manual_seed(0), {}
     drawn = source.pretrain.__getitems__(list(range(batch)))
 
@@ -138,31 +139,66 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
                      their_backward=objective_backward, clip_and_step=clip_and_step, ema=lambda: method.after_step(0))  # fmt: skip
     floor = parts["teacher"] + parts["forward"] + parts["backward"]
     whole = sum(parts[name] for name in ("views", "teacher_student_losses", "their_backward", "clip_and_step", "ema"))
-    return {"arch": arch, "size": size, "batch": batch, "local_views": local, "floor_images_per_s": batch / floor, "step_images_per_s": batch / whole,
+    return {"arch": arch, "size": size, "batch": batch, "local_views": local, "step_images_per_s": batch / whole,
             "step_over_floor": floor / whole, **{f"{name}_ms": 1e3 * value for name, value in parts.items()}}  # fmt: skip
 
 
-def measure_train(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device, ranks: int = 1) -> dict:
-    """Images/s of train.py itself, by its own log, the first tenth left out; its share of time spent on waiting; its peak memory.
+def training_flags(arch: str, size: int, batch: int, epochs: int, folder: Path, device: torch.device) -> list[str]:
+    return ["--preset", "small", "--arch", arch, "--global_crops_size", str(size), "--batch_size_per_gpu", str(batch), "--epochs", str(epochs),
+            "--warmup_epochs", "0", "--knn_freq", "0", "--saveckp_freq", "0", "--device", device.type, "--output_dir", str(folder)]  # fmt: skip
 
-    Several ranks share the batch and, on a CPU, the cores.
+
+def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, device: torch.device) -> dict:
+    """Images/s of train.py's own loop, and of the bare passes that it is stopped for at every fifth step: one machine for both.
+
+    With the share of time that it waits for data, and its peak memory; to be called in a process of its own.
     """
-    epochs = max(steps * batch // data.DEMO_TRAIN, 1)
-    folder = output / f"{arch}_{size}_{ranks}_{time.time_ns()}"
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    subprocess.run([*launcher, str(ROOT / "train.py"), "--preset", "small", "--arch", arch, "--global_crops_size", str(size),
-                    "--batch_size_per_gpu", str(batch // ranks), "--epochs", str(epochs), "--warmup_epochs", "0", "--knn_freq", "0",
-                    "--saveckp_freq", "0", "--device", device.type, "--output_dir", str(folder)], check=True, stdout=subprocess.DEVNULL,
-                   env=os.environ | {"OMP_NUM_THREADS": str(max(data.cores() // ranks, 1))})  # fmt: skip
+    blocks = []  # seconds of five bare passes, and of the five steps behind them
+
+    class Interrupted(train.SelfDistillation):
+        def objective(self, model, views, batch, step, logging):
+            def bare_passes():
+                for _ in range(5):
+                    with torch.no_grad():
+                        self.teacher(views[:2])
+                    loss = sum(out.float().mean() for out in model(views))
+                    model.zero_grad(set_to_none=True)
+                    with torch.autocast(device.type, enabled=False):
+                        loss.backward()
+
+            if step % 5 == 0:
+                if step:
+                    blocks[-1].append(time.perf_counter() - self.began + seconds(device, lambda: None))
+                blocks.append([seconds(device, bare_passes)])
+                self.began = time.perf_counter()
+            return super().objective(model, views, batch, step, logging)
+
+    flags = training_flags(arch, size, batch, max(steps * batch // data.DEMO_TRAIN, 1), folder, device)
+    args, ranks = train.parse(train.get_parser(), flags), distributed.Ranks(0, 1, device)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        train.train(args, ranks, train.settle(args, ranks), Interrupted)
     records = [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "images_per_s" in r]
-    records = records[len(records) // 10 + 1 :]
-    return {"train_images_per_s": statistics.median(r["images_per_s"] for r in records),
+    pairs = [((bare + bare_after) / 2, trained) for (bare, trained), (bare_after, *_) in zip(blocks[1:], blocks[2:])]
+    bare, trained = (statistics.median(times) for times in zip(*pairs))
+    return {"floor_images_per_s": 5 * batch / bare, "train_images_per_s": 5 * batch / trained,
+            "train_over_floor": statistics.median(bare / trained for bare, trained in pairs),
             "data_wait": statistics.median(r["data_wait"] for r in records), "memory_mb": records[-1]["memory_mb"]}  # fmt: skip
 
 
 def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device) -> dict:
-    """Two ranks against one process, with one batch between them, in turns."""
-    runs = [measure_train(arch, size, batch, steps, output, device, ranks)["train_images_per_s"] for ranks in (1, 2, 1, 2, 1)]
+    """Two ranks against one process, with one batch and, on a CPU, the cores between them, in turns; by train.py's own log."""
+
+    def images_per_s(ranks: int) -> float:
+        folder = output / f"{arch}_{size}_{ranks}_{time.time_ns()}"
+        launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        flags = training_flags(arch, size, batch // ranks, max(steps * batch // data.DEMO_TRAIN, 1), folder, device)
+        subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL,
+                       env=os.environ | {"OMP_NUM_THREADS": str(max(data.cores() // ranks, 1))})  # fmt: skip
+        rates = [json.loads(line).get("images_per_s") for line in (folder / "log.jsonl").read_text().splitlines()]
+        rates = [rate for rate in rates if rate]
+        return statistics.median(rates[len(rates) // 10 + 1 :])
+
+    runs = [images_per_s(ranks) for ranks in (1, 2, 1, 2, 1)]
     one, two = statistics.median(runs[0::2]), statistics.mean(runs[1::2])
     return {"arch": arch, "size": size, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}
 
@@ -234,11 +270,9 @@ def measure_networks(args: argparse.Namespace, device: torch.device, output: Pat
     """Everything but the views, printed and added to `found`."""
     for arch in args.archs:
         for size in args.sizes:
-            rows = []
-            for _ in range(3):
-                rows.append(measure_step(arch, size, args.batch, args.repeats, device) | measure_train(arch, size, args.batch, args.steps, output, device))
-            row = {name: statistics.median(r[name] for r in rows) if isinstance(value, float) else value for name, value in rows[0].items()}
-            row["train_over_floor"] = row["train_images_per_s"] / row["floor_images_per_s"]
+            row = measure_step(arch, size, args.batch, args.repeats, device)
+            with get_context("spawn").Pool(1) as process:  # of its own, for the peak of its memory
+                row |= process.apply(measure_train, (arch, size, args.batch, args.steps, output / f"{arch}_{size}_{time.time_ns()}", device))
             found["steps"].append(row)
             print(json.dumps(row), flush=True)
     names = ["views", "teacher", "forward", "backward", "teacher_student_losses", "their_backward", "clip_and_step", "ema"]
