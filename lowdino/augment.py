@@ -125,7 +125,7 @@ def resized_crop_one_by_one(images: Tensor, boxes: Tensor, out_size: int, transp
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 in 0..255 to float32 in [0, 1]; floats pass."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def random_boxes(sizes: Tensor, scale: tuple[float, float], generator: torch.Generator,
@@ -236,7 +236,8 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
         f = factors[part, k].masked_fill(late[part, k] != (slot > 3), 1.0)
         f, blend = (v.view(-1, 1, 1, 1) for v in (f, blends[part, k]))
         grey = grayscale(own)
-        grey = ((1 - f) * (blend == 2) * grey).add_((1 - f) * (blend == 1) * grey.mean(dim=(2, 3), keepdim=True))
+        mean = grey.mean(dim=(2, 3), keepdim=True)
+        grey.mul_((1 - f) * (blend == 2)).add_((1 - f) * (blend == 1) * mean)
         own.mul_(f).add_(grey).clamp_(0, 1)
     return images if by_hue is None else images.index_select(0, by_hue.argsort())
 
