@@ -338,6 +338,12 @@ def build_backbone(args: argparse.Namespace) -> nn.Module:
     return backbone
 
 
+def build_views(args: argparse.Namespace) -> augment.MultiCrop:
+    # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
+    return augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number, args.global_crops_scale,
+                             args.local_crops_scale, args.vertical_flip, blur_sigma=(0.1, 2 * args.global_crops_size / 224))  # fmt: skip
+
+
 def build_optimizer(args: argparse.Namespace, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     groups = optim.parameter_groups(student)
     if args.optimizer == "adamw":
@@ -557,10 +563,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     parameters = [p for p in method.network.parameters() if p.requires_grad]
     optimizer = build_optimizer(args, method.network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    # DINO blurs by up to 2 pixels at 224; smaller views get less in proportion, or the blur would erase them.
-    multicrop = augment.MultiCrop(args.global_crops_size, args.local_crops_size, args.local_crops_number,
-                                  args.global_crops_scale, args.local_crops_scale, args.vertical_flip,
-                                  blur_sigma=(0.1, 2 * args.global_crops_size / 224)).to(device)  # fmt: skip
+    multicrop = build_views(args).to(device)
 
     # All that has a state. The loss is summed between log lines, on each rank.
     parts = method.parts | {"optimizer": optimizer, "scaler": scaler}

@@ -99,7 +99,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
     method = train.SelfDistillation(args, distributed.Ranks(0, 1, device), source, args.epochs * 100)
     model, parameters = method.network.train(), list(method.network.parameters())
     optimizer = train.build_optimizer(args, model, device)
-    crop = augment.MultiCrop(size, 32, local, args.global_crops_scale, blur_sigma=(0.1, 2 * size / 224)).to(device)
+    crop = train.build_views(args).to(device)
     generator, state = torch.Generator(device).manual_seed(0), {}
     drawn = source.pretrain.__getitems__(list(range(batch)))
 
@@ -143,22 +143,32 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
             "step_over_floor": floor / whole, **{f"{name}_ms": 1e3 * value for name, value in parts.items()}}  # fmt: skip
 
 
-def training_flags(arch: str, size: int, batch: int, epochs: int, folder: Path, device: torch.device) -> list[str]:
-    return ["--preset", "small", "--arch", arch, "--global_crops_size", str(size), "--batch_size_per_gpu", str(batch), "--epochs", str(epochs),
+BLOCK = 5  # steps of train.py between two stops for as many bare passes
+
+
+def training_flags(arch: str, size: int, batch: int, steps: int, folder: Path, device: torch.device, ranks: int = 1) -> list[str]:
+    """Flags for train.py, about `steps` of it, in whole epochs; the ranks share the batch."""
+    epochs = max(steps * batch // data.DEMO_TRAIN, 1)
+    return ["--preset", "small", "--arch", arch, "--global_crops_size", str(size), "--batch_size_per_gpu", str(batch // ranks), "--epochs", str(epochs),
             "--warmup_epochs", "0", "--knn_freq", "0", "--saveckp_freq", "0", "--device", device.type, "--output_dir", str(folder)]  # fmt: skip
 
 
+def logged(folder: Path) -> list[dict]:
+    """What a training logged of its steps."""
+    return [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "images_per_s" in r]
+
+
 def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, device: torch.device) -> dict:
-    """Images/s of train.py's own loop, and of the bare passes that it is stopped for at every fifth step: one machine for both.
+    """Images/s of train.py's own loop, and of the bare passes that it is stopped for between blocks of steps: one machine for both.
 
     With the share of time that it waits for data, and its peak memory; to be called in a process of its own.
     """
-    blocks = []  # seconds of five bare passes, and of the five steps behind them
+    blocks = []  # seconds of a block of bare passes, and of the steps behind them
 
     class Interrupted(train.SelfDistillation):
         def objective(self, model, views, batch, step, logging):
             def bare_passes():
-                for _ in range(5):
+                for _ in range(BLOCK):
                     with torch.no_grad():
                         self.teacher(views[:2])
                     loss = sum(out.float().mean() for out in model(views))
@@ -166,21 +176,21 @@ def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, de
                     with torch.autocast(device.type, enabled=False):
                         loss.backward()
 
-            if step % 5 == 0:
+            if step % BLOCK == 0:
                 if step:
                     blocks[-1].append(time.perf_counter() - self.began + seconds(device, lambda: None))
                 blocks.append([seconds(device, bare_passes)])
                 self.began = time.perf_counter()
             return super().objective(model, views, batch, step, logging)
 
-    flags = training_flags(arch, size, batch, max(steps * batch // data.DEMO_TRAIN, 1), folder, device)
+    flags = training_flags(arch, size, batch, steps, folder, device)
     args, ranks = train.parse(train.get_parser(), flags), distributed.Ranks(0, 1, device)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         train.train(args, ranks, train.settle(args, ranks), Interrupted)
-    records = [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "images_per_s" in r]
+    records = logged(folder)
     pairs = [((bare + bare_after) / 2, trained) for (bare, trained), (bare_after, *_) in zip(blocks[1:], blocks[2:])]
     bare, trained = (statistics.median(times) for times in zip(*pairs))
-    return {"floor_images_per_s": 5 * batch / bare, "train_images_per_s": 5 * batch / trained,
+    return {"floor_images_per_s": BLOCK * batch / bare, "train_images_per_s": BLOCK * batch / trained,
             "train_over_floor": statistics.median(bare / trained for bare, trained in pairs),
             "data_wait": statistics.median(r["data_wait"] for r in records), "memory_mb": records[-1]["memory_mb"]}  # fmt: skip
 
@@ -191,11 +201,10 @@ def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, de
     def images_per_s(ranks: int) -> float:
         folder = output / f"{arch}_{size}_{ranks}_{time.time_ns()}"
         launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        flags = training_flags(arch, size, batch // ranks, max(steps * batch // data.DEMO_TRAIN, 1), folder, device)
+        flags = training_flags(arch, size, batch, steps, folder, device, ranks)
         subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": str(max(data.cores() // ranks, 1))})  # fmt: skip
-        rates = [json.loads(line).get("images_per_s") for line in (folder / "log.jsonl").read_text().splitlines()]
-        rates = [rate for rate in rates if rate]
+        rates = [r["images_per_s"] for r in logged(folder)]
         return statistics.median(rates[len(rates) // 10 + 1 :])
 
     runs = [images_per_s(ranks) for ranks in (1, 2, 1, 2, 1)]
