@@ -1,9 +1,9 @@
 """Multi-crop augmentation of whole uint8 batches, on whatever device they are on.
 
-A crop, an antialiased resize and a flip are one linear map along each axis, so all of it is two batched matrix products
-with matrices of each image's own: exact to Pillow's BICUBIC within its rounding, differentiable, and the same code on
-CPU, CUDA and MPS, but for large views of uint8 images on a CPU, which torch's resize makes. Blur is two more products.
-Colour operations are arithmetic, without a comparison an element, which a CPU is slow at. The data loader only decodes.
+A crop, an antialiased resize and a flip are one linear map along each axis, of few taps and of each image's own: exact to
+Pillow's BICUBIC within its rounding, and differentiable. A GPU takes it as two batched matrix products, a CPU as weighted
+sums of rows, and leaves large views of uint8 images to torch's resize. Blur is such a map too. Colour operations are
+arithmetic, without a comparison an element, which a CPU is slow at. The data loader only decodes.
 
 Images are (B, 3, H, W) with values in [0, 1] unless said otherwise; every parameter is a tensor of one value an image.
 """
@@ -31,14 +31,14 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def interpolation_matrix(start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor) -> Tensor:
-    """Rows that read `length` pixels from `start` and resample them to `out_size`: (B,) x 2 -> (B, out_size, in_size).
+def interpolation(start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor) -> tuple[Tensor, Tensor]:
+    """How to read `length` pixels from `start` and resample them to `out_size`: (B,) x 2 -> places and weights, (B, out_size, taps).
 
     Cubic kernel with a = -0.5 (Keys, 1981), widened by the scale where it shrinks (antialiasing) and cut at the crop's
-    edges: Pillow's definition. Where `flip`, the rows come in reverse order.
+    edges: Pillow's definition. Where `flip`, what comes out is in reverse order.
 
     Keys' two cubics at distance x are one sum, v * v * (v - 1) / 2 + u * u * (1 - 2 * u), of v = max(2 - x, 0) and
-    u = max(1 - x, 0).
+    u = max(1 - x, 0); here it is twice that, for the weights are divided by their sum.
     """
     support = 2 * max(1, in_size / out_size)  # at most, in pixels
     taps = torch.arange(2 * math.ceil(support), device=start.device)
@@ -47,38 +47,55 @@ def interpolation_matrix(start: Tensor, length: Tensor, out_size: int, in_size: 
     start, length = start.float()[:, None, None], length.float()[:, None, None]  # (B, 1, 1)
     scale = length / out_size
     centre = start + out[:, :, None] * scale  # (B, out, 1)
-    pixel = (centre - 0.5 * len(taps)).round() + taps  # (B, out, taps), those whose middle is within the support
-    x = (pixel + 0.5 - centre).abs_() / scale.clamp(min=1)
-    v = (2 - x).clamp_(min=0)
+    first = (centre - 0.5 * len(taps)).round()
+    v = (first + 0.5 - centre + taps).abs_().mul_(-1 / scale.clamp(min=1)).add_(2).clamp_(min=0)  # (B, out, taps)
     u = (v - 1).clamp_(min=0)
-    weight = (v * v * (v - 1) / 2 + u * u * (1 - 2 * u)) * ((pixel >= start) & (pixel < start + length))
-    weight = weight / weight.sum(dim=2, keepdim=True)
-    matrix = weight.new_zeros(len(weight), out_size, in_size)
-    return matrix.scatter_add_(2, pixel.long().clamp_(0, in_size - 1), weight)  # beyond the edges weights are 0
+    weights = (v - 1).mul_(v).mul_(v).addcmul_(u * u, 2 - 4 * u)
+    places = first + taps
+    weights *= (places >= start) & (places < start + length)
+    weights /= weights.sum(dim=2, keepdim=True)
+    return places.long().clamp_(0, in_size - 1), weights  # beyond the edges weights are 0
 
 
-def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a matrix along each axis, columns first: (B, C, H, W), (B, h, H), (B, w, W) -> (B, C, h, w).
+def resample(x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of rows: (B, L, K), places and weights (B, N, taps) -> (B, N, K).
 
-    The result of either pass is clipped to [0, 1], as Pillow does.
+    By a matrix that is mostly zeros, or, where an operation `picks`, by torch's fused look-up and sum of embeddings.
+    """
+    B, L, K = x.shape
+    if picks(x):
+        rows = places + L * torch.arange(B)[:, None, None]
+        sums = F.embedding_bag(rows.flatten(0, 1), x.reshape(B * L, K), per_sample_weights=weights.flatten(0, 1), mode="sum")
+        return sums.view(B, -1, K)
+    return torch.bmm(weights.new_zeros(B, places.shape[1], L).scatter_add_(2, places, weights), x)
+
+
+def separable(images: Tensor, *axes: Tensor) -> Tensor:
+    """Resample along each axis, columns first: (B, C, H, W) -> (B, C, h, w).
+
+    `axes` are places and weights (B, h, taps) of the rows, and those (B, w, taps) of the columns. The result of either
+    pass is clipped to [0, 1], as Pillow does.
     """
     B, C, H, W = images.shape
-    images = torch.bmm(images.reshape(B, C * H, W), columns.transpose(1, 2)).clamp_(0, 1)
-    return torch.matmul(rows[:, None], images.view(B, C, H, columns.shape[1])).clamp_(0, 1)
+    images = resample(images.permute(0, 3, 1, 2).flatten(2), *axes[2:]).clamp_(0, 1)  # (B, w, C * H)
+    images = images.view(B, -1, C, H).permute(0, 3, 2, 1).flatten(2)  # (B, H, C * w)
+    images = resample(images, *axes[:2]).clamp_(0, 1)  # (B, h, C * w)
+    return images.unflatten(2, (C, -1)).transpose(1, 2)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | None = None,
                  vertical_flip: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Crop a box from each image, resize it to a square with antialiased bicubic interpolation, perhaps flip it.
+    """Crop a box from each image, or several; resize it to a square with antialiased bicubic interpolation, perhaps flip it.
 
     Args:
         images: (B, 3, H, W), uint8, or float in [0, 1].
-        boxes: (B, 4) top, left, height, width in pixels, inside the image.
+        boxes: (N, 4) top, left, height, width in pixels, inside the image; N a multiple of B: one of each image, then
+            another of each, and so on.
         out_size: side of the result in pixels.
-        flip, vertical_flip: (B,) bool, mirror left-right and top-bottom; None for none.
+        flip, vertical_flip: (N,) bool, mirror left-right and top-bottom; None for none.
 
     Returns:
-        (B, 3, out_size, out_size) float32 in [0, 1].
+        (N, 3, out_size, out_size) float32 in [0, 1].
 
     Clipping between the two passes makes their order matter, by some levels at sharp edges. Pillow before version 13
     always resized along the width first; since then a box that loses more than twice as much in height as in width is
@@ -88,39 +105,41 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     lost_height, lost_width = height - out_size, width - out_size
     transposed = (lost_height > 0) & (lost_height > 2 * lost_width)
     if goes_one_by_one(images, out_size):
-        return resized_crop_one_by_one(images, boxes, out_size, transposed, flip, vertical_flip)
-    images = to_float(images)
+        crops = resized_crop_one_by_one(images, boxes, out_size, transposed)
+        for axis, mirrored in ((2, vertical_flip), (3, flip)):
+            if mirrored is not None:
+                crops = where_chosen(mirrored, crops, lambda crops: crops.flip(axis))
+        return to_float(crops)
+    images = to_float(images.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)  # columns first, as they are read
     side = max(images.shape[2:])
     if images.shape[2] != images.shape[3]:
         images = F.pad(images, (0, side - images.shape[3], 0, side - images.shape[2]))
     none = torch.zeros_like(top, dtype=torch.bool)
     flips = torch.cat([none if axis is None else axis for axis in (vertical_flip, flip)])
     start, length = boxes.T.flatten().chunk(2)  # of the rows, then of the columns
-    rows, columns = interpolation_matrix(start, length, out_size, side, flips).chunk(2)
-    views = separable(images, rows, columns)
+    places, weights = (v.chunk(2) for v in interpolation(start, length, out_size, side, flips))
 
-    def sideways(_: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return separable(images.transpose(2, 3), columns, rows).transpose(2, 3)
+    def sideways(_: Tensor, images: Tensor, *axes: Tensor) -> Tensor:
+        return separable(images.transpose(2, 3), *axes[2:], *axes[:2]).transpose(2, 3)
 
-    return where_chosen(transposed, views, sideways, images, rows, columns)
+    parts = zip(*(v.split(len(images)) for v in (transposed, places[0], weights[0], places[1], weights[1])))
+    return torch.cat([where_chosen(chosen, separable(images, *axes), sideways, images, *axes) for chosen, *axes in parts])
 
 
 def goes_one_by_one(images: Tensor, out_size: int) -> bool:
-    """Large views of uint8 on a CPU: the matrices would be large, and mostly zeros."""
-    return images.dtype == torch.uint8 and images.device.type == "cpu" and out_size >= 96
+    """Large views, or views of large images, of uint8 on a CPU, where torch's resize is faster; the limit is a measured one."""
+    return images.dtype == torch.uint8 and images.device.type == "cpu" and out_size + max(images.shape[2:]) > 192
 
 
-def resized_crop_one_by_one(images: Tensor, boxes: Tensor, out_size: int, transposed: Tensor, flip: Tensor | None,
-                            vertical_flip: Tensor | None) -> Tensor:  # fmt: skip
-    """`resized_crop` by torch's own resize of uint8."""
-    views = torch.empty(len(images), 3, out_size, out_size, dtype=torch.uint8)
-    for i, (top, left, height, width) in enumerate(boxes.int().tolist()):
-        crop = images[i : i + 1, :, top : top + height, left : left + width]
-        turn = 2, (3 if transposed[i] else 2)  # the resize goes along the width first
-        crop = F.interpolate(crop.transpose(*turn), (out_size, out_size), mode="bicubic", antialias=True).transpose(*turn)
-        mirrored = [axis for axis, mirror in ((2, vertical_flip), (3, flip)) if mirror is not None and mirror[i]]
-        views[i] = crop.flip(mirrored)[0]
-    return to_float(views)
+def resized_crop_one_by_one(images: Tensor, boxes: Tensor, out_size: int, transposed: Tensor) -> Tensor:
+    """`resized_crop` by torch's own resize of uint8, which goes along the width first; the result is uint8."""
+    crops = torch.empty(len(boxes), 3, out_size, out_size, dtype=torch.uint8)
+    for i, (top, left, height, width, turned) in enumerate(torch.column_stack([boxes, transposed]).int().tolist()):
+        crop, out = images[i % len(images), None, :, top : top + height, left : left + width], crops[i]
+        if turned:
+            crop, out = crop.transpose(2, 3), out.transpose(1, 2)
+        out.copy_(F.interpolate(crop, (out_size, out_size), mode="bicubic", antialias=True)[0])
+    return crops
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -169,11 +188,30 @@ def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
 
 
 def picks(images: Tensor) -> bool:
-    """Whether an operation on some of the images leaves the others out: on a CPU.
+    """Whether an operation on some of the images or pixels leaves the others out: on a CPU.
 
     A GPU works on all and throws away, for it would have to wait until the number of the chosen ones is known.
     """
     return images.device.type == "cpu"
+
+
+BLOCK = 2**23  # bytes of float views that a CPU works on together; measured at 32 to 224 pixels
+
+
+def blocks(images: Tensor, crops: int, size: int) -> list[tuple[slice, slice]]:
+    """Slices of the images (B, ...), and of their `crops`, a multiple of B, that are worked on together.
+
+    Crops of side `size` come one of each image, then another of each, and so on. On a CPU a slice is either part of the
+    images, once, or all of them, some times, and within BLOCK; on a GPU there is one.
+    """
+    B = len(images)
+    most = max(BLOCK // (12 * size * size), 1) if picks(images) else crops
+    if most >= B:
+        step = most // B * B
+        return [(slice(B), slice(start, min(start + step, crops))) for start in range(0, crops, step)]
+    step = -(-B // -(-B // most))  # parts of about one length
+    parts = [slice(start, min(start + step, B)) for start in range(0, B, step)]
+    return [(part, slice(first + part.start, first + part.stop)) for first in range(0, crops, B) for part in parts]
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -190,12 +228,15 @@ def shift_hue(images: Tensor, shift: Tensor) -> None:
     there is no table of six cases, and nothing to choose.
     """
     r, g, b = images.unbind(dim=1)  # (B, H, W)
-    low = torch.minimum(torch.minimum(r, g), b)  # much faster than amin over three channels
-    high = torch.maximum(torch.maximum(r, g), b)
+    low, high = torch.minimum(g, b), torch.maximum(g, b)
+    torch.minimum(low, r, out=low)  # in place, as much as can be: twice as fast as into new memory
+    torch.maximum(high, r, out=high)
     chroma = high - low
-    hue = torch.copysign((g + b).sub_(r).sub_(low).add_(chroma), g - b)
-    hue.div_(chroma.clamp(min=1e-8)).add_(6 * shift[:, None, None])
-    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
+    hue, side = g + b, g - b
+    hue.sub_(r).sub_(low).add_(chroma).copysign_(side)
+    torch.clamp(chroma, min=1e-8, out=side)
+    hue.div_(side).add_(6 * shift[:, None, None])
+    hue.sub_(torch.div(hue, 6, out=side).floor_(), alpha=6)  # in [0, 6)
     # Green is at 2 and blue at 4: what they lack is their distance - 1. Red is at 0 and 6, so that it has its distance from 3, - 1.
     for channel, place, start, sign in ((r, 3, low, 1), (g, 2, high, -1), (b, 4, high, -1)):
         torch.sub(hue, place, out=channel).abs_().sub_(1).clamp_(0, 1)
@@ -225,47 +266,39 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     else:
         by_hue, parts, images = None, [slice(None)] * 7, images.clone()
     blends = place[:, :3].argsort(dim=1)  # (B, 3) first to last
-    factors = factors.gather(1, blends)
     late = place.gather(1, blends) > place[:, 3:]  # (B, 3) behind the hue
+    share = 1 - factors.gather(1, blends)  # of grey
+    share = torch.cat([share.masked_fill(late, 0), share.masked_fill(~late, 0)], dim=1)  # (B, 6)
+    blends = blends.repeat(1, 2)
+    share, of_mean, of_luma = (v.T[:, :, None, None, None] for v in (share, blends == 1, blends == 2))
     for slot, part in enumerate(parts):  # three blends, the hue, three blends
         own = images[part]
         if slot == 3:
             shift_hue(own, hue[part])
             continue
-        k = slot % 4  # 0 to 2 in either half
-        f = factors[part, k].masked_fill(late[part, k] != (slot > 3), 1.0)
-        f, blend = (v.view(-1, 1, 1, 1) for v in (f, blends[part, k]))
+        k = slot - (slot > 3)
         grey = grayscale(own)
-        mean = grey.mean(dim=(2, 3), keepdim=True)
-        grey.mul_((1 - f) * (blend == 2)).add_((1 - f) * (blend == 1) * mean)
-        own.mul_(f).add_(grey).clamp_(0, 1)
+        mean = grey.mean(dim=(2, 3), keepdim=True).mul_(of_mean[k, part])
+        own.lerp_(grey.mul_(of_luma[k, part]).add_(mean), share[k, part]).clamp_(0, 1)
     return images if by_hue is None else images.index_select(0, by_hue.argsort())
 
 
-def blur_matrix(sigma: Tensor, size: int, reach: int = 4) -> Tensor:
-    """Gaussian of standard deviation `sigma` (B,) along an axis of `size` > `reach` pixels: (B, size, size).
+def gaussian_blur(images: Tensor, sigma: Tensor, reach: int = 4) -> Tensor:
+    """Blur each image with its own standard deviation `sigma` (B,) in pixels; 0 changes nothing.
 
-    torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as DINOv2 has it: sampled, cut, normalised, and
-    mirrored about the edge pixels. Output i takes its share of input j directly and through either mirror.
+    torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as DINOv2 has it: sampled, cut, normalised, and mirrored
+    about the edge pixels, of sides above `reach`.
     """
-    pixel = torch.arange(size, device=sigma.device)
-    i, j = pixel[:, None], pixel  # (size, 1), (size,)
-    distances = torch.arange(reach + 1, device=sigma.device)
-    decay = -0.5 / sigma.float().clamp(min=1e-4)[:, None] ** 2  # (B, 1); 0 becomes the identity
-    shares = torch.exp(decay * distances**2)  # (B, reach + 1)
-    shares = shares / (2 * shares.sum(dim=1, keepdim=True) - 1)  # at distance 0 it is 1
+    distance = torch.arange(-reach, reach + 1, device=sigma.device)
+    weights = torch.exp(-0.5 * (distance / sigma.float().clamp(min=1e-4)[:, None]) ** 2)  # (B, 9); 0 becomes the identity
+    weights = (weights / weights.sum(dim=1, keepdim=True))[:, None]
 
-    def at(distance: Tensor) -> Tensor:
-        return (distance == distances[:, None, None]).float()  # (reach + 1, size, size)
+    def along(size: int) -> tuple[Tensor, Tensor]:
+        places = torch.arange(size, device=sigma.device)[:, None] + distance
+        places = (size - 1) - ((size - 1) - places.abs()).abs()
+        return places.expand(len(sigma), -1, -1), weights.expand(-1, size, -1)
 
-    ways = at((i - j).abs()) + at(i + j) * (j > 0) + at(2 * (size - 1) - i - j) * (j < size - 1)
-    return (shares @ ways.flatten(1)).view(-1, size, size)
-
-
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image with its own standard deviation `sigma` (B,) in pixels; 0 changes nothing."""
-    rows, columns = blur_matrix(sigma, images.shape[2]), blur_matrix(sigma, images.shape[3])
-    return separable(images, rows, columns)
+    return separable(images, *along(images.shape[2]), *along(images.shape[3]))
 
 
 def solarize(images: Tensor) -> Tensor:
@@ -278,7 +311,8 @@ def where_chosen(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor
     if not picks(images):
         return torch.where(chosen.view(-1, 1, 1, 1), operation(images, *values), images)
     which = chosen.nonzero().flatten()
-    images[which] = operation(*(v.index_select(0, which) for v in (images, *values)))  # twice as fast as v[which]
+    if len(which):
+        images[which] = operation(*(v.index_select(0, which) for v in (images, *values)))  # twice as fast as v[which]
     return images
 
 
@@ -330,11 +364,9 @@ class MultiCrop(nn.Module):
 
     def draw(self, images: Tensor, sizes: Tensor, generator: torch.Generator, size: int, scale: tuple[float, float],
              blur: tuple[float, ...], solar: tuple[float, ...]) -> Sequence[Tensor]:  # fmt: skip
-        """The views of one size; the colours of all N of them, view by view, change in one go."""
+        """The views of one size, all N of them, view by view: first all that is drawn, then the work on the pixels."""
         device, views = images.device, len(blur)
         N = views * len(images)
-        if not goes_one_by_one(images, size):
-            images = to_float(images)
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
             return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
@@ -343,24 +375,31 @@ class MultiCrop(nn.Module):
             """(N,), from one probability for all views or one for each."""
             return torch.cat([u < p for u, p in zip(uniform(N).chunk(len(probabilities)), probabilities)])
 
-        boxes = random_boxes(sizes.repeat(views, 1), scale, generator).chunk(views)
-        flips, vertical_flips = chance(0.5).chunk(views), chance(self.vertical_flip).chunk(views)
-        x = torch.cat([resized_crop(images, boxes[i], size, flip=flips[i], vertical_flip=vertical_flips[i]) for i in range(views)])
-
+        boxes = random_boxes(sizes.repeat(views, 1), scale, generator)
+        flip, vertical_flip = chance(0.5), chance(self.vertical_flip)
         amounts = uniform(N, 4, low=-1.0) * self.jitter * chance(0.8)[:, None]
-        x = color_jitter(x, 1 + amounts[:, :3], amounts[:, 3], order=uniform(N, 4).argsort(dim=1))
-        x = where_chosen(chance(0.2), x, lambda x: grayscale(x).expand(-1, 3, -1, -1))
-        if self.blur_sigma[1] > 0.3:  # below, a neighbouring pixel's share is less than 0.4 %
-            x = where_chosen(chance(*blur), x, gaussian_blur, uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1]))
-        if any(solar):
-            x = where_chosen(chance(*solar), x, solarize)
-        return normalize(x, self.mean, self.std).chunk(views)
+        order, grey = uniform(N, 4).argsort(dim=1), chance(0.2)
+        blurs = self.blur_sigma[1] > 0.3  # below, a neighbouring pixel's share is less than 0.4 %
+        blurred, sigma = (chance(*blur), uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1])) if blurs else (None, None)
+        solarized = chance(*solar) if any(solar) else None
+
+        made = torch.empty(N, 3, size, size, device=device)
+        for part, whole in blocks(images, N, size):
+            x = resized_crop(images[part], boxes[whole], size, flip=flip[whole], vertical_flip=vertical_flip[whole])
+            x = color_jitter(x, 1 + amounts[whole, :3], amounts[whole, 3], order=order[whole])
+            x = where_chosen(grey[whole], x, lambda x: grayscale(x).expand(-1, 3, -1, -1))
+            if blurs:
+                x = where_chosen(blurred[whole], x, gaussian_blur, sigma[whole])
+            if any(solar):
+                x = where_chosen(solarized[whole], x, solarize)
+            normalize(x, self.mean, self.std, out=made[whole])
+        return made.chunk(views)
 
 
-def normalize(images: Tensor, mean: Tensor | tuple[float, ...], std: Tensor | tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: Tensor | tuple[float, ...], std: Tensor | tuple[float, ...], out: Tensor | None = None) -> Tensor:
     """(images - mean) / std by channel."""
     mean, std = (torch.as_tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (images - mean).div_(std)
+    return torch.sub(images, mean, out=out).div_(std)
 
 
 @torch.no_grad()

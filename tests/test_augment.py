@@ -122,6 +122,28 @@ def test_views_are_the_same_whether_an_operation_picks_or_not(photos, monkeypatc
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 9, 20])  # parts of the views, one view of all images, or two
+def test_views_are_the_same_in_blocks_of_any_size(at_once, photos, monkeypatch):
+    images, sizes = photos[:8], torch.full((8, 2), photos.shape[2])
+    whole = augment.MultiCrop(32, 16, 3)(images, sizes, augment.seeded_generator("cpu", 0))
+    monkeypatch.setattr(augment, "BLOCK", at_once * 12 * 16 * 16)
+    blocks = augment.blocks(images, 24, 16)
+    assert max(crops.stop - crops.start for _, crops in blocks) <= at_once < 24 and len(blocks) > 1
+    assert sorted(i for _, crops in blocks for i in range(24)[crops]) == list(range(24))
+    for one, other in zip(whole, augment.MultiCrop(32, 16, 3)(images, sizes, augment.seeded_generator("cpu", 0))):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("out_size", [32, 160])  # by weighted sums, and by torch's resize
+def test_several_crops_of_an_image_are_those_made_one_at_a_time(out_size, photos):
+    rng = np.random.default_rng(0)
+    boxes = torch.from_numpy(random_crops(3 * len(photos), 48, rng))
+    flips = torch.from_numpy(rng.random((2, len(boxes))) < 0.5)
+    together = augment.resized_crop(photos, boxes, out_size, *flips)
+    single = [augment.resized_crop(photos, *parts[:1], out_size, *parts[1:]) for parts in zip(*(v.split(len(photos)) for v in (boxes, *flips)))]
+    torch.testing.assert_close(together, torch.cat(single))
+
+
 def test_grayscale_and_solarize_are_pillows(photos):
     for image in photos:
         grey = np.asarray(to_pil(image).convert("L")).astype(np.float64)
