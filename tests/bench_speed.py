@@ -10,6 +10,7 @@ as large above; nothing here decodes files.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import Pool, get_context
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -56,37 +57,48 @@ def pictures(count: int, side: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(images, (side, side), mode="bilinear").round().to(torch.uint8)
 
 
-def pil_views(arguments: tuple[np.ndarray, int]) -> int:
-    """The global views of `augment.MultiCrop`, image by image by torchvision's transforms of PIL images, one thread."""
-    images, size = arguments
-    torch.set_num_threads(1)
+class PILViews(torch.utils.data.Dataset):
+    """The global views of `augment.MultiCrop`, image by image by torchvision's transforms of PIL images."""
 
-    def pipeline(blur: float, solarize: float) -> v2.Compose:
-        return v2.Compose([
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2),
-            v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=blur), v2.RandomSolarize(128, p=solarize),
-            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)])  # fmt: skip
+    def __init__(self, images: np.ndarray, size: int):
+        def pipeline(blur: float, solarize: float) -> v2.Compose:
+            return v2.Compose([
+                v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=blur), v2.RandomSolarize(128, p=solarize),
+                v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)])  # fmt: skip
 
-    pipelines = pipeline(1.0, 0.0), pipeline(0.1, 0.2)
-    return sum(p(Image.fromarray(image)).shape[0] for image in images for p in pipelines)
+        self.images, self.pipelines = images, (pipeline(1.0, 0.0), pipeline(0.1, 0.2))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> list[torch.Tensor]:
+        return [pipeline(Image.fromarray(self.images[i])) for pipeline in self.pipelines]
 
 
 def measure_views(size: int, repeats: int, device: torch.device) -> dict:
-    images = pictures(256, size if size <= 64 else 2 * size)
+    """Views/s of batches of 64, against a DataLoader of the PIL pipeline; and against its transforms alone, with nothing handed over."""
+    images = pictures(1024 if size <= 64 else 256, size if size <= 64 else 2 * size)
     sizes = torch.full((len(images), 2), images.shape[-1])
     crop = augment.MultiCrop(size, size, 0, (0.2, 1.0)).to(device)
     generator = torch.Generator(device).manual_seed(0)
     cores = data.cores()
-    arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
-    with Pool(cores) as pool:
-        times = in_turns(device, repeats,
-                         ours=lambda: [crop(part.to(device), sides.to(device), generator)
-                                       for part, sides in zip(images.split(64), sizes.split(64))],
-                         pil=lambda: pool.map(pil_views, [(part, size) for part in np.array_split(arrays, 4 * cores)], chunksize=1))  # fmt: skip
-    count = 2 * len(images)
-    return {"size": size, "views_per_s": count / times["ours"], "pil_views_per_s": count / times["pil"], "pil_processes": cores,
-            "ratio": times["pil"] / times["ours"]}  # fmt: skip
+    dataset = PILViews(images.permute(0, 2, 3, 1).contiguous().numpy(), size)
+    loaders = {name: torch.utils.data.DataLoader(dataset, 64, num_workers=cores, persistent_workers=True, collate_fn=collate)
+               for name, collate in {"pil": None, "pil_alone": len}.items()}  # fmt: skip
+
+    def ours():
+        for part, sides in zip(images.split(64), sizes.split(64)):
+            crop(part.to(device), sides.to(device), generator)
+
+    def exhaust(loader):
+        for _ in loader:
+            pass
+
+    times = in_turns(device, repeats, ours=ours, **{name: functools.partial(exhaust, loader) for name, loader in loaders.items()})
+    rates = {f"{name}_views_per_s": 2 * len(images) / time for name, time in times.items()}
+    return {"size": size, **rates, "pil_processes": cores, "ratio": times["pil"] / times["ours"], "ratio_alone": times["pil_alone"] / times["ours"]}
 
 
 def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.device, local: int = 0) -> dict:
@@ -315,9 +327,11 @@ def main() -> None:
     args = parser.parse_args()
     device, output = torch.device(args.device), Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    if device.type == "cpu":
+        distributed.keep_freed_memory()  # as the scripts do; the PIL processes have it too
     found = {"views": [measure_views(size, args.repeats, device) for size in args.sizes], "steps": []}
-    print(table(found["views"], {"size": "pixels", "views_per_s": "views/s", "pil_views_per_s": "PIL, views/s", "pil_processes": "PIL processes",
-                                 "ratio": "ratio"}), flush=True)  # fmt: skip
+    print(table(found["views"], {"size": "pixels", "ours_views_per_s": "views/s", "pil_views_per_s": "PIL, views/s", "pil_processes": "PIL processes",
+                                 "ratio": "ratio", "ratio_alone": "over its transforms alone"}), flush=True)  # fmt: skip
     if args.archs:
         measure_networks(args, device, output, found)
     (output / "speed.json").write_text(json.dumps(found, indent=2) + "\n")

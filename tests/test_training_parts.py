@@ -2,6 +2,10 @@
 
 import copy
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from torch import nn
 
 from lowdino import ema, optim, schedules
 from lowdino.heads import DINOHead, MultiViewNetwork
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_head_is_mlp_unit_length_unit_prototypes():
@@ -131,3 +137,23 @@ def test_lars_by_hand():
         wn, bn = wn - 0.1 * vw, bn - 0.1 * vb
         np.testing.assert_allclose(w.detach().numpy(), wn, rtol=1e-6)
         np.testing.assert_allclose(b.detach().numpy(), bn, rtol=1e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_memory_that_a_step_freed_comes_back_without_page_faults(keeps):
+    """In a process of its own, for what is set there is set for good: 16 times 64 MiB are taken, written and freed."""
+    code = f"""
+import resource, torch
+from lowdino import distributed
+if {keeps}:
+    distributed.keep_freed_memory()
+for _ in range(4):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(16):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert faults < 1000 if keeps else faults > 1000
