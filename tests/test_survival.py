@@ -279,9 +279,9 @@ def in_a_new_process(call):
 
 @pytest.mark.slow
 def test_thirty_kills(picture_folder, tmp_path, call_script):
-    settings = [str(f) for f in flags(picture_folder, tmp_path / "out", "--epochs", 30, "--log_freq", 1, "--knn_freq", 0)]
+    settings = [str(f) for f in flags(picture_folder, tmp_path / "out", "--epochs", 100, "--log_freq", 1, "--knn_freq", 0)]
     said = in_a_new_process(f"kill_thirty_times({str(tmp_path / 'out')!r}, {settings!r})")
-    assert 0 < int(said.split()[-1]) < 180
+    assert 0 < int(said.split()[-1]) < 600  # a fast machine does not come to the end before the last kill
     in_a_new_process(f"os.waitpid(forked({[*settings, '--output_dir', str(tmp_path / 'unhurt')]!r}), 0)")
     assert_same_run(tmp_path / "unhurt", tmp_path / "out")
 
