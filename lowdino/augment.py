@@ -195,25 +195,6 @@ def picks(images: Tensor) -> bool:
     return images.device.type == "cpu"
 
 
-BLOCK = 2**23  # bytes of float views that a CPU works on together; measured at 32 to 224 pixels
-
-
-def blocks(images: Tensor, crops: int, size: int) -> list[tuple[slice, slice]]:
-    """Slices of the images (B, ...), and of their `crops`, a multiple of B, that are worked on together.
-
-    Crops of side `size` come one of each image, then another of each, and so on. On a CPU a slice is either part of the
-    images, once, or all of them, some times, and within BLOCK; on a GPU there is one.
-    """
-    B = len(images)
-    most = max(BLOCK // (12 * size * size), 1) if picks(images) else crops
-    if most >= B:
-        step = most // B * B
-        return [(slice(B), slice(start, min(start + step, crops))) for start in range(0, crops, step)]
-    step = -(-B // -(-B // most))  # parts of about one length
-    parts = [slice(start, min(start + step, B)) for start in range(0, B, step)]
-    return [(part, slice(first + part.start, first + part.stop)) for first in range(0, crops, B) for part in parts]
-
-
 def grayscale(images: Tensor) -> Tensor:
     """Luma of ITU-R 601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W)."""
     r, g, b = images.unbind(dim=1)
@@ -321,6 +302,24 @@ def where_chosen(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+BLOCK = 2**23  # bytes of float views that a CPU works on together; measured at 32 to 224 pixels
+
+
+def blocks(images: Tensor, crops: int, size: int) -> list[tuple[slice, slice]]:
+    """Slices of the images (B, ...), and of their `crops`, a multiple of B, that are worked on together.
+
+    Crops of side `size` come one of each image, then another of each, and so on. On a CPU a slice is either part of the
+    images, once, or all of them, some times, and within BLOCK; on a GPU there is one.
+    """
+    B = len(images)
+    most = max(BLOCK // (12 * size * size), 1) if picks(images) else crops
+    if most >= B:
+        step = most // B * B
+        return [(slice(B), slice(start, min(start + step, crops))) for start in range(0, crops, step)]
+    parts = [slice(start, min(start + most, B)) for start in range(0, B, most)]
+    return [(part, slice(first + part.start, first + part.stop)) for first in range(0, crops, B) for part in parts]
+
+
 class MultiCrop(nn.Module):
     """Two global and some local views of each image (DINO's augmentation), drawn for each image by itself.
 
@@ -378,20 +377,20 @@ class MultiCrop(nn.Module):
         boxes = random_boxes(sizes.repeat(views, 1), scale, generator)
         flip, vertical_flip = chance(0.5), chance(self.vertical_flip)
         amounts = uniform(N, 4, low=-1.0) * self.jitter * chance(0.8)[:, None]
-        order, grey = uniform(N, 4).argsort(dim=1), chance(0.2)
-        blurs = self.blur_sigma[1] > 0.3  # below, a neighbouring pixel's share is less than 0.4 %
-        blurred, sigma = (chance(*blur), uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1])) if blurs else (None, None)
-        solarized = chance(*solar) if any(solar) else None
+        order = uniform(N, 4).argsort(dim=1)
+        # Who is chosen, for what, and with which values.
+        operations = [(chance(0.2), lambda x: grayscale(x).expand(-1, 3, -1, -1))]
+        if self.blur_sigma[1] > 0.3:  # below, a neighbouring pixel's share is less than 0.4 %
+            operations.append((chance(*blur), gaussian_blur, uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1])))
+        if any(solar):
+            operations.append((chance(*solar), solarize))
 
         made = torch.empty(N, 3, size, size, device=device)
         for part, whole in blocks(images, N, size):
             x = resized_crop(images[part], boxes[whole], size, flip=flip[whole], vertical_flip=vertical_flip[whole])
             x = color_jitter(x, 1 + amounts[whole, :3], amounts[whole, 3], order=order[whole])
-            x = where_chosen(grey[whole], x, lambda x: grayscale(x).expand(-1, 3, -1, -1))
-            if blurs:
-                x = where_chosen(blurred[whole], x, gaussian_blur, sigma[whole])
-            if any(solar):
-                x = where_chosen(solarized[whole], x, solarize)
+            for chosen, operation, *values in operations:
+                x = where_chosen(chosen[whole], x, operation, *(v[whole] for v in values))
             normalize(x, self.mean, self.std, out=made[whole])
         return made.chunk(views)
 

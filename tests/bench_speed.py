@@ -196,9 +196,7 @@ def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, de
             return super().objective(model, views, batch, step, logging)
 
     flags = training_flags(arch, size, batch, steps, folder, device)
-    if device.type == "cpu":
-        distributed.keep_freed_memory()  # as `distributed.start` does
-    args, ranks = train.parse(train.get_parser(), flags), distributed.Ranks(0, 1, device)
+    args, ranks = train.parse(train.get_parser(), flags), distributed.start(device.type)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         train.train(args, ranks, train.settle(args, ranks), Interrupted)
     records = logged(folder)
@@ -327,10 +325,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", default="runs/speed")
     args = parser.parse_args()
-    device, output = torch.device(args.device), Path(args.output_dir)
+    device, output = distributed.start(args.device).device, Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    if device.type == "cpu":
-        distributed.keep_freed_memory()  # as the scripts do, by `distributed.start`; the PIL workers have it too
     found = {"views": [measure_views(size, args.repeats, device) for size in args.sizes], "steps": []}
     print(table(found["views"], {"size": "pixels", "ours_views_per_s": "views/s", "pil_views_per_s": "PIL, views/s", "pil_processes": "PIL processes",
                                  "ratio": "ratio", "ratio_alone": "over its transforms alone"}), flush=True)  # fmt: skip

@@ -5,17 +5,15 @@ import math
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from lowdino import ema, optim, schedules
 from lowdino.heads import DINOHead, MultiViewNetwork
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_head_is_mlp_unit_length_unit_prototypes():
