@@ -646,8 +646,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
 
     for part in method.parts.values():
         part.train()
-    # What a forward pass changes by itself, batch norm's statistics and centres, to be undone where a step is left out.
-    buffers = [b for part in method.parts.values() for b in part.buffers()]
+    # What a forward pass changes by itself, batch norm's statistics and centres, to be undone where a step may be left out.
+    buffers = [b for part in method.parts.values() for b in part.buffers()] if args.skip_nonfinite else []
     buffers_before = [b.clone() for b in buffers]
     clock = monitor.Clock()
     health = monitor.Health(method.out_dim)
@@ -677,11 +677,12 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
         def attempt() -> tuple[Tensor, Tensor]:
             # For stochastic depth. On a CPU its generator alone: to look for every other kind takes half a millisecond.
             seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
-            seed(augment.seeded_generator("cpu", 3, args.seed, step, ranks.rank).initial_seed())
+            seed(augment.derived_seed(3, args.seed, step, ranks.rank))
             with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "none"):
                 return method.objective(model, views, batch, step, logging)
 
-        torch._foreach_copy_(buffers_before, buffers)
+        if buffers:
+            torch._foreach_copy_(buffers_before, buffers)
         loss, objective = attempt()
 
         # Backward, clip.
@@ -692,18 +693,19 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
         norms = optim.clip_gradients_by_parameter(parameters, args.clip_grad)
 
         # Does any rank object? Gradients that float16 cannot hold are GradScaler's to deal with.
-        sound = objective.isfinite() & (norms.isfinite().all() | scaler.is_enabled())
+        sound = (objective if scaler.is_enabled() else objective + norms.sum()).isfinite()
         unsound, stopping, bad = distributed.any_rank([~sound, signals.seen, bool(bad_images.unknown(batch.bad))], device)
         if bad:
             bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
         if unsound:
             found = culprits(attempt, model, batch, source.pretrain, ranks)
-            torch._foreach_copy_(buffers, buffers_before)
             skipped += 1
             if skipped > args.skip_nonfinite:
                 raise FloatingPointError(f"diverging loss at step {step + 1}: {found}; a lower --lr or a longer --warmup_epochs may "
                                          f"help, --skip_nonfinite leaves such steps out; {output} keeps what was saved before")  # fmt: skip
             log.say(f"diverging loss at step {step + 1}: {found}; left out, {skipped} in a row")
+            if buffers:
+                torch._foreach_copy_(buffers, buffers_before)
             optimizer.zero_grad(set_to_none=True)
         else:
             # Step.

@@ -20,10 +20,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits that is a function of the numbers (seed, step, rank) and of nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
 def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A generator on `device` whose state is a function of the numbers (seed, step, rank) and of nothing else."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+    """A generator on `device` with the seed derived from the numbers."""
+    return torch.Generator(device).manual_seed(derived_seed(*numbers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,28 +62,30 @@ def interpolation(start: Tensor, length: Tensor, out_size: int, in_size: int, fl
 
 
 def resample(x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of rows: (B, L, K), places and weights (B, N, taps) -> (B, N, K).
+    """Weighted sums of rows: (B, L, K), places and weights (B, n, taps) -> (B, n, K).
 
-    By a matrix that is mostly zeros, or, where an operation `picks`, by torch's fused look-up and sum of embeddings.
+    By a matrix that is mostly zeros, or, where an operation `picks`, by torch's fused look-up and sum of embeddings. That
+    takes places and weights of N, a multiple of B, too: of each x, then of each again, and so on -> (N, n, K).
     """
     B, L, K = x.shape
     if picks(x):
-        rows = places + L * torch.arange(B)[:, None, None]
+        N, n, _ = places.shape
+        rows = places + L * (torch.arange(N) % B)[:, None, None]
         sums = F.embedding_bag(rows.flatten(0, 1), x.reshape(B * L, K), per_sample_weights=weights.flatten(0, 1), mode="sum")
-        return sums.view(B, -1, K)
+        return sums.view(N, n, K)
     return torch.bmm(weights.new_zeros(B, places.shape[1], L).scatter_add_(2, places, weights), x)
 
 
 def separable(images: Tensor, *axes: Tensor) -> Tensor:
     """Resample along each axis, columns first: (B, C, H, W) -> (B, C, h, w).
 
-    `axes` are places and weights (B, h, taps) of the rows, and those (B, w, taps) of the columns. The result of either
-    pass is clipped to [0, 1], as Pillow does.
+    `axes` are places and weights (B, h, taps) of the rows, and those (B, w, taps) of the columns; or N, as `resample` has
+    it. The result of either pass is clipped to [0, 1], as Pillow does.
     """
-    B, C, H, W = images.shape
-    images = resample(images.permute(0, 3, 1, 2).flatten(2), *axes[2:]).clamp_(0, 1)  # (B, w, C * H)
-    images = images.view(B, -1, C, H).permute(0, 3, 2, 1).flatten(2)  # (B, H, C * w)
-    images = resample(images, *axes[:2]).clamp_(0, 1)  # (B, h, C * w)
+    C, H = images.shape[1:3]
+    images = resample(images.permute(0, 3, 1, 2).flatten(2), *axes[2:]).clamp_(0, 1)  # (N, w, C * H)
+    images = images.unflatten(2, (C, H)).permute(0, 3, 2, 1).flatten(2)  # (N, H, C * w)
+    images = resample(images, *axes[:2]).clamp_(0, 1)  # (N, h, C * w)
     return images.unflatten(2, (C, -1)).transpose(1, 2)
 
 
@@ -119,11 +125,15 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     start, length = boxes.T.flatten().chunk(2)  # of the rows, then of the columns
     places, weights = (v.chunk(2) for v in interpolation(start, length, out_size, side, flips))
 
-    def sideways(_: Tensor, images: Tensor, *axes: Tensor) -> Tensor:
-        return separable(images.transpose(2, 3), *axes[2:], *axes[:2]).transpose(2, 3)
+    def sideways(_: Tensor, which: Tensor, *axes: Tensor) -> Tensor:
+        own = images.index_select(0, which) if picks(images) else images
+        return separable(own.transpose(2, 3), *axes[2:], *axes[:2]).transpose(2, 3)
 
-    parts = zip(*(v.split(len(images)) for v in (transposed, places[0], weights[0], places[1], weights[1])))
-    return torch.cat([where_chosen(chosen, separable(images, *axes), sideways, images, *axes) for chosen, *axes in parts])
+    which = torch.arange(len(boxes), device=images.device) % len(images)
+    values = transposed, which, places[0], weights[0], places[1], weights[1]
+    parts = [values] if picks(images) else zip(*(v.split(len(images)) for v in values))
+    crops = [where_chosen(chosen, separable(images, *axes), sideways, which, *axes) for chosen, which, *axes in parts]
+    return torch.cat(crops) if len(crops) > 1 else crops[0]
 
 
 def goes_one_by_one(images: Tensor, out_size: int) -> bool:
@@ -250,8 +260,8 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     late = place.gather(1, blends) > place[:, 3:]  # (B, 3) behind the hue
     share = 1 - factors.gather(1, blends)  # of grey
     share = torch.cat([share.masked_fill(late, 0), share.masked_fill(~late, 0)], dim=1)  # (B, 6)
-    blends = blends.repeat(1, 2)
-    share, of_mean, of_luma = (v.T[:, :, None, None, None] for v in (share, blends == 1, blends == 2))
+    blends = torch.cat([blends, blends], dim=1)
+    share, of_mean, of_luma = (v.T[:, :, None, None, None].unbind() for v in (share, blends == 1, blends == 2))
     for slot, part in enumerate(parts):  # three blends, the hue, three blends
         own = images[part]
         if slot == 3:
@@ -259,8 +269,8 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
             continue
         k = slot - (slot > 3)
         grey = grayscale(own)
-        mean = grey.mean(dim=(2, 3), keepdim=True).mul_(of_mean[k, part])
-        own.lerp_(grey.mul_(of_luma[k, part]).add_(mean), share[k, part]).clamp_(0, 1)
+        mean = grey.mean(dim=(2, 3), keepdim=True).mul_(of_mean[k][part])
+        own.lerp_(grey.mul_(of_luma[k][part]).add_(mean), share[k][part]).clamp_(0, 1)
     return images if by_hue is None else images.index_select(0, by_hue.argsort())
 
 
@@ -367,21 +377,22 @@ class MultiCrop(nn.Module):
         device, views = images.device, len(blur)
         N = views * len(images)
 
-        def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-            return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=device)
 
         def chance(*probabilities: float) -> Tensor:
-            """(N,), from one probability for all views or one for each."""
-            return torch.cat([u < p for u, p in zip(uniform(N).chunk(len(probabilities)), probabilities)])
+            """(N,), from one probability for each view."""
+            return torch.cat([u < p for u, p in zip(uniform(N).chunk(views), probabilities)])
 
-        boxes = random_boxes(sizes.repeat(views, 1), scale, generator)
-        flip, vertical_flip = chance(0.5), chance(self.vertical_flip)
-        amounts = uniform(N, 4, low=-1.0) * self.jitter * chance(0.8)[:, None]
+        boxes = random_boxes(torch.cat([sizes] * views), scale, generator)
+        flip, vertical_flip = uniform(N) < 0.5, uniform(N) < self.vertical_flip
+        amounts = (2 * uniform(N, 4) - 1) * self.jitter * (uniform(N, 1) < 0.8)
         order = uniform(N, 4).argsort(dim=1)
         # Who is chosen, for what, and with which values.
-        operations = [(chance(0.2), lambda x: grayscale(x).expand(-1, 3, -1, -1))]
-        if self.blur_sigma[1] > 0.3:  # below, a neighbouring pixel's share is less than 0.4 %
-            operations.append((chance(*blur), gaussian_blur, uniform(N, low=self.blur_sigma[0], high=self.blur_sigma[1])))
+        operations = [(uniform(N) < 0.2, lambda x: grayscale(x).expand(-1, 3, -1, -1))]
+        low, high = self.blur_sigma
+        if high > 0.3:  # below, a neighbouring pixel's share is less than 0.4 %
+            operations.append((chance(*blur), gaussian_blur, low + (high - low) * uniform(N)))
         if any(solar):
             operations.append((chance(*solar), solarize))
 

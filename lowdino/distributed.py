@@ -219,10 +219,11 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
     """Which of some flags are set on any rank: one exchange, and the one wait for the device that a step has."""
-    found = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags])
     if dist.is_initialized():
+        found = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags])
         dist.all_reduce(found, dist.ReduceOp.MAX)
-    return [flag > 0 for flag in found.tolist()]
+        flags = found.tolist()
+    return [bool(flag) for flag in flags]
 
 
 def gather_objects(own: object) -> list:

@@ -49,9 +49,6 @@ class DINOLoss(nn.Module):
     global views and the P_gl pairs with a local one have weights of their own (Tan et al., 2023, SSLight):
         L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl,   the plain mean being alpha = P_gg / (P_gg + P_gl).
 
-    H is evaluated as logsumexp(s / T_s) - P_t . s / T_s, which equals - P_t . log_softmax(s / T_s) because P_t sums to
-    one, and does not keep the (B, K) log-probabilities of every view.
-
     forward(student, teacher, teacher_temp): lists of (B, out_dim) logits, globals first: V views of the student and the
     two global ones of the teacher. Returns the loss, a scalar. In training mode it then moves the centre.
 
@@ -109,8 +106,7 @@ class DINOLoss(nn.Module):
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean over the batch of - target . log softmax(logits / T_s); a target may sum to any mass."""
-        s = logits.float() / self.student_temp  # (B, K)
-        return (target.sum(dim=-1) * s.logsumexp(dim=-1) - (target * s).sum(dim=-1)).mean()
+        return F.cross_entropy(logits.float() / self.student_temp, target)
 
     @torch.no_grad()
     def update_center(self, teacher: list[Tensor]) -> None:

@@ -46,8 +46,9 @@ def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm:
-        scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        if norms.device.type != "cpu" or scales.min() < 1:  # a CPU can ask at once, and mostly leaves them as they are
+        # A CPU can ask at once, and mostly leaves them as they are.
+        if norms.device.type != "cpu" or not norms.max() < max_norm:
+            scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, list(scales.unbind()))
     return norms
 

@@ -144,7 +144,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
 
     def clip_and_step():
         norms = optim.clip_gradients_by_parameter(parameters, args.clip_grad)
-        distributed.any_rank([~norms.isfinite().all()], device)
+        distributed.any_rank([~norms.sum().isfinite()], device)
         optimizer.step()
 
     parts = in_turns(device, repeats, views=views, teacher=teacher, forward=forward, backward=backward, teacher_student_losses=objective,
