@@ -53,10 +53,12 @@ def interpolation(start: Tensor, length: Tensor, out_size: int, in_size: int, fl
     centre = start + out[:, :, None] * scale  # (B, out, 1)
     first = (centre - 0.5 * len(taps)).round()
     v = (first + 0.5 - centre + taps).abs_().mul_(-1 / scale.clamp(min=1)).add_(2).clamp_(min=0)  # (B, out, taps)
-    u = (v - 1).clamp_(min=0)
-    weights = (v - 1).mul_(v).mul_(v).addcmul_(u * u, 2 - 4 * u)
+    weights = v - 1
+    u = weights.clamp(min=0)
+    weights.mul_(v).mul_(v).addcmul_(u * u, torch.rsub(u, 2, alpha=4))
     places = first + taps
-    weights *= (places >= start) & (places < start + length)
+    half = length / 2
+    weights *= torch.sub(half + 0.5, (places - (start + half - 0.5)).abs_()).clamp_(0, 1)  # 1 in the crop, 0 outside
     weights /= weights.sum(dim=2, keepdim=True)
     return places.long().clamp_(0, in_size - 1), weights  # beyond the edges weights are 0
 

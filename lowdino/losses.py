@@ -102,7 +102,7 @@ class DINOLoss(nn.Module):
         """P_t of the two global views, float32."""
         if self.centering == "sinkhorn":
             return list(sinkhorn_knopp(torch.cat(teacher), teacher_temp).chunk(2))
-        return [((t.float() - self.center) / teacher_temp).softmax(dim=-1) for t in teacher]
+        return [(t.float() - self.center).div_(teacher_temp).softmax(dim=-1) for t in teacher]
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean over the batch of - target . log softmax(logits / T_s); a target may sum to any mass."""

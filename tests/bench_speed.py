@@ -5,7 +5,7 @@
 
 Each figure is a median over --repeats, and each ratio is taken between two things timed in turns. Prints Markdown tables
 and writes speed.json. Two views an image and `--preset small`, on made-up images as large as the views up to 64 pixels, twice
-as large above; nothing here decodes files.
+as large above, which two ranks alone take as the demo has them, at 64; nothing here decodes files.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,10 +52,20 @@ def in_turns(device: torch.device, repeats: int, **works: Callable[[], object]) 
     return {name: statistics.median(r[name] for r in rounds) for name in works}
 
 
-def pictures(count: int, side: int) -> torch.Tensor:
-    """Demo images enlarged to `side`: (count, 3, side, side) uint8."""
-    images = data.demo_images(range(count)).images.float()
-    return torch.nn.functional.interpolate(images, (side, side), mode="bilinear").round().to(torch.uint8)
+def pictures(count: int, view: int) -> torch.Tensor:
+    """Demo images in the size for views of side `view`: (count, 3, side, side) uint8."""
+    images, side = data.demo_images(range(count)).images.float(), view if view <= 64 else 2 * view
+    return torch.nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True).round().to(torch.uint8)
+
+
+class Repeated(data.ImageArray):
+    """As many images as the demo has, but always the same few: of the larger sizes so many would not fit."""
+
+    def __len__(self) -> int:
+        return data.DEMO_TRAIN
+
+    def __getitems__(self, indices: list[int]) -> data.Batch:
+        return super().__getitems__([i % len(self.images) for i in indices])
 
 
 class PILViews(torch.utils.data.Dataset):
@@ -79,7 +90,7 @@ class PILViews(torch.utils.data.Dataset):
 
 def measure_views(size: int, repeats: int, device: torch.device) -> dict:
     """Views/s of batches of 64, against a DataLoader of the PIL pipeline; and against its transforms alone, with nothing handed over."""
-    images = pictures(1024 if size <= 64 else 256, size if size <= 64 else 2 * size)
+    images = pictures(1024 if size <= 64 else 256, size)
     sizes = torch.full((len(images), 2), images.shape[-1])
     crop = augment.MultiCrop(size, size, 0, (0.2, 1.0)).to(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -106,7 +117,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
     args = train.parse(train.get_parser(), ["--preset", "small", "--arch", arch, "--global_crops_size", str(size), "--local_crops_number", str(local),
                                             "--local_crops_size", "32", "--momentum_teacher", "0.99"])  # fmt: skip
     args.amp = "bf16" if device.type == "cuda" else "none"
-    images = pictures(batch, size if size <= 64 else 2 * size)
+    images = pictures(batch, size)
     source = data.Data("made-up images", data.ImageArray(images))
     method = train.SelfDistillation(args, distributed.Ranks(0, 1, device), source, args.epochs * 100)
     model, parameters = method.network.train(), list(method.network.parameters())
@@ -198,7 +209,7 @@ def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, de
     flags = training_flags(arch, size, batch, steps, folder, device)
     args, ranks = train.parse(train.get_parser(), flags), distributed.start(device.type)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        train.train(args, ranks, train.settle(args, ranks), Interrupted)
+        train.train(args, ranks, replace(train.settle(args, ranks), pretrain=Repeated(pictures(4 * batch, size))), Interrupted)
     records = logged(folder)
     pairs = [((bare + bare_after) / 2, trained) for (bare, trained), (bare_after, *_) in zip(blocks[1:], blocks[2:])]
     bare, trained = (statistics.median(times) for times in zip(*pairs))

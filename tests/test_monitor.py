@@ -50,6 +50,23 @@ def test_entropy_and_spread_are_those_of_numpy():
     assert std.item() == pytest.approx(0, abs=1e-6) and rank.item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("momentum, step, trained, moved", [
+    ("0.9", 10, True, True), ("0.9", 10, False, False), ("0.9", 999, False, True), ("1.0", 999, True, False)])  # fmt: skip
+def test_a_teacher_that_does_not_move_is_seen_unless_the_schedule_holds_it(momentum, step, trained, moved, monkeypatch):
+    monkeypatch.setattr(lowdino, "build_backbone", lambda *_, **__: Tiny())
+    args = train.parse(train.get_parser(), [*SMALL, "--momentum_teacher", momentum])
+    method = train.SelfDistillation(args, distributed.Ranks(0, 1, torch.device("cpu")), data.Data("none", None), total_steps=1000)
+    method.objective(method.network, [torch.randn(8, 3, 32, 32) for _ in range(2)], None, step, logging=True)
+    if trained:
+        with torch.no_grad():
+            torch._foreach_mul_(list(method.network.parameters()), 1.01)
+    read = []
+    for _ in range(2):
+        method.after_step(step)
+        read.append(method.signs()["teacher_moved"])
+    assert read == [True, moved]  # with nothing to compare it with, the first tells nothing
+
+
 WELL = dict(loss=3.5, entropy=2.0, entropy_of_mean=3.0, feature_std=0.3, effective_rank=8.0, teacher_moved=True)
 
 
