@@ -440,7 +440,7 @@ class SelfDistillation:
         self.teacher_temp = schedules.linear(step, args.warmup_teacher_temp_epochs * self.epoch_steps,
                                              args.warmup_teacher_temp, args.teacher_temp)  # fmt: skip
         if logging:  # before the centre moves
-            self.seen = torch.cat(self.criterion.targets(teacher_logits.chunk(2), self.teacher_temp)), features
+            self.seen = self.criterion.targets(teacher_logits, self.teacher_temp), features
         loss = self.criterion(student_logits.chunk(len(views)), teacher_logits.chunk(2), self.teacher_temp)
         objective = loss
         if args.infonce_weight:
@@ -650,6 +650,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     # What a forward pass changes by itself, batch norm's statistics and centres, to be undone where a step may be left out.
     buffers = [b for part in method.parts.values() for b in part.buffers()] if args.skip_nonfinite else []
     buffers_before = [b.clone() for b in buffers]
+    generator = torch.Generator(device)
     clock = monitor.Clock()
     health = monitor.Health(method.out_dim)
     signals.held = True
@@ -667,7 +668,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
         # Views.
-        generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order, 4 bad images
+        generator.manual_seed(augment.derived_seed(1, args.seed, step, ranks.rank))  # stream 0 is the order, 4 bad images
+        views = None  # give their memory to the next ones
         views = multicrop(batch.images, batch.sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         if step == 0 and first:

@@ -85,32 +85,33 @@ class DINOLoss(nn.Module):
         if self.alpha is not None and len(student) == 2:
             raise ValueError(f"alpha={self.alpha} balances global against local views, and there are no local ones")
         with torch.autocast(device_type=student[0].device.type, enabled=False):
-            targets = self.targets(teacher, teacher_temp)
+            logits = torch.cat(teacher)
+            targets = self.targets(logits, teacher_temp).chunk(2)
             loss_g = self.cross_entropy(student[0], targets[1]) + self.cross_entropy(student[1], targets[0])
             # H is linear in its target: a local view meets both at once.
             both = targets[0] + targets[1]
             loss_l = sum(self.cross_entropy(s, both) for s in student[2:])
         pairs_g, pairs_l = 2, 2 * (len(student) - 2)
         if self.training and self.centering == "softmax":
-            self.update_center(teacher)
+            self.update_center(logits)
         if self.alpha is None:
             return (loss_g + loss_l) / (pairs_g + pairs_l)
         return self.alpha * loss_g / pairs_g + (1 - self.alpha) * loss_l / pairs_l
 
     @torch.no_grad()
-    def targets(self, teacher: list[Tensor], teacher_temp: float) -> list[Tensor]:
-        """P_t of the two global views, float32."""
+    def targets(self, logits: Tensor, teacher_temp: float) -> Tensor:
+        """P_t of the teacher's logits, (n, K), those of both global views together: (n, K) float32."""
         if self.centering == "sinkhorn":
-            return list(sinkhorn_knopp(torch.cat(teacher), teacher_temp).chunk(2))
-        return [(t.float() - self.center).div_(teacher_temp).softmax(dim=-1) for t in teacher]
+            return sinkhorn_knopp(logits, teacher_temp)
+        return (logits.float() - self.center).div_(teacher_temp).softmax(dim=-1)
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean over the batch of - target . log softmax(logits / T_s); a target may sum to any mass."""
         return F.cross_entropy(logits.float() / self.student_temp, target)
 
     @torch.no_grad()
-    def update_center(self, teacher: list[Tensor]) -> None:
-        mean = torch.cat(teacher).float().mean(dim=0, keepdim=True)
+    def update_center(self, logits: Tensor) -> None:
+        mean = logits.float().mean(dim=0, keepdim=True)
         if ranks() > 1:
             dist.all_reduce(mean)
             mean /= ranks()
