@@ -141,16 +141,15 @@ def test_bad_input(build, message):
 
 
 RANKS = textwrap.dedent("""
-    import os, sys, torch, torch.distributed as dist
+    import sys, torch
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     sys.path.insert(0, {root!r})
+    from lowdino import distributed
     from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, MVMRLoss, SimilarityLoss
 
-    rank, world = 0, 1
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
+    ranks = distributed.start("cpu")
+    rank, world = ranks.rank, ranks.world
     torch.manual_seed(0)
     x, t = torch.randn(3, 8, 6), torch.randn(2, 8, 10)  # views, images, width
     model = nn.Linear(6, 10)
@@ -167,6 +166,7 @@ RANKS = textwrap.dedent("""
         result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
     if rank == 0:
         torch.save(result, {out!r})
+    distributed.stop()
 """)
 
 
