@@ -650,7 +650,6 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
     # What a forward pass changes by itself, batch norm's statistics and centres, to be undone where a step may be left out.
     buffers = [b for part in method.parts.values() for b in part.buffers()] if args.skip_nonfinite else []
     buffers_before = [b.clone() for b in buffers]
-    generator = torch.Generator(device)
     clock = monitor.Clock()
     health = monitor.Health(method.out_dim)
     signals.held = True
@@ -668,8 +667,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
         # Views.
-        generator.manual_seed(augment.derived_seed(1, args.seed, step, ranks.rank))  # stream 0 is the order, 4 bad images
-        views = None  # give their memory to the next ones
+        generator = augment.seeded_generator(device, 1, args.seed, step, ranks.rank)  # stream 0 is the order, 4 bad images
         views = multicrop(batch.images, batch.sizes, generator)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         if step == 0 and first:

@@ -5,7 +5,7 @@
 
 Each figure is a median over --repeats, and each ratio is taken between two things timed in turns. Prints Markdown tables
 and writes speed.json. Two views an image and `--preset small`, on made-up images as large as the views up to 64 pixels, twice
-as large above, which two ranks alone take as the demo has them, at 64; nothing here decodes files.
+as large above; two ranks and one process are compared on the demo's own, of 64 pixels. Nothing here decodes files.
 """
 
 import argparse
