@@ -16,7 +16,6 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -582,7 +581,10 @@ def test_absurd_flags_are_one_sentence_or_work(script, base, whole, tmp_path):
 
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat(whole, tmp_path):
-    """For LOWDINO_SOAK_MINUTES, 1 by default; the last third's median exceeds the second's by a twentieth at most."""
+    """For LOWDINO_SOAK_MINUTES, 1 by default; the last third's least exceeds the second's by a twentieth at most.
+
+    The least, for what leaks is never given back, while a file that is open half of the time moves a median by one.
+    """
     seconds = 60 * float(os.environ.get("LOWDINO_SOAK_MINUTES", 1))
     settings = [*map(str, flags(whole[0], tmp_path / "out")), "--epochs", "1000000", "--num_workers", "2", "--knn_freq", "20"]
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *settings], stdout=open(tmp_path / "log", "w"))
@@ -601,4 +603,4 @@ def test_memory_and_open_files_stay_flat(whole, tmp_path):
     assert process.returncode == 75
     third = len(seen) // 3
     for values in zip(*seen):
-        assert median(values[-third:]) <= 1.05 * median(values[third : 2 * third]), values
+        assert min(values[-third:]) <= 1.05 * min(values[third : 2 * third]), values
