@@ -14,6 +14,8 @@ import functools
 import json
 import os
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -167,6 +169,7 @@ def measure_step(arch: str, size: int, batch: int, repeats: int, device: torch.d
 
 
 BLOCK = 5  # steps of train.py between two stops for as many bare passes
+TURN = 10  # seconds that one of two jobs runs, with the other one stopped
 
 
 def training_flags(arch: str, size: int, batch: int, steps: int, folder: Path, device: torch.device, ranks: int = 1) -> list[str]:
@@ -219,19 +222,43 @@ def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, de
 
 
 def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device) -> dict:
-    """Two ranks against one process, with one batch and, on a CPU, the cores between them, in turns; by train.py's own log."""
+    """Two ranks against one process, with one batch and, on a CPU, the cores between them; by train.py's own log.
 
-    def images_per_s(ranks: int) -> float:
-        folder = output / f"{arch}_{size}_{ranks}_{time.time_ns()}"
-        launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        flags = training_flags(arch, size, batch, steps, folder, device, ranks)
-        subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL,
-                       env=os.environ | {"OMP_NUM_THREADS": str(max(data.cores() // ranks, 1))})  # fmt: skip
-        rates = [r["images_per_s"] for r in logged(folder)]
-        return statistics.median(rates[len(rates) // 10 + 1 :])
+    The two jobs take turns of ten seconds, in which the other one is stopped, so that both see the same machine.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    jobs, folders = {}, {}
+    for world in (1, 2):
+        folders[world] = output / f"{arch}_{size}_{batch}_{world}_{time.time_ns()}"
+        flags = training_flags(arch, size, batch, steps, folders[world], device, world)
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--log_freq", "5"]
+        shared = os.environ | {"OMP_NUM_THREADS": str(max(data.cores() // world, 1)), "WORLD_SIZE": str(world),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        jobs[world] = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                       for rank in range(world)]  # fmt: skip
+    processes = jobs[1] + jobs[2]
+    try:
+        while any(process.poll() is None for process in processes):
+            for job in jobs.values():
+                for process in processes:
+                    process.send_signal(signal.SIGCONT if process in job else signal.SIGSTOP)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    for process in job:
+                        process.wait(TURN)
+    finally:
+        for process in processes:
+            process.kill()
+    if any(process.wait() for process in processes):
+        raise RuntimeError("a run of train.py failed, see above")
 
-    runs = [images_per_s(ranks) for ranks in (1, 2, 1, 2, 1)]
-    one, two = statistics.median(runs[0::2]), statistics.mean(runs[1::2])
+    def images_per_s(world: int) -> float:
+        rates = [r["images_per_s"] for r in logged(folders[world])]
+        rates = rates[len(rates) // 10 + 1 :]
+        return statistics.median(rate for rate in rates if rate > max(rates) / 2)  # in the others the job was stopped
+
+    one, two = images_per_s(1), images_per_s(2)
     return {"arch": arch, "size": size, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}
 
 
@@ -312,9 +339,10 @@ def measure_networks(args: argparse.Namespace, device: torch.device, output: Pat
     print(table(found["steps"], {"arch": "arch", "size": "pixels", "floor_images_per_s": "floor, images/s", "train_images_per_s": "train.py, images/s",
                                  "train_over_floor": "ratio", "step_over_floor": "one step over the floor", "data_wait": "waiting",
                                  "memory_mb": "MiB"}))  # fmt: skip
-    found["ranks"] = [measure_ranks(args.archs[0], size, args.batch, args.steps, output, device) for size in args.sizes[:2]]
-    print(table(found["ranks"], {"arch": "arch", "size": "pixels", "one_images_per_s": "one process, images/s",
-                                 "two_images_per_s": "two ranks, images/s", "ratio": "ratio"}), flush=True)  # fmt: skip
+    if device.type == "cpu" or torch.cuda.device_count() > 1:
+        found["ranks"] = [measure_ranks(arch, args.sizes[0], args.batch, 2 * args.steps, output, device) for arch in args.archs]
+        print(table(found["ranks"], {"arch": "arch", "size": "pixels", "one_images_per_s": "one process, images/s",
+                                     "two_images_per_s": "two ranks, images/s", "ratio": "ratio"}), flush=True)  # fmt: skip
     found["levers"] = [row for arch in args.archs for row in measure_levers(arch, args.sizes[0], args.batch, args.repeats, device)]
     print(table(found["levers"], {"arch": "arch", "size": "pixels", "lever": "lever", "with_ms": "with, ms", "without_ms": "without, ms",
                                   "ratio": "ratio"}), flush=True)  # fmt: skip
