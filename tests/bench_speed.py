@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,11 +224,9 @@ def measure_train(arch: str, size: int, batch: int, steps: int, folder: Path, de
 def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device) -> dict:
     """Two ranks against one process, with one batch and, on a CPU, the cores between them; by train.py's own log.
 
-    The two jobs take turns of ten seconds, in which the other one is stopped, so that both see the same machine.
+    The two jobs take turns, in which the other one is stopped, so that both see the same machine.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     jobs, folders = {}, {}
     for world in (1, 2):
         folders[world] = output / f"{arch}_{size}_{batch}_{world}_{time.time_ns()}"
@@ -256,7 +254,8 @@ def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, de
     def images_per_s(world: int) -> float:
         rates = [r["images_per_s"] for r in logged(folders[world])]
         rates = rates[len(rates) // 10 + 1 :]
-        return statistics.median(rate for rate in rates if rate > max(rates) / 2)  # in the others the job was stopped
+        highest = max(rates)
+        return statistics.median(rate for rate in rates if rate > highest / 2)  # in the others the job was stopped
 
     one, two = images_per_s(1), images_per_s(2)
     return {"arch": arch, "size": size, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}

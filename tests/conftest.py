@@ -1,7 +1,6 @@
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,11 +37,8 @@ def run_script():
     def run(script, *flags, ranks=1, check=True, cwd=None, timeout=280):
         command = [sys.executable, str(ROOT / script)]
         if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-                       "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / script)]  # fmt: skip
+                       "--master_addr=127.0.0.1", f"--master_port={get_free_port()}", str(ROOT / script)]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["OMP_NUM_THREADS"] = "1" if ranks > 1 else "2"
         done = subprocess.run(command + [str(f) for f in flags], cwd=cwd, env=environment, text=True, timeout=timeout,
