@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each objective of distillation gives, beside training without a teacher: k-NN of the student, same steps.
 
-    python tests/bench_distill.py --teacher T.pth --arch resnet5m --seeds 0 1 2 --data_path DATA --output_dir runs -- --epochs 2
+    python tests/bench_distill.py --teacher T.pth --arch resnet5m --seeds 0 1 2 --data_path DATA --output_dir runs/distill -- --epochs 2
 
 Trains the student once for each objective and seed with `--preset small` and the flags behind `--`, its teacher's features
 cached, and once for each seed by train.py. The accuracy is that of the last epoch, k = 20, and the test images are looked at only
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["kd", "simkd", "similarity", "mvmr"], help="rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data_path", default="demo")
-    parser.add_argument("--output_dir", default="runs")
+    parser.add_argument("--output_dir", default="runs/distill")
     parser.add_argument("flags", nargs="*", help="of both scripts, behind --")
     args = parser.parse_args()
     teacher = ["distill.py", "--teacher", args.teacher, "--cache_teacher", str(Path(args.output_dir) / "teacher.npy")]

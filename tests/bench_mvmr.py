@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """MV-MR's ablations: its three terms, alone, in pairs and together, and its descriptors one by one; k-NN after the same steps.
 
-    python tests/bench_mvmr.py --arch resnet5m --seeds 0 1 2 --data_path DATA --output_dir runs -- --epochs 3
+    python tests/bench_mvmr.py --arch resnet5m --seeds 0 1 2 --data_path DATA --output_dir runs/mvmr -- --epochs 3
 
 Trains by `--preset mvmr_small` with the flags behind `--` and prints a Markdown table; Kinakh et al. have theirs in Tables 5
 and 6. The command may be given again, and goes on.
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet5m")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data_path", default="demo")
-    parser.add_argument("--output_dir", default="runs")
+    parser.add_argument("--output_dir", default="runs/mvmr")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")
     args = parser.parse_args()
     kept = [terms for n in (1, 2, 3) for terms in itertools.combinations(TERMS, n)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a recipe gives: k-NN before and after training, for several networks and seeds, beside raw pixels.
 
-    python tests/bench_recipe.py --archs resnet5m mobilevit_xxs --seeds 0 1 2 --data_path DATA --output_dir runs -- --epochs 5
+    python tests/bench_recipe.py --archs resnet5m mobilevit_xxs --seeds 0 1 2 --data_path DATA --output_dir runs/recipe -- --epochs 5
 
 Trains `train.py --preset small` once for each network and seed, with the flags behind `--`, and prints a Markdown table.
 The accuracy is the teacher's at the last epoch, k = 20, and the test images are looked at only then and before the first
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", default=["resnet5m", "mobilevit_xxs"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data_path", default="demo")
-    parser.add_argument("--output_dir", default="runs")
+    parser.add_argument("--output_dir", default="runs/recipe")
     parser.add_argument("flags", nargs="*", help="train.py's, behind --")
     args = parser.parse_args()
     rows = ["| network | parameters | seeds | k-NN before | k-NN after | gain | minutes of training a run |", "|---|---|---|---|---|---|---|"]

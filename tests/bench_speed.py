@@ -258,7 +258,7 @@ def measure_ranks(arch: str, size: int, batch: int, steps: int, output: Path, de
         return statistics.median(rate for rate in rates if rate > highest / 2)  # in the others the job was stopped
 
     one, two = images_per_s(1), images_per_s(2)
-    return {"arch": arch, "size": size, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}
+    return {"arch": arch, "size": size, "batch": batch, "one_images_per_s": one, "two_images_per_s": two, "ratio": two / one}
 
 
 def measure_levers(arch: str, size: int, batch: int, repeats: int, device: torch.device) -> list[dict]:
@@ -339,8 +339,9 @@ def measure_networks(args: argparse.Namespace, device: torch.device, output: Pat
                                  "train_over_floor": "ratio", "step_over_floor": "one step over the floor", "data_wait": "waiting",
                                  "memory_mb": "MiB"}))  # fmt: skip
     if device.type == "cpu" or torch.cuda.device_count() > 1:
-        found["ranks"] = [measure_ranks(arch, args.sizes[0], args.batch, 2 * args.steps, output, device) for arch in args.archs]
-        print(table(found["ranks"], {"arch": "arch", "size": "pixels", "one_images_per_s": "one process, images/s",
+        found["ranks"] = [measure_ranks(arch, args.sizes[0], batch, 2 * args.steps, output, device)
+                          for arch in args.archs for batch in (args.batch, 2 * args.batch)]  # fmt: skip
+        print(table(found["ranks"], {"arch": "arch", "size": "pixels", "batch": "batch of both", "one_images_per_s": "one process, images/s",
                                      "two_images_per_s": "two ranks, images/s", "ratio": "ratio"}), flush=True)  # fmt: skip
     found["levers"] = [row for arch in args.archs for row in measure_levers(arch, args.sizes[0], args.batch, args.repeats, device)]
     print(table(found["levers"], {"arch": "arch", "size": "pixels", "lever": "lever", "with_ms": "with, ms", "without_ms": "without, ms",

@@ -93,7 +93,7 @@ def main() -> None:
             assert train.check(args) is None
             ranks = distributed.Ranks(0, 1, torch.device("cpu"))
             lowdino.build_backbone = make
-            train.train(args, ranks, train.settle(args, ranks))
+            train.train(args, ranks, train.settle(args, ranks), train.SelfDistillation)
             lowdino.build_backbone = build
             log = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
         knn = [record["knn"] for record in log if "knn" in record]
