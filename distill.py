@@ -200,7 +200,7 @@ def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tenso
     """Backbone, head and centre of the teacher in a checkpoint of train.py."""
     settings = content["settings"]
     if "out_dim" not in settings or "teacher" not in content:
-        raise ValueError(f"{path} is a checkpoint of another script, without a DINO head")
+        raise ValueError(f"{path} is a checkpoint without a DINO head")
     arch, prefix = settings["arch"], "backbone."
     weights = {name.removeprefix(prefix): value for name, value in content["teacher"].items() if name.startswith(prefix)}
     backbone = lowdino.vit.like(weights) if arch in lowdino.vit.ARCHS else lowdino.build_backbone(arch)
@@ -233,8 +233,11 @@ def features_of_file(path: str, source: data.Data) -> Teacher:
         raise ValueError(f"{path} holds features of {len(arrays)} other images than the {len(source.pretrain)} of {source.name}")
     if not all(np.isfinite(arrays[i : i + CHUNK]).all() for i in range(0, len(arrays), CHUNK)):
         raise ValueError(f"{path} has values that are not finite numbers")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return Teacher(path, digest, features=arrays)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return Teacher(path, digest.hexdigest()[:16], features=arrays)
 
 
 def features_of_images(teacher: Teacher, images: data.ImageArray | data.ImageFiles, places: range, workers: int,

@@ -81,6 +81,7 @@ PRESETS = {
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
 
+LEAST_SCALE = 2.0**-10  # of float16's losses: 26 steps in a row, each of which halved it, from where GradScaler starts
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 # Settings that a resumed run may change, because they do not change what it computes.
@@ -282,7 +283,7 @@ def check_training(args: argparse.Namespace) -> str | None:
         return f"--num_workers must be 0 or more, not {args.num_workers}"
     if args.warmup_epochs > args.epochs:
         return f"--warmup_epochs {args.warmup_epochs} is longer than the training, --epochs {args.epochs}"
-    if args.init and not os.path.isfile(args.init):
+    if args.init is not None and not os.path.isfile(args.init):
         return f"--init {args.init} does not exist"
     return None
 
@@ -708,6 +709,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             if buffers:
                 torch._foreach_copy_(buffers, buffers_before)
             optimizer.zero_grad(set_to_none=True)
+            scaler.update()
         else:
             # Step.
             skipped = 0
@@ -719,6 +721,9 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
         # Log, save, evaluate.
         step += 1
         clock.stepped(total_batch)
+        if logging and scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(f"diverging gradients at step {step}: at no scale does float16 hold them; --amp bf16 or none, a lower "
+                                     f"--lr or a longer --warmup_epochs may help; {output} keeps what was saved before")  # fmt: skip
         if logging and not unsound:
             mean_loss = distributed.mean_over_ranks(loss_sum / loss_steps).item()
             loss_sum, loss_steps = torch.zeros((), device=device), 0

@@ -303,7 +303,8 @@ def leave_signals_to_parent(worker: int) -> None:
 
 def processes(dataset: Dataset, num_workers: int) -> int:
     """A loader's: images that are cached need no other processes, nor may others have those on a GPU."""
-    return 0 if isinstance(dataset, CachedImages) else num_workers
+    on_gpu = isinstance(dataset, ImageArray) and dataset.images.device.type != "cpu"
+    return 0 if isinstance(dataset, CachedImages) or on_gpu else num_workers
 
 
 def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -472,8 +473,8 @@ def load(source: str, root: str = "data", download: bool = False) -> Data:
         if missing:
             raise ValueError(f"{source} names {missing}, which does not exist")
         return Data(f"{len(paths)} images named in {source}", ImageFiles(paths))
-    if not path.is_dir():
-        raise ValueError(f"no data at {source}: give a folder, a text file of paths, demo, cifar10, cifar100 or stl10")
+    if not source or not path.is_dir():  # the path of no name is the folder that one is in
+        raise ValueError(f"no data at {source or 'a path of no name'}: give a folder, a text file of paths, demo, cifar10, cifar100 or stl10")
 
     train_path = path / "train"
     if not train_path.is_dir():
@@ -517,7 +518,7 @@ def load_on_ranks(source: str, root: str, download: bool, rank: int) -> Data:
 
 
 def find_images(folder: Path) -> list[str]:
-    """All images below a folder, sorted; links are followed, each folder once.
+    """All images below a folder, sorted; links are followed, each folder once. Names that begin with a dot are left out.
 
     Raises:
         ValueError: where there are none, or a folder cannot be read.
@@ -533,7 +534,8 @@ def find_images(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        paths += [os.path.join(root, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [os.path.join(root, name) for name in files if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
     if not paths:
         raise ValueError(f"no images under {folder}; looked for {' '.join(IMG_EXTENSIONS)}")
     return sorted(paths)

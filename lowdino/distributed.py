@@ -76,15 +76,22 @@ def start(device: str = "auto") -> Ranks:
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         # Where all ranks are on one machine, gloo need not listen on its network; it would by the machine's name.
-        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
         loopback = {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex())
-        if int(os.environ.get("LOCAL_WORLD_SIZE", world if nodes == 1 else 0)) == world and loopback:
+        if on_one_machine(world) and loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
         # torchrun keeps its store when it starts dead ranks anew, and the addresses of the dead in it.
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, torch.device(device))
+
+
+def on_one_machine(world: int) -> bool:
+    """Whether torchrun, SLURM or the address of the first rank says so."""
+    environment = os.environ
+    if "LOCAL_WORLD_SIZE" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"]) == world
+    return environment.get("SLURM_STEP_NUM_NODES") == "1" or environment.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
 
 
 def keep_freed_memory() -> None:

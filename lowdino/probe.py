@@ -25,7 +25,9 @@ class Scaler:
     def __init__(self, features: Tensor):
         self.mean = features.mean(dim=0)
         centred = features - self.mean
-        variance, directions = torch.linalg.eigh(centred.T @ centred / len(features))
+        covariance = centred.T @ centred / len(features)
+        solver = "cpu" if features.device.type == "mps" else features.device  # MPS has no eigenvalues
+        variance, directions = (found.to(features.device) for found in torch.linalg.eigh(covariance.to(solver)))
         variance = variance.clamp_min(0)
         share = variance / variance.sum().clamp_min(1e-12)
         stretch = (share + 1e-5) ** -0.25

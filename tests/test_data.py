@@ -169,6 +169,26 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
         assert loader.num_workers == 0
 
 
+def test_images_on_a_gpu_have_no_other_processes():
+    array = data.demo_images(range(3))
+    assert data.processes(array, 2) == 2 and data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
+
+
+def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
+    hidden = picture_folder / "train" / ".checkpoints"
+    hidden.mkdir()
+    for path in (hidden / "0.png", picture_folder / "train" / "dark" / "._0.png"):
+        path.write_bytes((picture_folder / "train" / "dark" / "0.png").read_bytes())
+    found = data.load(str(picture_folder))
+    assert len(found.pretrain) == 24 and found.classes == 2
+    assert len(data.find_images(hidden)) == 1  # asked for by name
+
+
+def test_a_path_of_no_name_is_not_this_folder():
+    with pytest.raises(ValueError, match="no data at a path of no name: give a folder"):
+        data.load("")
+
+
 def test_where_auto_caches_follows_from_the_decoded_size(picture_folder, monkeypatch):
     files, cpu = data.load(str(picture_folder)).pretrain, torch.device("cpu")
     size = 24 * 3 * 40 * 32

@@ -430,6 +430,25 @@ def test_nothing_changes_in_a_step_that_is_no_number(where, picture_folder, tmp_
     assert_same_parts(last, before)
 
 
+def test_float16_that_overflows_is_left_out_and_stops_where_no_scale_helps(picture_folder, tmp_path, capsys):
+    ranks = distributed.start("cpu")
+
+    def run(epochs):
+        args = train.parse(train.get_parser(), [str(f) for f in flags(picture_folder, tmp_path, "--epochs", epochs, "--save_every_steps", 0,
+                                                                      "--knn_freq", 0, "--skip_nonfinite", 1, "--accept_changes")])  # fmt: skip
+        source = train.settle(args, ranks)
+        args.amp = "fp16"  # which `settle` refuses on a CPU, for it is slow there
+        train.train(args, ranks, source, train.SelfDistillation)
+
+    with poisoned({1}):
+        run(epochs=1)
+    assert "left out, 1 in a row" in capsys.readouterr().out and saved_step(tmp_path) == 6
+    with poisoned(range(100), "gradients"), pytest.raises(FloatingPointError, match=r"diverging gradients at step \d+: at no scale does float16"):
+        run(epochs=8)
+    assert saved_step(tmp_path) in (18, 24, 30)  # by the scale that the steps before left
+    restore_signals()
+
+
 def poisoned_rank(script_flags, where):
     sys.argv = ["train.py", *script_flags]
     with poisoned({2}, where):

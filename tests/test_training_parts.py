@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from lowdino import ema, optim, schedules
+from lowdino import distributed, ema, optim, schedules
 from lowdino.heads import DINOHead, MultiViewNetwork
 
 
@@ -155,3 +155,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert faults < 1000 if keeps else faults > 1000
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}, True),
+    ({"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, False),
+    ({"SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": "first"}, True),
+    ({"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "first"}, False),
+    ({"MASTER_ADDR": "127.0.0.1"}, True),
+    ({"MASTER_ADDR": "10.0.0.1"}, False),  # started by hand, on hosts that are not known
+])  # fmt: skip
+def test_ranks_are_on_one_machine_where_something_says_so(environment, expected, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_NODES", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.on_one_machine(2) == expected
