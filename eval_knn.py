@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
 
 import lowdino
@@ -70,6 +71,10 @@ def check(args: argparse.Namespace) -> str | None:
         return "--pool needs a backbone, and --pixels has none"
     if args.from_features and (args.pool != "default" or args.image_size):
         return "--pool and --image_size need the images, which --from_features does without"
+    if args.weights == "":
+        return "--weights names no file; without it weights are random"
+    if args.neighbours and not args.neighbours.lower().endswith(IMG_EXTENSIONS):
+        return f"--neighbours {args.neighbours} should end as a picture's name does, in .png say"
     for flag in ("features", "neighbours"):
         if path := getattr(args, flag):
             folder = os.path.dirname(path) or "."
@@ -102,9 +107,9 @@ def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
     """
     if name == "pixels":  # at most 32 x 32 of them: more tell no more, and a probe's cost grows with their square
         return "raw pixels", nn.Sequential(Shrink(), nn.Flatten())
-    arch, _, weights = name.partition("=")
+    arch, equals, weights = name.partition("=")
     torch.manual_seed(seed)
-    if arch in lowdino.ARCHS and not weights:
+    if arch in lowdino.ARCHS and not equals:
         return f"{arch} at random initialisation, seed {seed}", lowdino.build_backbone(arch)
     if arch not in lowdino.ARCHS:
         if not os.path.exists(name):
@@ -146,7 +151,11 @@ def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 
 def features(backbone: nn.Module, images: data.ImageArray | data.ImageFiles, size: int, ranks: distributed.Ranks,
              batch_size: int = 256, workers: int = 0, pool: str = "default") -> Features:  # fmt: skip
-    """Of the central view of all images, on every rank, each having done its share."""
+    """Of the central view of all images, on every rank, each having done its share: float32 (N, D), with labels and files.
+
+    Raises:
+        ValueError: where some are not finite.
+    """
 
     def view(canvas, sizes):
         x = augment.central_view(canvas, sizes, size, *normalisation(backbone))

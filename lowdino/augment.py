@@ -409,7 +409,7 @@ class MultiCrop(nn.Module):
 
 
 def normalize(images: Tensor, mean: Tensor | tuple[float, ...], std: Tensor | tuple[float, ...], out: Tensor | None = None) -> Tensor:
-    """(images - mean) / std by channel."""
+    """(images - mean) / std by channel: (B, 3, H, W), 3 values each -> (B, 3, H, W), into `out` where it is given."""
     mean, std = (torch.as_tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     return torch.sub(images, mean, out=out).div_(std)
 

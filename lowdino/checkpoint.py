@@ -115,7 +115,7 @@ def load(path: str | Path) -> dict:
                     raise ValueError(f"checksum of {bad}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ValueError(f"no file {path}") from error
+        raise ValueError(f"no file {path or repr(path)}") from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way there is
         raise ValueError(f"cannot read {path}: it is damaged, or not a file of plain tensors") from error
     if not isinstance(content, dict):

@@ -85,7 +85,7 @@ def nearest_neighbours(train_features: Tensor, test_features: Tensor, k: int,
                        chunk_bytes: int = 2**28) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cosine similarities and places of the k nearest training features: (N, D), (M, D) -> (M, k), (M, k), best first.
 
-    The (M, N) similarities are made in blocks of at most `chunk_bytes`.
+    The (M, N) similarities are made in blocks of at most `chunk_bytes`. k is N at most.
     """
     train, test = F.normalize(train_features.float(), dim=1), F.normalize(test_features.float(), dim=1)
     rows = max(chunk_bytes // (4 * len(train)), 1)

@@ -134,6 +134,16 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(ranks())[dist.get_rank()]
 
 
+def rows_of_all_ranks(x: Tensor) -> Tensor:
+    """`GatherRows` where there are several: (n, D) -> (ranks * n, D)."""
+    return GatherRows.apply(x) if ranks() > 1 else x
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """Where this rank's n rows are among those of all: (n, D) -> (n,)."""
+    return torch.arange(len(x), device=x.device) + (dist.get_rank() * len(x) if ranks() > 1 else 0)
+
+
 class KoLeoLoss(nn.Module):
     """Spreads features evenly over the sphere: the Kozachenko-Leonenko estimate of their entropy, negated.
 
@@ -143,19 +153,18 @@ class KoLeoLoss(nn.Module):
     neighbours come from the largest inner product, |z_i - z_j|^2 = 2 - 2 z_i . z_j, and only the distance to the chosen
     one is differentiated.
 
-    forward(features): (n, D) with n >= 2 over all ranks. Returns a scalar.
+    forward(features): (n, D). Returns a scalar. ValueError where there are fewer than two rows over all ranks.
     """
 
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(device_type=features.device.type, enabled=False):
             z = F.normalize(features.float(), dim=-1)
-            everyone = GatherRows.apply(z) if ranks() > 1 else z  # (N, D)
+            everyone = rows_of_all_ranks(z)  # (N, D)
             if len(everyone) < 2:
                 raise ValueError("KoLeo needs two images at least: one has no neighbour")
-            own = torch.arange(len(z), device=z.device) + (dist.get_rank() * len(z) if ranks() > 1 else 0)
             with torch.no_grad():
                 similarity = z @ everyone.T  # (n, N)
-                similarity[torch.arange(len(z), device=z.device), own] = -2
+                similarity[torch.arange(len(z), device=z.device), own_rows(z)] = -2
                 nearest = similarity.argmax(dim=1)
             distance = (z - everyone[nearest]).pow(2).sum(dim=-1).clamp_min(1e-16).sqrt()
             return -(distance + 1e-8).log().mean()
@@ -179,8 +188,8 @@ class InfoNCELoss(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(device_type=a.device.type, enabled=False):
             a, b = a.float(), b.float()
-            all_a, all_b = (GatherRows.apply(x) if ranks() > 1 else x for x in (a, b))  # (N, D)
-            own = torch.arange(len(a), device=a.device) + (dist.get_rank() * len(a) if ranks() > 1 else 0)
+            all_a, all_b = rows_of_all_ranks(a), rows_of_all_ranks(b)  # (N, D)
+            own = own_rows(a)
             a_to_b, b_to_a = a @ all_b.T / self.temperature, b @ all_a.T / self.temperature  # (n, N)
             return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2
 
@@ -251,7 +260,7 @@ class SimilarityLoss(nn.Module):
         with torch.autocast(device_type=student.device.type, enabled=False):
             s, t = F.normalize(student.float(), dim=1), F.normalize(teacher.detach().float(), dim=1)
             with torch.no_grad():
-                batch = GatherRows.apply(t) if ranks() > 1 else t  # (N, D)
+                batch = rows_of_all_ranks(t)  # (N, D)
                 anchors = torch.cat([batch, self.queue])  # (N + queue, D), newest first
                 # Places of the queue that have no vector yet take no part.
                 empty = torch.arange(len(anchors), device=t.device) >= len(batch) + self.filled
@@ -285,10 +294,6 @@ class DistanceCorrelation(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(device_type=x.device.type, enabled=False):
             return correlation(*(centred_distances(rows_of_all_ranks(rows)) for rows in (x, y)))
-
-
-def rows_of_all_ranks(x: Tensor) -> Tensor:
-    return GatherRows.apply(x) if ranks() > 1 else x
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Factories: DINO's architectures; DINOv2's are the same with patch_size=14, image_size=518, layer_scale=True.
+# Factories: DINO's architectures; DINOv2's are the same with patch_size=14, image_size=518, layer_scale=True. `options` are
+# VisionTransformer's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base")

@@ -146,7 +146,7 @@ RANKS = textwrap.dedent("""
     from torch.nn.parallel import DistributedDataParallel
     sys.path.insert(0, {root!r})
     from lowdino import distributed
-    from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, MVMRLoss, SimilarityLoss
+    from lowdino.losses import DINOLoss, DistanceCorrelation, InfoNCELoss, KoLeoLoss, MVMRLoss, SimilarityLoss
 
     ranks = distributed.start("cpu")
     rank, world = ranks.rank, ranks.world
@@ -162,7 +162,8 @@ RANKS = textwrap.dedent("""
         for step in range(2):
             logits = wrapped(x[:, own].flatten(0, 1)).chunk(3)
             (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0]) + InfoNCELoss()(*logits[:2])
-             + similarity(logits[2], t[1, own]) + sum(MVMRLoss()(*logits[:2], [t[0, own]]))).backward()
+             + similarity(logits[2], t[1, own]) + sum(MVMRLoss()(*logits[:2], [t[0, own]]))
+             + DistanceCorrelation()(logits[1], t[1, own])).backward()
         result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
     if rank == 0:
         torch.save(result, {out!r})

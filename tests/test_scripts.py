@@ -183,6 +183,7 @@ def test_a_backbone_file_starts_a_training(picture_folder, tmp_path, call_script
     (["--global_crops_size", "16"], "--global_crops_size must be at least 32 pixels, not 16"),
     (["--alpha", "0.4", "--local_crops_number", "0"], "--alpha balances global against local views"),
     (["--init", "/no/such/file"], "--init /no/such/file does not exist"),
+    (["--init", ""], "--init  does not exist"),
     (["--num_workers", "-1"], "--num_workers must be 0 or more, not -1"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused_in_one_sentence(flags, message):
@@ -210,6 +211,9 @@ def test_knn_flags_are_checked():
 
     assert answer("--pixels") is None and answer("--arch", "resnet5m") is None
     assert answer("--pixels", "--arch", "resnet5m").startswith("give a backbone")
+    assert answer("--weights", "", "--arch", "resnet5m").startswith("--weights names no file")
+    assert answer("--pixels", "--neighbours", "out").startswith("--neighbours out should end as a picture's name does")
+    assert answer("--pixels", "--neighbours", "out.PNG") is None
     assert answer("--pixels", "--nb_knn", "0").startswith("--nb_knn must be at least 1")
     assert answer("--pixels", "--temperature", "0.001").startswith("--temperature must be at least 0.013")
     assert answer("--pixels", "--image_size", "8").startswith("--image_size must be at least 32")
