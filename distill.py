@@ -63,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--momentum_teacher", type=train.number_or_none, help="of dino: momentum of the student's average, which is kept; rises to 1 on "
         "a cosine; default: 1 - 1/(2 sqrt(steps))")  # fmt: skip
     train.add_training_flags(parser)
-    parser.set_defaults(local_crops_number=0)
+    parser.set_defaults(local_crops_number=0, drop_path_rate=0.0)  # DINOv2 distils without stochastic depth
     return parser
 
 

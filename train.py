@@ -38,12 +38,14 @@ PRESETS = {
         warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0, infonce_weight=1.0,
         global_crops_scale=[0.2, 1.0], local_crops_number=0,
     ),
-    # Table 2 of Prathapaneni and Shashank (2023); resnet5m takes 10 crops, see `parse`.
+    # Table 2 of Prathapaneni and Shashank (2023); resnet5m takes 10 crops, see `parse`. hidden_dim is that of the authors'
+    # code, the flip's probability ours; blur, solarisation and a warm-up from 0 are DINO's, where their text has a blur of up
+    # to 0.5 pixels for local views and a warm-up from min_lr.
     "lowdino": dict(
         epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=64, min_lr=1e-6, warmup_epochs=10,
         optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4, clip_grad=2.0, out_dim=1024, hidden_dim=512,
         norm_last_layer=False, use_bn_in_head=False, momentum_teacher=0.9995, teacher_temp=0.04,
-        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1, global_crops_size=224,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0, global_crops_size=224,
         global_crops_scale=[0.4, 1.0], local_crops_number=2, local_crops_size=224, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.5,
     ),
@@ -56,7 +58,8 @@ PRESETS = {
         global_crops_size=224, global_crops_scale=[0.4, 1.0], local_crops_number=8, local_crops_size=96,
         local_crops_scale=[0.05, 0.4], vertical_flip=0.0,
     ),
-    # Kinakh et al., MV-MR on STL-10: the authors' configuration.
+    # Kinakh et al., MV-MR on STL-10: learning rate, decay, batch and projector of the authors' configuration, the epochs of their
+    # paper; with AdamW for Adam, a warm-up from 0, and DINO's augmentation of both views.
     "mvmr": dict(
         method="mvmr", epochs=1000, batch_size_per_gpu=64, lr=1e-4, lr_reference_batch=0, min_lr=0.0, warmup_epochs=10,
         optimizer="adamw", weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0, projector=[8192, 8192, 8192],
@@ -68,7 +71,7 @@ PRESETS = {
         optimizer="adamw", weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0, projector=[512, 512, 512],
         global_crops_scale=[0.2, 1.0], local_crops_number=0,
     ),
-    # Tan et al. (2023), DINO with re-balanced views on ConvNets: the authors' configuration.
+    # Tan et al. (2023), DINO with re-balanced views on ConvNets: the authors' configuration; SSLIGHT_VIT has that of ViTs.
     "sslight": dict(
         epochs=200, batch_size_per_gpu=128, lr=0.48, lr_reference_batch=256, min_lr=4.8e-3, warmup_epochs=10,
         optimizer="lars", weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0, out_dim=4096, hidden_dim=2048,
@@ -78,6 +81,10 @@ PRESETS = {
         local_crops_scale=[0.05, 0.3], vertical_flip=0.0,
     ),
 }  # fmt: skip
+SSLIGHT_VIT = dict(
+    optimizer="adamw", lr=5e-4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4, out_dim=65536, norm_last_layer=False,
+    use_bn_in_head=False, warmup_teacher_temp_epochs=30, local_crops_number=10,
+)  # fmt: skip
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
 
@@ -204,10 +211,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None, skip: 
     """Flags, over the preset's settings, over the defaults; of a preset what the parser knows, less what is to `skip`."""
     args = parser.parse_known_args(argv)[0]
     if preset := args.preset:
-        parser.set_defaults(**{name: value for name, value in PRESETS[preset].items()
-                               if hasattr(args, name) and name not in skip})  # fmt: skip
+        settings = dict(PRESETS[preset])
         if preset == "lowdino" and args.arch == "resnet5m":
-            parser.set_defaults(local_crops_number=8)
+            settings |= {"local_crops_number": 8}
+        if preset == "sslight" and args.arch in vit.ARCHS:
+            settings |= SSLIGHT_VIT
+        parser.set_defaults(**{name: value for name, value in settings.items() if hasattr(args, name) and name not in skip})
     return parser.parse_args(argv)
 
 

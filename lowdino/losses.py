@@ -149,8 +149,8 @@ class KoLeoLoss(nn.Module):
 
         L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features             (Sablayrolles et al., 2019)
 
-    as in DINOv2, on the features of one view of each image; neighbours are sought in the batch of all ranks. Nearest
-    neighbours come from the largest inner product, |z_i - z_j|^2 = 2 - 2 z_i . z_j, and only the distance to the chosen
+    as DINOv2 uses it, on the features of one view of each image; but neighbours are sought in the batch of all ranks, there
+    of one. Nearest neighbours come from the largest inner product, |z_i - z_j|^2 = 2 - 2 z_i . z_j, and only the distance to the chosen
     one is differentiated.
 
     forward(features): (n, D). Returns a scalar. ValueError where there are fewer than two rows over all ranks.
@@ -221,7 +221,8 @@ class SimKDLoss(nn.Module):
 
         L = |s - t|^2 / D,   mean over the rows
 
-    so that the teacher's own classifier can be put on them.
+    so that the teacher's own classifier can be put on them. SimKD's are maps, and its projector convolutions; here both are
+    pooled before.
 
     forward(student, teacher): (n, D) each. Returns a scalar; gradient to the student alone.
     """
@@ -238,7 +239,7 @@ class SimilarityLoss(nn.Module):
         p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s),   L = - mean_i sum_j p_t[j] log p_s[j]
 
     with unit vectors s_i, t_i and q_j: the teacher's vectors of the batch of all ranks, its own among them, and the last
-    `queue_size` before it, as in SEED (equations 1 to 3).
+    `queue_size` before it. SEED's code has of the batch the image's own vector alone, and a queue of 65,536.
 
     forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D): V views in a row of what the
     teacher saw once. Returns a scalar; gradient to the student alone. In training mode the teacher's vectors then enter the queue.

@@ -252,6 +252,9 @@ def test_presets_are_the_papers_and_flags_win():
     assert lowdino_preset.lr == 0.1 and lowdino_preset.local_crops_number == 2 and not lowdino_preset.norm_last_layer
     assert settings("--preset", "lowdino", "--arch", "resnet5m").local_crops_number == 8
     assert settings("--preset", "lowdino", "--arch", "resnet5m", "--local_crops_number", "3").local_crops_number == 3
+    cnn, vit = settings("--preset", "sslight", "--arch", "resnet18"), settings("--preset", "sslight", "--arch", "vit_tiny")
+    assert (cnn.optimizer, cnn.out_dim, cnn.local_crops_number, cnn.use_bn_in_head, cnn.alpha) == ("lars", 4096, 6, True, 0.4)
+    assert (vit.optimizer, vit.out_dim, vit.local_crops_number, vit.use_bn_in_head, vit.alpha) == ("adamw", 65536, 10, False, 0.4)
     assert settings("--preset", "dino").out_dim == 65536 and settings("--preset", "dino").local_crops_size == 96
     sslight = settings("--preset", "sslight")
     assert (sslight.alpha, sslight.optimizer, sslight.local_crops_size) == (0.4, "lars", 128)
