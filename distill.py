@@ -287,7 +287,7 @@ def cached_features(teacher: Teacher, images: data.ImageArray | data.ImageFiles,
                       if theirs[key] != own[key]]  # fmt: skip
             if not others:
                 done = rows_done(path, theirs["done"], total)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
             raise ValueError(f"--cache_teacher {path} is damaged: delete it and {notes.name}") from error
         if others:
             what, theirs, ours = others[0]

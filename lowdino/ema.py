@@ -43,5 +43,6 @@ def paired_buffers(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor]
 
 @torch.no_grad()
 def update(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in place (equation 1 of LowDINO)."""
-    torch._foreach_lerp_(teacher, student, 1 - momentum)
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place (equation 1 of LowDINO). There may be none."""
+    if teacher:
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
