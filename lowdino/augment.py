@@ -75,7 +75,8 @@ def resample(x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         rows = places + L * (torch.arange(N) % B)[:, None, None]
         sums = F.embedding_bag(rows.flatten(0, 1), x.reshape(B * L, K), per_sample_weights=weights.flatten(0, 1), mode="sum")
         return sums.view(N, n, K)
-    return torch.bmm(weights.new_zeros(B, places.shape[1], L).scatter_add_(2, places, weights), x)
+    with torch.autocast(x.device.type, enabled=False):  # whose 8 bits would do for no image
+        return torch.bmm(weights.new_zeros(B, places.shape[1], L).scatter_add_(2, places, weights), x)
 
 
 def separable(images: Tensor, *axes: Tensor) -> Tensor:
@@ -370,8 +371,7 @@ class MultiCrop(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
-        with torch.autocast(device_type=images.device.type, enabled=False):
-            return [view for group in self.groups for view in self.draw(images, sizes, generator, *group)]
+        return [view for group in self.groups for view in self.draw(images, sizes, generator, *group)]
 
     def draw(self, images: Tensor, sizes: Tensor, generator: torch.Generator, size: int, scale: tuple[float, float],
              blur: tuple[float, ...], solar: tuple[float, ...]) -> Sequence[Tensor]:  # fmt: skip

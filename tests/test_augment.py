@@ -122,6 +122,17 @@ def test_views_are_the_same_whether_an_operation_picks_or_not(photos, monkeypatc
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+def test_autocast_changes_no_view(photos, monkeypatch):
+    monkeypatch.setattr(augment, "picks", lambda images: False)  # as on a GPU
+    sizes = torch.full((len(photos), 2), photos.shape[2])
+    views = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            views += [[*augment.MultiCrop(32, 16, 2)(photos, sizes, augment.seeded_generator("cpu", 0)), augment.central_view(photos, sizes, 32)]]
+    for one, other in zip(*views):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 9, 20])  # parts of the views, one view of all images, or two
 def test_views_are_the_same_in_blocks_of_any_size(at_once, photos, monkeypatch):
     images, sizes = photos[:8], torch.full((8, 2), photos.shape[2])
