@@ -88,7 +88,7 @@ SSLIGHT_VIT = dict(
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
 
-LEAST_SCALE = 2.0**-10  # of float16's losses: 26 steps in a row, each of which halved it, from where GradScaler starts
+LEAST_SCALE = 2.0**-10  # of float16's losses: GradScaler halves it in a step whose gradients overflow, and starts from 2^16
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 # Settings that a resumed run may change, because they do not change what it computes.
@@ -718,7 +718,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, source: data.Data,
             if buffers:
                 torch._foreach_copy_(buffers, buffers_before)
             optimizer.zero_grad(set_to_none=True)
-            scaler.update()
+            scaler.update(scaler.get_scale())  # which is not to blame
         else:
             # Step.
             skipped = 0
