@@ -65,7 +65,7 @@ def start(device: str = "auto") -> Ranks:
     if device == "cuda":
         # SLURM may show each task one GPU only, whatever its local rank.
         visible = torch.cuda.device_count()
-        index = 0 if visible == 1 and "SLURM_LOCALID" in os.environ else local
+        index = 0 if visible == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else local
         if index >= visible:
             raise ValueError(f"local rank {local} has no GPU of its own: {visible} visible; start {visible} processes "
                              "a node, or use --device cpu")  # fmt: skip
@@ -109,10 +109,11 @@ def keep_freed_memory() -> None:
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
 
 
-def stop() -> None:
+def stop(together: bool = True) -> None:
+    """To be called last. `together`: all ranks leave; NCCL's group would wait for those that do not, and is left alone."""
     for number in STOP_SIGNALS:  # what was to be saved is, and the exit status should tell
         signal.signal(number, signal.SIG_IGN)
-    if dist.is_initialized():
+    if together and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -165,12 +166,18 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         wrong: what is the matter with the flags, which the first rank says for all; None where nothing is.
         device: see `start`.
     """
-    status = 0
+    status, together = 0, False
+    with suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files are bytes, which may be no text
     try:
         if wrong:
             status = complain(script, wrong) if rank_from_environment()[0] == 0 else 2
         else:
             work(start(device))
+        together = True
+    except SystemExit:  # of all ranks, after a signal
+        together = True
+        raise
     except (ValueError, FloatingPointError) as error:
         # Of an error in a loader's process the last line is its own; the others are that process's traceback.
         status = complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
@@ -187,7 +194,7 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         else:
             raise
     finally:
-        stop()
+        stop(together)
     gc.collect()  # a loader that an error left, with its processes
     if status:
         sys.exit(status)

@@ -219,6 +219,16 @@ def test_knn_flags_are_checked():
     assert answer("--pixels", "--image_size", "8").startswith("--image_size must be at least 32")
 
 
+def test_names_that_are_no_text_are_printed_all_the_same(picture_folder, tmp_path, run_script):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    try:
+        os.rename(picture_folder, odd)
+    except OSError:
+        pytest.skip("names of files are text here")
+    done = run_script("eval_knn.py", "--pixels", "--data_path", odd, "--device", "cpu")
+    assert r"/caf\udce9/train: 24 training and 8 test images" in done.stdout
+
+
 def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, call_script):
     tested = call_script("eval_knn.py", "--pixels", "--data_path", picture_folder / "train", check=False)
     assert tested.returncode == 2 and "has no labels to test on: that needs train/ and val/" in tested.stderr

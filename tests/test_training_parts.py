@@ -171,3 +171,13 @@ def test_ranks_are_on_one_machine_where_something_says_so(environment, expected,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.on_one_machine(2) == expected
+
+
+def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    # As torchrun sets them for its second rank, in the script of a job.
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_LOCALID": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="local rank 1 has no GPU of its own: 1 visible"):
+        distributed.start("cuda")
