@@ -153,10 +153,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"an image must have one whole patch at least, {self.patch_size} x {self.patch_size} pixels")
         x = self.patch_embed(x)
         h, w = x.shape[-2:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         x = x + self.positions(h, w)
         if self.register_tokens is not None:
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x, h, w
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:

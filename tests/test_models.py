@@ -239,3 +239,14 @@ def test_features_of_a_shifted_image_agree_at_initialisation(arch):
     with torch.no_grad():
         a, b = model(images[:, :, :64, :64]), model(images[:, :, 4:, 4:])
     assert torch.cosine_similarity(a - a.mean(0), b - b.mean(0)).mean() > 0.5
+
+
+@pytest.mark.parametrize("arch", ["mobilevit_xxs", "resnet5m", "vit_tiny"])
+def test_a_network_is_exported_for_any_batch_size(arch, tmp_path):
+    model, x = lowdino.build_backbone(arch).eval(), torch.randn(4, 3, 32, 32)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    torch.export.save(program, str(tmp_path / "backbone.pt2"))
+    exported = torch.export.load(str(tmp_path / "backbone.pt2")).module()
+    with torch.no_grad():
+        for part in (x, x[:1], x[:3]):
+            torch.testing.assert_close(exported(part), model(part), rtol=1e-5, atol=1e-5)
