@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,8 +36,7 @@ def run_script():
     def run(script, *flags, ranks=1, check=True, cwd=None, timeout=280):
         command = [sys.executable, str(ROOT / script)]
         if ranks > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-                       "--master_addr=127.0.0.1", f"--master_port={get_free_port()}", str(ROOT / script)]  # fmt: skip
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(ROOT / script)]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["OMP_NUM_THREADS"] = "1" if ranks > 1 else "2"
         done = subprocess.run(command + [str(f) for f in flags], cwd=cwd, env=environment, text=True, timeout=timeout,
@@ -54,6 +52,14 @@ def restore_signals():
     """As they are in a new process; a script that ends leaves them ignored."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process():
+    """The same random numbers whichever tests came before, and no signal that one of them left ignored."""
+    torch.manual_seed(0)
+    yield
+    restore_signals()
 
 
 @pytest.fixture

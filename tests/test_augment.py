@@ -231,7 +231,9 @@ def test_drawn_jitter_flips_and_blur_have_torchvisions_distribution(monkeypatch)
         blurred = sigma[chosen].numpy()
         assert abs(len(blurred) / n - probability) < 0.03
         assert largest_gap(blurred, np.random.default_rng(0).uniform(0.1, 2.0, 20_000)) < 0.1
-    for _, named in seen["resized_crop"]:
+    for (boxes, named), scale in zip(seen["resized_crop"], ((0.4, 1.0), (0.05, 0.4)), strict=True):  # global, local
+        area = boxes[0][:, 2] * boxes[0][:, 3] / 64
+        assert abs(area.mean() - sum(scale) / 2) < 0.03
         assert abs(named["flip"].float().mean() - 0.5) < 0.03
         assert abs(named["vertical_flip"].float().mean() - 0.3) < 0.03
 

@@ -150,7 +150,7 @@ def test_batches_are_a_permutation_an_epoch_and_resume_anywhere():
 def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder, workers):
     images = data.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=7)
-    for batch, indices in zip(data.training_loader(images, batches, workers, pin_memory=False), batches):
+    for batch, indices in zip(data.training_loader(images, batches, workers, pin_memory=False), batches, strict=True):
         assert batch.indices.tolist() == indices
         assert torch.equal(batch.images[2, :, :40, :32], images[indices[2]][0])
 
@@ -220,3 +220,27 @@ def test_evaluation_loader_shares_images_among_ranks():
     images = data.demo_images(range(7))
     parts = [torch.cat([b.indices for b in data.evaluation_loader(images, 2, 0, rank, 2)]).tolist() for rank in (0, 1)]
     assert parts == [[0, 2, 4, 6], [1, 3, 5]]
+
+
+class FakeSet:
+    """As torchvision's CIFAR10 and STL10: red is the image's number, in the layout that each has."""
+
+    def __init__(self, root, download=False, train=None, split=None):
+        count = 6 if train or split == "unlabeled" else 4
+        shape = (count, 3, 96, 96) if split else (count, 32, 32, 3)
+        self.data = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], shape).copy()
+        _, green, blue = (self.data[:, c] if split else self.data[..., c] for c in range(3))  # (N, H, W)
+        green[:], blue[:] = 200, np.arange(blue.shape[1])[:, None]  # the row
+        if split:
+            self.labels = np.full(count, -1) if split == "unlabeled" else np.arange(count)
+        else:
+            self.targets = list(range(count))
+
+
+@pytest.mark.parametrize("name, side, train_labels", [("cifar10", 32, range(6)), ("stl10", 96, range(4))])
+def test_torchvisions_sets(name, side, train_labels, monkeypatch):
+    monkeypatch.setattr(data.datasets, name.upper(), FakeSet)
+    found = data.load(name)
+    assert found.train.labels.tolist() == list(train_labels) and found.test.labels.tolist() == list(range(4))
+    assert len(found.pretrain) == 6 and found.pretrain.images.shape[1:] == (3, side, side)
+    assert found.pretrain.images[:, :, 5, 7].tolist() == [[i, 200, 5] for i in range(6)]

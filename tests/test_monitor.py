@@ -1,5 +1,6 @@
 """The health report: each verdict on a run that is made to fail that way, and none on one that is well."""
 
+import copy
 import math
 import re
 
@@ -12,6 +13,7 @@ from torch import nn
 import lowdino
 import train
 from lowdino import data, distributed, monitor
+from lowdino.losses import InfoNCELoss, KoLeoLoss
 
 # Small enough for 150 steps in seconds.
 SMALL = ["--preset", "small", "--batch_size_per_gpu", "8", "--global_crops_size", "32", "--hidden_dim", "64", "--out_dim", "64",
@@ -65,6 +67,26 @@ def test_a_teacher_that_does_not_move_is_seen_unless_the_schedule_holds_it(momen
         method.after_step(step)
         read.append(method.signs()["teacher_moved"])
     assert read == [True, moved]  # with nothing to compare it with, the first tells nothing
+
+
+def test_what_is_minimised_is_the_losses_by_their_weights(monkeypatch):
+    monkeypatch.setattr(lowdino, "build_backbone", lambda *_, **__: Tiny())
+    flags = [*SMALL, "--infonce_weight", "0.8", "--koleo_weight", "0.3", "--freeze_last_layer", "1", "--warmup_teacher_temp", "0.02",
+             "--teacher_temp", "0.06", "--warmup_teacher_temp_epochs", "3"]  # fmt: skip
+    args = train.parse(train.get_parser(), flags)
+    method = train.SelfDistillation(args, distributed.Ranks(0, 1, torch.device("cpu")), data.Data("none", None), total_steps=900)
+    views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    for step, fading, temperature in ((0, 1.0, 0.02), (450, 0.5, 0.04)):
+        (f, e, s), (_, _, t) = method.network(views), method.teacher(views)
+        expected = copy.deepcopy(method.criterion)(s.chunk(2), t.chunk(2), temperature)
+        loss, total = method.objective(method.network, views, None, step, logging=False)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        others = 0.8 * fading * InfoNCELoss()(*e.chunk(2)) + 0.3 * sum(KoLeoLoss()(x) for x in f.chunk(2))
+        assert (total - loss).item() == pytest.approx(others.item(), rel=1e-4)
+    for step, frozen in ((0, True), (299, True), (300, False)):
+        total.backward(retain_graph=True)
+        method.after_backward(step)
+        assert (method.network.head.last_layer.weight.grad is None) == frozen
 
 
 WELL = dict(loss=3.5, entropy=2.0, entropy_of_mean=3.0, feature_std=0.3, effective_rank=8.0, teacher_moved=True)

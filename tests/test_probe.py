@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import eval_linear
@@ -149,10 +150,17 @@ def test_learning_rates_fall_from_block_to_block():
         assert all(p.ndim <= 1 for p in group["params"]) if group.get("weight_decay") == 0 else all(p.ndim > 1 for p in group["params"])
 
 
+def test_cost_is_counted():
+    found = eval_linear.cost(nn.Conv2d(3, 8, 3, padding=1, bias=False), 32, torch.device("cpu"))
+    assert found["multiply_adds_M"] == pytest.approx(32 * 32 * 8 * 27 / 1e6) and found["parameters_M"] == pytest.approx(216 / 1e6)
+
+
 QUICK = ["--device", "cpu", "--epochs", "3", "--val_fraction", "0.3"]
 
 
 def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
+    val = picture_folder / "val"
+    (val / "dark" / "0.png").write_bytes((val / "light" / "0.png").read_bytes())  # so that one of eight is wrong, in val/ alone
     done = call_script("eval_linear.py", "pixels", "mobilevit_xxs", *QUICK, "--data_path", picture_folder, "--label_fraction",
                        0.5, 1, "--seeds", 0, 1, "--output_dir", tmp_path / "out")  # fmt: skip
     assert "protocol: linear classifier on features, half-whitened" in done.stdout
@@ -161,10 +169,10 @@ def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
     heads, _, pixels, network = written.splitlines()
     assert heads == ("| model | parameters (M) | multiply-adds (M) | ms an image | pixels | k-NN (k=20) | linear 50 % "
                      "| linear 100 % |")  # fmt: skip
-    assert re.match(r"\| raw pixels \| 0.00 \| 0.0 \| .* \| 32 \| 100.00 \| 100.00 ± 0.00 \|", pixels)
+    assert re.match(r"\| raw pixels \| 0.00 \| 0.0 \| .* \| 32 \| 87.50 \| 87.50 ± 0.00 \|", pixels)
     assert re.match(r"\| mobilevit_xxs at random initialisation, seed 0 \| 0.95 \| \d+\.\d \|", network)
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
-    assert rows[0]["trained"][1]["top1"] == [1.0, 1.0] and "chosen" in rows[1]["trained"][0]
+    assert rows[0]["trained"][1]["top1"] == [0.875, 0.875] and "chosen" in rows[1]["trained"][0]
     chosen = [int(line) for line in (tmp_path / "out" / "labels_0.5_seed1.txt").read_text().split()]
     assert len(chosen) == 12 and sum(i < 12 for i in chosen) == 6  # 12 of either class, the dark ones first
 
@@ -221,6 +229,16 @@ def test_features_go_through_a_file(picture_folder, tmp_path, call_script):
     probed = call_script("eval_linear.py", "--from_features", file, "--epochs", "3", "--val_fraction", 0.3, "--output_dir",
                          tmp_path / "out")  # fmt: skip
     assert "| mobilevit_xxs at random initialisation, seed 0 | 100.00 | 100.00 |" in probed.stdout
+    # Test labels choose nothing: with others, the same choice and the opposite accuracy.
+    np.savez(tmp_path / "others.npz", **arrays | {"test_labels": 1 - arrays["test_labels"]})
+    call_script("eval_linear.py", "--from_features", tmp_path / "others.npz", "--epochs", "3", "--val_fraction", 0.3, "--output_dir",
+                tmp_path / "others")  # fmt: skip
+    one, other = (json.loads((tmp_path / name / "table.json").read_text())["rows"][0]["trained"][0] for name in ("out", "others"))
+    assert one["chosen"] == other["chosen"] != [""] and (one["top1"], other["top1"]) == ([1.0], [0.0])
+
+    picture = Image.open(tmp_path / "neighbours.png")
+    assert picture.size == (9 * 71 + 1, 8 * 71 + 1)  # a query and eight neighbours, framed, for each of eight test images
+    assert [round(v / 25.5) for v in picture.getpixel((71 + 2, 2))] == [1, 7, 2]  # of its own class
 
     unlabelled = tmp_path / "unlabelled.npz"
     call_script("eval_knn.py", "--arch", "mobilevit_xxs", "--data_path", picture_folder / "train", "--features", unlabelled)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ import eval_knn
 import lowdino
 import train
 from conftest import ROOT
-from lowdino import data, distributed
+from lowdino import augment, data, distributed
 
 SMALL = ["--arch", "mobilevit_xxs", "--batch_size_per_gpu", "4", "--local_crops_number", "1", "--out_dim", "16",
          "--hidden_dim", "32", "--warmup_epochs", "1", "--log_freq", "2", "--device", "cpu", "--knn_freq", "1",
@@ -86,8 +88,9 @@ def test_compiled_training_leaves_plain_files(picture_folder, tmp_path, call_scr
     torch.testing.assert_close(records(tmp_path / "compiled", "loss"), records(tmp_path / "eager", "loss"), atol=0.01, rtol=0)
 
 
-def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
-    out = tmp_path / "out"
+def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, monkeypatch):
+    out, seeded, drawn = tmp_path / "out", augment.seeded_generator, []
+    monkeypatch.setattr(augment, "seeded_generator", lambda device, *numbers: (drawn.append(numbers), seeded(device, *numbers))[1])
     done = call_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
                       "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
     assert {"args.json", "backbone.pth", "checkpoint.pth", "checkpoint.prev.pth", "checkpoint0001.pth", "checkpoint0002.pth",
@@ -99,6 +102,11 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script):
     assert "health: no sign of collapse" in done.stdout  # 12 steps are too few for any other verdict
     assert json.loads((out / "args.json").read_text())["optimizer"] == "lars"
     assert records(out, "step") == [0, 2, 4, 6, 6, 8, 10, 12, 12] and len(records(out, "knn")) == 3
+    peak = 5e-4 * 4 / 256
+    falling = [1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * step / 6)) / 2 for step in (1, 3, 5)]
+    assert records(out, "lr") == pytest.approx([peak / 5, peak * 3 / 5, peak, *falling])
+    assert records(out, "weight_decay") == pytest.approx([0.4 - 0.36 * (1 + math.cos(math.pi * step / 12)) / 2 for step in (1, 3, 5, 7, 9, 11)])
+    assert drawn == [(1, 0, step, 0) for step in range(12)]  # stream, seed, step, rank
     backbone = lowdino.load_backbone(str(out / "backbone.pth"))
     assert backbone.epoch == 2 and backbone.image_size == 32
     teacher = torch.load(out / "checkpoint.pth", weights_only=True)["teacher"]
@@ -165,6 +173,35 @@ def test_a_backbone_file_starts_a_training(picture_folder, tmp_path, call_script
     wrong = call_script("train.py", *flags, "--init", tmp_path / "timm.pth", "--output_dir", tmp_path / "no", "--arch",
                        "resnet5m", check=False)  # fmt: skip
     assert wrong.returncode == 2 and "timm.pth does not fit this architecture" in wrong.stderr
+
+
+def test_weights_of_a_known_architecture_are_used(picture_folder, tmp_path, call_script):
+    torch.manual_seed(5)
+    network = lowdino.build_backbone("resnet18").eval()
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    call_script("eval_knn.py", "--arch", "resnet18", "--weights", tmp_path / "plain.pth", "--data_path", picture_folder, "--device", "cpu",
+                "--features", tmp_path / "features.npz")  # fmt: skip
+    found = torch.from_numpy(np.load(tmp_path / "features.npz")["train"])
+    images, sizes, *_ = data.collate([data.load(str(picture_folder)).pretrain[i] for i in range(24)])
+    with torch.no_grad():
+        torch.testing.assert_close(found, network(augment.central_view(images, sizes, 32)), atol=1e-4, rtol=1e-4)
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(eval_knn.open_model(f"resnet18={tmp_path / 'plain.pth'}")[1].eval()(x), network(x))
+
+
+def test_views_are_those_that_the_flags_ask_for():
+    views = train.build_views(train.parse(train.get_parser(), [
+        "--global_crops_size", "64", "--global_crops_scale", "0.3", "0.9", "--local_crops_size", "48", "--local_crops_scale", "0.1", "0.2",
+        "--local_crops_number", "3", "--vertical_flip", "0.25"]))  # fmt: skip
+    assert [(size, *scale, len(blur)) for size, scale, blur, _ in views.groups] == [(64, 0.3, 0.9, 2), (48, 0.1, 0.2, 3)]
+    assert views.vertical_flip == 0.25 and views.blur_sigma == pytest.approx((0.1, 2 * 64 / 224))
+
+
+def test_a_vit_has_the_patches_that_are_asked_for(picture_folder, tmp_path, call_script):
+    call_script("train.py", *SMALL, "--arch", "vit_tiny", "--patch_size", 8, "--data_path", picture_folder, "--epochs", 1, "--knn_freq", 0,
+                "--output_dir", tmp_path)  # fmt: skip
+    saved = lowdino.load_backbone(str(tmp_path / "backbone.pth"))
+    assert saved.patch_size == 8 and saved.state_dict()["patch_embed.proj.weight"].shape == (192, 3, 8, 8)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -257,6 +294,10 @@ def test_presets_are_the_papers_and_flags_win():
     def settings(*flags):
         return train.parse(train.get_parser(), flags)
 
+    table2 = dict(epochs=100, batch_size_per_gpu=64, optimizer="sgd", lr=5e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.04, weight_decay_end=0.4,
+                  out_dim=1024, momentum_teacher=0.9995, teacher_temp=0.04, student_temp=0.1, global_crops_scale=[0.4, 1.0],
+                  local_crops_scale=[0.05, 0.4], freeze_last_layer=0)  # fmt: skip
+    assert table2.items() <= vars(settings("--preset", "lowdino")).items()
     lowdino_preset = settings("--preset", "lowdino", "--lr", "0.1")
     assert (lowdino_preset.momentum_teacher, lowdino_preset.out_dim, lowdino_preset.clip_grad) == (0.9995, 1024, 2.0)
     assert lowdino_preset.lr == 0.1 and lowdino_preset.local_crops_number == 2 and not lowdino_preset.norm_last_layer
@@ -264,10 +305,9 @@ def test_presets_are_the_papers_and_flags_win():
     assert settings("--preset", "lowdino", "--arch", "resnet5m", "--local_crops_number", "3").local_crops_number == 3
     cnn, vit = settings("--preset", "sslight", "--arch", "resnet18"), settings("--preset", "sslight", "--arch", "vit_tiny")
     assert (cnn.optimizer, cnn.out_dim, cnn.local_crops_number, cnn.use_bn_in_head, cnn.alpha) == ("lars", 4096, 6, True, 0.4)
+    assert cnn.local_crops_size == 128 and cnn.lr == 0.48
     assert (vit.optimizer, vit.out_dim, vit.local_crops_number, vit.use_bn_in_head, vit.alpha) == ("adamw", 65536, 10, False, 0.4)
     assert settings("--preset", "dino").out_dim == 65536 and settings("--preset", "dino").local_crops_size == 96
-    sslight = settings("--preset", "sslight")
-    assert (sslight.alpha, sslight.optimizer, sslight.local_crops_size) == (0.4, "lars", 128)
     for preset in train.PRESETS:
         assert train.check(settings("--preset", preset)) is None
 

@@ -84,11 +84,12 @@ def whole(one_thread, tmp_path_factory):
     return folder / "pictures", folder / "out"
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_signalled_run_saves_stops_and_goes_on_exactly(step, whole, tmp_path, call_script):
+@pytest.mark.parametrize("step, number", [pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (3, signal.SIGTERM), (3, signal.SIGUSR1),
+                                          pytest.param(6, signal.SIGTERM, marks=pytest.mark.slow)])  # fmt: skip
+def test_a_signalled_run_saves_stops_and_goes_on_exactly(step, number, whole, tmp_path, call_script):
     """The first step, one between two log lines, the last of an epoch."""
     pictures, unhurt = whole
-    with at_step(step, lambda: (terminate(), terminate())):
+    with at_step(step, lambda: (os.kill(os.getpid(), number), os.kill(os.getpid(), number))):
         done = call_script("train.py", *flags(pictures, tmp_path), "--save_every_steps", 0, check=False)
     assert done.returncode == distributed.STOPPED == 75
     assert f"stopped by a signal after step {step}, which is saved" in done.stdout and saved_step(tmp_path) == step
@@ -363,6 +364,23 @@ def test_any_flipped_bit_is_seen_or_without_effect(tmp_path):
     assert seen > 200
 
 
+def test_other_images_and_another_number_of_ranks_are_refused(whole, tmp_path, call_script):
+    pictures, unhurt = whole
+    shutil.copytree(unhurt, tmp_path / "out")
+    shutil.copytree(pictures, tmp_path / "pictures")  # the same images at another place
+    assert "already finished" in call_script("train.py", *flags(tmp_path / "pictures", tmp_path / "out")).stdout
+    added = tmp_path / "pictures" / "train" / "dark" / "new.png"
+    shutil.copy(tmp_path / "pictures" / "train" / "dark" / "0.png", added)
+    done = call_script("train.py", *flags(tmp_path / "pictures", tmp_path / "out"), check=False)
+    assert done.returncode == 2 and re.search(r"holds a run with.* images 24, names \w+, not 25, names \w+", done.stderr)
+    added.unlink()
+    content = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    content["settings"]["world"] = 2
+    checkpoint.save_atomic(tmp_path / "out" / "checkpoint.pth", content)
+    done = call_script("train.py", *flags(tmp_path / "pictures", tmp_path / "out"), check=False)
+    assert done.returncode == 2 and "holds a run with" in done.stderr and "world 2, not 1" in done.stderr
+
+
 @pytest.mark.slow
 def test_changed_settings_are_accepted_by_a_flag(whole, tmp_path, call_script):
     pictures, unhurt = whole
@@ -446,7 +464,6 @@ def test_float16_that_overflows_is_left_out_and_stops_where_no_scale_helps(pictu
     with poisoned(range(100), "gradients"), pytest.raises(FloatingPointError, match=r"diverging gradients at step \d+: at no scale does float16"):
         run(epochs=8)
     assert saved_step(tmp_path) in (18, 24, 30)  # by the scale that the steps before left
-    restore_signals()
 
 
 def poisoned_rank(script_flags, where):

@@ -181,3 +181,18 @@ def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="local rank 1 has no GPU of its own: 1 visible"):
         distributed.start("cuda")
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({}, (0, 1, 0)),
+    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
+    ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),  # srun
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, (0, 1, 0)),  # python in an allocation
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, (1, 2, 1)),
+])  # fmt: skip
+def test_ranks_come_from_torchrun_or_srun(environment, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.rank_from_environment() == expected
