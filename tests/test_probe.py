@@ -177,13 +177,15 @@ def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
     assert len(chosen) == 12 and sum(i < 12 for i in chosen) == 6  # 12 of either class, the dark ones first
 
 
-@pytest.mark.parametrize("flags", [["--augment"], ["--finetune", "--epochs", "12"], ["--solver", "lbfgs"],
+@pytest.mark.parametrize("flags", [["--augment", "--pool", "mean"], ["--finetune", "--epochs", "12", "--layer_decay", "0.9", "--image_size", "48"],
+                                   ["--solver", "lbfgs", "--pool", "default+max"],
                                    pytest.param(["--from_scratch", "--epochs", "12"], marks=pytest.mark.slow)])  # fmt: skip
 def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
     done = call_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, "--data_path", picture_folder, "--batch_size_per_gpu",
                        "8", "--output_dir", tmp_path / "out")  # fmt: skip
     row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert row["trained"][0]["top1"][0] > 0.9  # dark against light
+    assert row["image_size"] == (48 if "48" in flags else 32)
     file = tmp_path / "out" / "network1_1_seed0.pth"
     assert ("whole network" in done.stdout) == (flags[0] in ("--finetune", "--from_scratch")) == file.exists()
     if file.exists():  # what was trained is kept: backbone and classifier give that accuracy again
