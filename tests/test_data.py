@@ -229,7 +229,7 @@ class FakeSet:
         count = 6 if train or split == "unlabeled" else 4
         shape = (count, 3, 96, 96) if split else (count, 32, 32, 3)
         self.data = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], shape).copy()
-        _, green, blue = (self.data[:, c] if split else self.data[..., c] for c in range(3))  # (N, H, W)
+        green, blue = (self.data[:, c] if split else self.data[..., c] for c in (1, 2))  # (N, H, W)
         green[:], blue[:] = 200, np.arange(blue.shape[1])[:, None]  # the row
         if split:
             self.labels = np.full(count, -1) if split == "unlabeled" else np.arange(count)

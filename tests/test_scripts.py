@@ -89,8 +89,13 @@ def test_compiled_training_leaves_plain_files(picture_folder, tmp_path, call_scr
 
 
 def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, monkeypatch):
-    out, seeded, drawn = tmp_path / "out", augment.seeded_generator, []
-    monkeypatch.setattr(augment, "seeded_generator", lambda device, *numbers: (drawn.append(numbers), seeded(device, *numbers))[1])
+    out, drawn, seeded = tmp_path / "out", [], augment.seeded_generator
+
+    def noted(device, *numbers):
+        drawn.append(numbers)
+        return seeded(device, *numbers)
+
+    monkeypatch.setattr(augment, "seeded_generator", noted)
     done = call_script("train.py", *SMALL, "--data_path", picture_folder, "--output_dir", out, "--epochs", 2,
                       "--saveckp_freq", 1, "--koleo_weight", 0.1, "--alpha", 0.4, "--optimizer", "lars")  # fmt: skip
     assert {"args.json", "backbone.pth", "checkpoint.pth", "checkpoint.prev.pth", "checkpoint0001.pth", "checkpoint0002.pth",

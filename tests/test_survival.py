@@ -54,8 +54,8 @@ def at_step(n, do):
         yield
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def whole(one_thread, tmp_path_factory):
 def test_a_signalled_run_saves_stops_and_goes_on_exactly(step, number, whole, tmp_path, call_script):
     """The first step, one between two log lines, the last of an epoch."""
     pictures, unhurt = whole
-    with at_step(step, lambda: (os.kill(os.getpid(), number), os.kill(os.getpid(), number))):
+    with at_step(step, lambda: (terminate(number), terminate(number))):
         done = call_script("train.py", *flags(pictures, tmp_path), "--save_every_steps", 0, check=False)
     assert done.returncode == distributed.STOPPED == 75
     assert f"stopped by a signal after step {step}, which is saved" in done.stdout and saved_step(tmp_path) == step
@@ -368,16 +368,17 @@ def test_other_images_and_another_number_of_ranks_are_refused(whole, tmp_path, c
     pictures, unhurt = whole
     shutil.copytree(unhurt, tmp_path / "out")
     shutil.copytree(pictures, tmp_path / "pictures")  # the same images at another place
-    assert "already finished" in call_script("train.py", *flags(tmp_path / "pictures", tmp_path / "out")).stdout
+    settings = flags(tmp_path / "pictures", tmp_path / "out")
+    assert "already finished" in call_script("train.py", *settings).stdout
     added = tmp_path / "pictures" / "train" / "dark" / "new.png"
     shutil.copy(tmp_path / "pictures" / "train" / "dark" / "0.png", added)
-    done = call_script("train.py", *flags(tmp_path / "pictures", tmp_path / "out"), check=False)
+    done = call_script("train.py", *settings, check=False)
     assert done.returncode == 2 and re.search(r"holds a run with.* images 24, names \w+, not 25, names \w+", done.stderr)
     added.unlink()
     content = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     content["settings"]["world"] = 2
     checkpoint.save_atomic(tmp_path / "out" / "checkpoint.pth", content)
-    done = call_script("train.py", *flags(tmp_path / "pictures", tmp_path / "out"), check=False)
+    done = call_script("train.py", *settings, check=False)
     assert done.returncode == 2 and "holds a run with" in done.stderr and "world 2, not 1" in done.stderr
 
 

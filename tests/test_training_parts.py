@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -157,6 +158,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults < 300 if keeps else faults > 300  # of 512 huge pages, or 262,144 others
 
 
+@pytest.fixture
+def started_as(monkeypatch):
+    """started_as(variables): the environment as torchrun or srun set it, with none of their other variables."""
+
+    def start(environment):
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+            monkeypatch.delenv(name)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return start
+
+
 @pytest.mark.parametrize("environment, expected", [
     ({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}, True),
     ({"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, False),
@@ -165,20 +181,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     ({"MASTER_ADDR": "127.0.0.1"}, True),
     ({"MASTER_ADDR": "10.0.0.1"}, False),  # started by hand, on hosts that are not known
 ])  # fmt: skip
-def test_ranks_are_on_one_machine_where_something_says_so(environment, expected, monkeypatch):
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_NODES", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_ranks_are_on_one_machine_where_something_says_so(environment, expected, started_as):
+    started_as(environment)
     assert distributed.on_one_machine(2) == expected
 
 
-def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(monkeypatch):
+def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(started_as, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     # As torchrun sets them for its second rank, in the script of a job.
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_LOCALID": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
-        monkeypatch.setenv(name, value)
+    started_as({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_LOCALID": "0", "TORCHELASTIC_RUN_ID": "none"})
     with pytest.raises(ValueError, match="local rank 1 has no GPU of its own: 1 visible"):
         distributed.start("cuda")
 
@@ -190,9 +202,6 @@ def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(monkeypatch):
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, (0, 1, 0)),  # python in an allocation
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, (1, 2, 1)),
 ])  # fmt: skip
-def test_ranks_come_from_torchrun_or_srun(environment, expected, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_ranks_come_from_torchrun_or_srun(environment, expected, started_as):
+    started_as(environment)
     assert distributed.rank_from_environment() == expected
