@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Weighted k-NN accuracy of a backbone, of its random initialisation or of raw pixels (Wu et al., 2018; DINO).
 
-    python eval_knn.py --weights output/backbone.pth --data_path /path/with/train/and/val
-    python eval_knn.py --arch mobilevit_xxs                random weights: the floor under every figure
-    python eval_knn.py --pixels                            no network at all: the other floor
+python eval_knn.py --weights output/backbone.pth --data_path /path/with/train/and/val
+python eval_knn.py --arch mobilevit_xxs                random weights: the floor under every figure
+python eval_knn.py --pixels                            no network at all: the other floor
 """
 
 import argparse
@@ -29,16 +29,36 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=HelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=HelpFormatter
+    )
     add = parser.add_argument
-    add("--weights", metavar="FILE", help="backbone.pth of train.py, or a state dict of DINO's or DINOv2's ViT; with --arch, "
-        "also of timm's MobileViT or torchvision's networks")  # fmt: skip
-    add("--arch", help=f"backbone: {', '.join(lowdino.ARCHS)}; without --weights at random initialisation")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="backbone.pth of train.py, or a state dict of DINO's or DINOv2's ViT; with --arch, "
+        "also of timm's MobileViT or torchvision's networks",
+    )
+    add(
+        "--arch",
+        help=f"backbone: {', '.join(lowdino.ARCHS)}; without --weights at random initialisation",
+    )
     add("--pixels", action="store_true", help="classify by raw pixels instead of a backbone")
-    add("--from_features", metavar="FILE", help="classify by an .npz of features, as --features writes, instead of a backbone")
-    add("--features", metavar="FILE", help="also write the features, labels and file names to this .npz")
-    add("--neighbours", metavar="FILE", help="also write a picture of some test images and their nearest training images")
+    add(
+        "--from_features",
+        metavar="FILE",
+        help="classify by an .npz of features, as --features writes, instead of a backbone",
+    )
+    add(
+        "--features",
+        metavar="FILE",
+        help="also write the features, labels and file names to this .npz",
+    )
+    add(
+        "--neighbours",
+        metavar="FILE",
+        help="also write a picture of some test images and their nearest training images",
+    )
     add_data_flags(add)
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=0.07, help="of the votes, exp(cosine / temperature)")
@@ -49,15 +69,34 @@ def get_parser() -> argparse.ArgumentParser:
 
 def add_data_flags(add: Callable) -> None:
     """The flags of every evaluation, given a parser's or a group's `add_argument`."""
-    add("--data_path", default="demo",
-        help="folder with train/ and val/ (or test/) of class sub-folders, cifar10, cifar100, stl10 or demo")  # fmt: skip
+    add(
+        "--data_path",
+        default="demo",
+        help="folder with train/ and val/ (or test/) of class sub-folders, cifar10, cifar100, stl10 or demo",
+    )
     add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
-    add("--download", action="store_true", help="fetch cifar10, cifar100 or stl10 where --data_root lacks it")
-    add("--image_size", type=int, help="side of the network's input; default: the backbone file's, or what suits the images")
-    add("--pool", choices=["default", "mean", "max", "default+mean", "default+max"], default="default",
+    add(
+        "--download",
+        action="store_true",
+        help="fetch cifar10, cifar100 or stl10 where --data_root lacks it",
+    )
+    add(
+        "--image_size",
+        type=int,
+        help="side of the network's input; default: the backbone file's, or what suits the images",
+    )
+    add(
+        "--pool",
+        choices=["default", "mean", "max", "default+mean", "default+max"],
+        default="default",
         help="default: the backbone's own, a ConvNet's mean or a ViT's class token; mean, max: over the last feature map; or "
-             "two side by side")  # fmt: skip
-    add("--num_workers", type=int, help="loader processes; default: 0 for images in memory, else up to 10")
+        "two side by side",
+    )
+    add(
+        "--num_workers",
+        type=int,
+        help="loader processes; default: 0 for images in memory, else up to 10",
+    )
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
 
 
@@ -105,7 +144,9 @@ def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
             ARCH=FILE, for a plain state dict of a ConvNet.
         seed: of a random initialisation.
     """
-    if name == "pixels":  # at most 32 x 32 of them: more tell no more, and a probe's cost grows with their square
+    if (
+        name == "pixels"
+    ):  # at most 32 x 32 of them: more tell no more, and a probe's cost grows with their square
         return "raw pixels", nn.Sequential(Shrink(), nn.Flatten())
     arch, equals, weights = name.partition("=")
     torch.manual_seed(seed)
@@ -113,7 +154,9 @@ def open_model(name: str, seed: int = 0) -> tuple[str, nn.Module]:
         return f"{arch} at random initialisation, seed {seed}", lowdino.build_backbone(arch)
     if arch not in lowdino.ARCHS:
         if not os.path.exists(name):
-            raise ValueError(f"no file {name}, and no such architecture; there are {', '.join(lowdino.ARCHS)}")
+            raise ValueError(
+                f"no file {name}, and no such architecture; there are {', '.join(lowdino.ARCHS)}"
+            )
         arch, weights = None, name
     backbone = lowdino.load_backbone(weights, arch)
     epoch = f", epoch {backbone.epoch}" if hasattr(backbone, "epoch") else ""
@@ -137,7 +180,11 @@ class Pooled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.backbone.forward_features(x).flatten(2)  # (B, C, h * w)
         features = features.amax(dim=2) if self.pool.endswith("max") else features.mean(dim=2)
-        return torch.cat([self.backbone(x), features], dim=1) if self.pool.startswith("default+") else features
+        return (
+            torch.cat([self.backbone(x), features], dim=1)
+            if self.pool.startswith("default+")
+            else features
+        )
 
 
 def pooled(backbone: nn.Module, pool: str) -> nn.Module:
@@ -146,11 +193,20 @@ def pooled(backbone: nn.Module, pool: str) -> nn.Module:
 
 def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation by channel that its inputs should have; ImageNet's where it says none."""
-    return getattr(backbone, "mean", augment.IMAGENET_MEAN), getattr(backbone, "std", augment.IMAGENET_STD)
+    return getattr(backbone, "mean", augment.IMAGENET_MEAN), getattr(
+        backbone, "std", augment.IMAGENET_STD
+    )
 
 
-def features(backbone: nn.Module, images: data.ImageArray | data.ImageFiles, size: int, ranks: distributed.Ranks,
-             batch_size: int = 256, workers: int = 0, pool: str = "default") -> Features:  # fmt: skip
+def features(
+    backbone: nn.Module,
+    images: data.ImageArray | data.ImageFiles,
+    size: int,
+    ranks: distributed.Ranks,
+    batch_size: int = 256,
+    workers: int = 0,
+    pool: str = "default",
+) -> Features:
     """Of the central view of all images, on every rank, each having done its share: float32 (N, D), with labels and files.
 
     Raises:
@@ -166,12 +222,15 @@ def features(backbone: nn.Module, images: data.ImageArray | data.ImageFiles, siz
     files = getattr(images, "paths", None) or [str(i) for i in range(len(images))]
     found = Features(*(distributed.gather_strided(rows, len(images)) for rows in own), files)
     if not found.features.isfinite().all():
-        raise ValueError("the network gives features that are not finite numbers: its weights are damaged, or diverged")
+        raise ValueError(
+            "the network gives features that are not finite numbers: its weights are damaged, or diverged"
+        )
     return found
 
 
-def open_data(args: argparse.Namespace, backbone: nn.Module, ranks: distributed.Ranks,
-              labelled: bool = True) -> tuple[data.Data, int, int]:  # fmt: skip
+def open_data(
+    args: argparse.Namespace, backbone: nn.Module, ranks: distributed.Ranks, labelled: bool = True
+) -> tuple[data.Data, int, int]:
     """The images, the side of the network's input, and the number of loader processes that the flags ask for.
 
     Raises:
@@ -179,33 +238,59 @@ def open_data(args: argparse.Namespace, backbone: nn.Module, ranks: distributed.
     """
     source = data.load_on_ranks(args.data_path, args.data_root, args.download, ranks.rank)
     if labelled and source.test is None:
-        raise ValueError(f"{source.name} has no labels to test on: that needs train/ and val/ (or test/), "
-                         "each with class sub-folders")  # fmt: skip
-    size = args.image_size or getattr(backbone, "image_size", None) or data.suitable_size(source.pretrain)
+        raise ValueError(
+            f"{source.name} has no labels to test on: that needs train/ and val/ (or test/), "
+            "each with class sub-folders"
+        )
+    size = (
+        args.image_size
+        or getattr(backbone, "image_size", None)
+        or data.suitable_size(source.pretrain)
+    )
     source.limit_side(2 * size)
-    return source, size, data.default_workers(source.pretrain) if args.num_workers is None else args.num_workers
+    return (
+        source,
+        size,
+        data.default_workers(source.pretrain) if args.num_workers is None else args.num_workers,
+    )
 
 
-def save_neighbours(path: str, images: data.Data, train: Features, test: Features, queries: int = 10,
-                    neighbours: int = 8) -> None:  # fmt: skip
+def save_neighbours(
+    path: str,
+    images: data.Data,
+    train: Features,
+    test: Features,
+    queries: int = 10,
+    neighbours: int = 8,
+) -> None:
     """Write a picture: a row a test image, drawn by lot, then its nearest training images, framed green or red."""
     rows = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:queries]
-    _, places = evaluate.nearest_neighbours(train.features, test.features[rows.to(test.features.device)],
-                                            min(neighbours, len(images.train)))  # fmt: skip
+    _, places = evaluate.nearest_neighbours(
+        train.features,
+        test.features[rows.to(test.features.device)],
+        min(neighbours, len(images.train)),
+    )
     cells = []
     for row, near in zip(rows.tolist(), places.tolist()):
         query, own = thumbnails(images.test, [row])
         found, labels = thumbnails(images.train, near)
-        colours = [(0.5, 0.5, 0.5), *((0.1, 0.7, 0.2) if label == own[0] else (0.9, 0.1, 0.1) for label in labels)]
+        colours = [
+            (0.5, 0.5, 0.5),
+            *((0.1, 0.7, 0.2) if label == own[0] else (0.9, 0.1, 0.1) for label in labels),
+        ]
         framed = torch.tensor(colours)[:, :, None, None].repeat(1, 1, 70, 70)
         framed[:, :, 3:-3, 3:-3] = torch.cat([query, found])
         cells.append(framed)
     save_image(torch.cat(cells), path, nrow=1 + len(places[0]), padding=1, pad_value=1.0)
 
 
-def thumbnails(images: data.ImageArray | data.ImageFiles, places: list[int]) -> tuple[Tensor, Tensor]:
+def thumbnails(
+    images: data.ImageArray | data.ImageFiles, places: list[int]
+) -> tuple[Tensor, Tensor]:
     """The central squares of some images, (n, 3, 64, 64), and their labels."""
-    canvas, sizes, labels, *_ = next(iter(data.evaluation_loader(Subset(images, places), len(places), 0)))
+    canvas, sizes, labels, *_ = next(
+        iter(data.evaluation_loader(Subset(images, places), len(places), 0))
+    )
     return augment.resized_crop(canvas, augment.central_boxes(sizes, 1.0), 64), labels
 
 
@@ -214,31 +299,47 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         name, train, test = evaluate.load_features(args.from_features, ranks.device)
         if not ranks.first:
             return
-        print(f"{name}; {args.from_features}: {len(train.labels)} training and {len(test.labels)} test images")
+        print(
+            f"{name}; {args.from_features}: {len(train.labels)} training and {len(test.labels)} test images"
+        )
     else:
         model = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
         name, backbone = open_model(model, args.seed)
-        source, size, workers = open_data(args, backbone, ranks, labelled=bool(args.neighbours) or not args.features)
+        source, size, workers = open_data(
+            args, backbone, ranks, labelled=bool(args.neighbours) or not args.features
+        )
         backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
-        images = {"train": source.train, "test": source.test} if source.test else {"train": source.pretrain}
-        splits = {key: features(backbone, part, size, ranks, args.batch_size_per_gpu, workers, args.pool)
-                  for key, part in images.items()}  # fmt: skip
+        images = (
+            {"train": source.train, "test": source.test}
+            if source.test
+            else {"train": source.pretrain}
+        )
+        splits = {
+            key: features(backbone, part, size, ranks, args.batch_size_per_gpu, workers, args.pool)
+            for key, part in images.items()
+        }
         if not ranks.first:
             return
         width = splits["train"].features.shape[1]
         if args.features:
             evaluate.save_features(args.features, name, splits)
-            print(f"{args.features}: {width} features of {' and '.join(f'{len(p)} {key}' for key, p in images.items())} images")
+            print(
+                f"{args.features}: {width} features of {' and '.join(f'{len(p)} {key}' for key, p in images.items())} images"
+            )
         if not source.test:
             return
         train, test = splits["train"], splits["test"]
-        print(f"{name}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "
-              f"{source.classes} classes, {size} px, {width} features")  # fmt: skip
+        print(
+            f"{name}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "
+            f"{source.classes} classes, {size} px, {width} features"
+        )
         if args.neighbours:
             save_neighbours(args.neighbours, source, train, test)
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     for k in args.nb_knn:
-        scores = evaluate.knn_classify(train.features, train.labels, test.features, k, args.temperature, classes)
+        scores = evaluate.knn_classify(
+            train.features, train.labels, test.features, k, args.temperature, classes
+        )
         line = f"k-NN (k={min(k, len(train.labels))}) top-1 {evaluate.accuracy(scores, test.labels):.4f}"
         if classes > 5:
             line += f" top-5 {evaluate.accuracy(scores, test.labels, top=5):.4f}"

@@ -50,13 +50,17 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
             backbone = vit.like(weights)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        backbone.arch = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(backbone.embed_dim, "vit")
+        backbone.arch = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(
+            backbone.embed_dim, "vit"
+        )
         if arch not in (None, backbone.arch):
             raise ValueError(f"{path} holds a {backbone.arch}, not {arch}")
     elif arch:
         backbone = build_backbone(arch)
     else:
-        raise ValueError(f"{path} does not say of which architecture it is; name it: {', '.join(ARCHS)}")
+        raise ValueError(
+            f"{path} does not say of which architecture it is; name it: {', '.join(ARCHS)}"
+        )
     load_backbone_weights(backbone, content, str(path))
     if "arch" in content:
         for key in ("mean", "std", "image_size", "epoch"):

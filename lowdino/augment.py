@@ -35,7 +35,9 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def interpolation(start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor) -> tuple[Tensor, Tensor]:
+def interpolation(
+    start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor
+) -> tuple[Tensor, Tensor]:
     """How to read `length` pixels from `start` and resample them to `out_size`: (B,) x 2 -> places and weights, (B, out_size, taps).
 
     Cubic kernel with a = -0.5 (Keys, 1981), widened by the scale where it shrinks (antialiasing) and cut at the crop's
@@ -52,13 +54,17 @@ def interpolation(start: Tensor, length: Tensor, out_size: int, in_size: int, fl
     scale = length / out_size
     centre = start + out[:, :, None] * scale  # (B, out, 1)
     first = (centre - 0.5 * len(taps)).round()
-    v = (first + 0.5 - centre + taps).abs_().mul_(-1 / scale.clamp(min=1)).add_(2).clamp_(min=0)  # (B, out, taps)
+    v = (
+        (first + 0.5 - centre + taps).abs_().mul_(-1 / scale.clamp(min=1)).add_(2).clamp_(min=0)
+    )  # (B, out, taps)
     weights = v - 1
     u = weights.clamp(min=0)
     weights.mul_(v).mul_(v).addcmul_(u * u, torch.rsub(u, 2, alpha=4))
     places = first + taps
     half = length / 2
-    weights *= torch.sub(half + 0.5, (places - (start + half - 0.5)).abs_()).clamp_(0, 1)  # 1 in the crop, 0 outside
+    weights *= torch.sub(half + 0.5, (places - (start + half - 0.5)).abs_()).clamp_(
+        0, 1
+    )  # 1 in the crop, 0 outside
     weights /= weights.sum(dim=2, keepdim=True)
     return places.long().clamp_(0, in_size - 1), weights  # beyond the edges weights are 0
 
@@ -73,10 +79,17 @@ def resample(x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     if picks(x):
         N, n, _ = places.shape
         rows = places + L * (torch.arange(N) % B)[:, None, None]
-        sums = F.embedding_bag(rows.flatten(0, 1), x.reshape(B * L, K), per_sample_weights=weights.flatten(0, 1), mode="sum")
+        sums = F.embedding_bag(
+            rows.flatten(0, 1),
+            x.reshape(B * L, K),
+            per_sample_weights=weights.flatten(0, 1),
+            mode="sum",
+        )
         return sums.view(N, n, K)
     with torch.autocast(x.device.type, enabled=False):  # whose 8 bits would do for no image
-        return torch.bmm(weights.new_zeros(B, places.shape[1], L).scatter_add_(2, places, weights), x)
+        return torch.bmm(
+            weights.new_zeros(B, places.shape[1], L).scatter_add_(2, places, weights), x
+        )
 
 
 def separable(images: Tensor, *axes: Tensor) -> Tensor:
@@ -86,14 +99,21 @@ def separable(images: Tensor, *axes: Tensor) -> Tensor:
     it. The result of either pass is clipped to [0, 1], as Pillow does.
     """
     C, H = images.shape[1:3]
-    images = resample(images.permute(0, 3, 1, 2).flatten(2), *axes[2:]).clamp_(0, 1)  # (N, w, C * H)
+    images = resample(images.permute(0, 3, 1, 2).flatten(2), *axes[2:]).clamp_(
+        0, 1
+    )  # (N, w, C * H)
     images = images.unflatten(2, (C, H)).permute(0, 3, 2, 1).flatten(2)  # (N, H, C * w)
     images = resample(images, *axes[:2]).clamp_(0, 1)  # (N, h, C * w)
     return images.unflatten(2, (C, -1)).transpose(1, 2)
 
 
-def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | None = None,
-                 vertical_flip: Tensor | None = None) -> Tensor:  # fmt: skip
+def resized_crop(
+    images: Tensor,
+    boxes: Tensor,
+    out_size: int,
+    flip: Tensor | None = None,
+    vertical_flip: Tensor | None = None,
+) -> Tensor:
     """Crop a box from each image, or several; resize it to a square with antialiased bicubic interpolation, perhaps flip it.
 
     Args:
@@ -119,7 +139,9 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
             if mirrored is not None:
                 crops = where_chosen(mirrored, crops, lambda crops: crops.flip(axis))
         return to_float(crops)
-    images = to_float(images.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)  # columns first, as they are read
+    images = to_float(images.permute(0, 3, 1, 2).contiguous()).permute(
+        0, 2, 3, 1
+    )  # columns first, as they are read
     side = max(images.shape[2:])
     if images.shape[2] != images.shape[3]:
         images = F.pad(images, (0, side - images.shape[3], 0, side - images.shape[2]))
@@ -135,20 +157,34 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | No
     which = torch.arange(len(boxes), device=images.device) % len(images)
     values = transposed, which, places[0], weights[0], places[1], weights[1]
     parts = [values] if picks(images) else zip(*(v.split(len(images)) for v in values))
-    crops = [where_chosen(chosen, separable(images, *axes), sideways, which, *axes) for chosen, which, *axes in parts]
+    crops = [
+        where_chosen(chosen, separable(images, *axes), sideways, which, *axes)
+        for chosen, which, *axes in parts
+    ]
     return torch.cat(crops) if len(crops) > 1 else crops[0]
 
 
 def goes_one_by_one(images: Tensor, out_size: int) -> bool:
     """Large views, or views of large images, of uint8 on a CPU, where torch's resize is faster; the limit is a measured one."""
-    return images.dtype == torch.uint8 and images.device.type == "cpu" and out_size + max(images.shape[2:]) > 192
+    return (
+        images.dtype == torch.uint8
+        and images.device.type == "cpu"
+        and out_size + max(images.shape[2:]) > 192
+    )
 
 
-def resized_crop_one_by_one(images: Tensor, boxes: Tensor, out_size: int, transposed: Tensor) -> Tensor:
+def resized_crop_one_by_one(
+    images: Tensor, boxes: Tensor, out_size: int, transposed: Tensor
+) -> Tensor:
     """`resized_crop` by torch's own resize of uint8, which goes along the width first; the result is uint8."""
     crops = torch.empty(len(boxes), 3, out_size, out_size, dtype=torch.uint8)
-    for i, (top, left, height, width, turned) in enumerate(torch.column_stack([boxes, transposed]).int().tolist()):
-        crop, out = images[i % len(images), None, :, top : top + height, left : left + width], crops[i]
+    for i, (top, left, height, width, turned) in enumerate(
+        torch.column_stack([boxes, transposed]).int().tolist()
+    ):
+        crop, out = (
+            images[i % len(images), None, :, top : top + height, left : left + width],
+            crops[i],
+        )
         if turned:
             crop, out = crop.transpose(2, 3), out.transpose(1, 2)
         out.copy_(F.interpolate(crop, (out_size, out_size), mode="bicubic", antialias=True)[0])
@@ -160,8 +196,13 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
-def random_boxes(sizes: Tensor, scale: tuple[float, float], generator: torch.Generator,
-                 ratio: tuple[float, float] = (3 / 4, 4 / 3), attempts: int = 10) -> Tensor:  # fmt: skip
+def random_boxes(
+    sizes: Tensor,
+    scale: tuple[float, float],
+    generator: torch.Generator,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    attempts: int = 10,
+) -> Tensor:
     """Boxes of torchvision's RandomResizedCrop: (B, 2) heights and widths -> (B, 4) top, left, height, width.
 
     The area is uniform in `scale` of the image's, the logarithm of the aspect ratio uniform in `ratio`; the first of ten
@@ -183,8 +224,12 @@ def random_boxes(sizes: Tensor, scale: tuple[float, float], generator: torch.Gen
 
     u = torch.rand(len(sizes), 2, generator=generator, device=sizes.device)
     room_y, room_x = height - h, width - w
-    top = torch.where(found, (u[:, :1] * (room_y + 1)).floor().minimum(room_y), (room_y / 2).floor())
-    left = torch.where(found, (u[:, 1:] * (room_x + 1)).floor().minimum(room_x), (room_x / 2).floor())
+    top = torch.where(
+        found, (u[:, :1] * (room_y + 1)).floor().minimum(room_y), (room_y / 2).floor()
+    )
+    left = torch.where(
+        found, (u[:, 1:] * (room_x + 1)).floor().minimum(room_x), (room_x / 2).floor()
+    )
     return torch.cat([top, left, h, w], dim=1)
 
 
@@ -252,11 +297,23 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     place = order.argsort(dim=1)  # (B, 4) of each operation in its image's order
     if picks(images):
         at_rest = (factors == 1).all(dim=1) & (hue == 0)
-        early = place[:, 3].masked_fill(at_rest, 4)  # the number of blends before the hue; those at rest come last
+        early = place[:, 3].masked_fill(
+            at_rest, 4
+        )  # the number of blends before the hue; those at rest come last
         by_hue = early.argsort()
         none, one, two, end, _ = torch.bincount(early, minlength=5).cumsum(dim=0).tolist()
-        parts = [slice(none, end), slice(one, end), slice(two, end), slice(end), slice(none), slice(one), slice(two)]
-        images, factors, hue, place = (v.index_select(0, by_hue) for v in (images, factors, hue, place))
+        parts = [
+            slice(none, end),
+            slice(one, end),
+            slice(two, end),
+            slice(end),
+            slice(none),
+            slice(one),
+            slice(two),
+        ]
+        images, factors, hue, place = (
+            v.index_select(0, by_hue) for v in (images, factors, hue, place)
+        )
     else:
         by_hue, parts, images = None, [slice(None)] * 7, images.clone()
     blends = place[:, :3].argsort(dim=1)  # (B, 3) first to last
@@ -264,7 +321,9 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     share = 1 - factors.gather(1, blends)  # of grey
     share = torch.cat([share.masked_fill(late, 0), share.masked_fill(~late, 0)], dim=1)  # (B, 6)
     blends = torch.cat([blends, blends], dim=1)
-    share, of_mean, of_luma = (v.T[:, :, None, None, None].unbind() for v in (share, blends == 1, blends == 2))
+    share, of_mean, of_luma = (
+        v.T[:, :, None, None, None].unbind() for v in (share, blends == 1, blends == 2)
+    )
     for slot, part in enumerate(parts):  # three blends, the hue, three blends
         own = images[part]
         if slot == 3:
@@ -284,7 +343,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, reach: int = 4) -> Tensor:
     about the edge pixels, of sides above `reach`.
     """
     distance = torch.arange(-reach, reach + 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (distance / sigma.float().clamp(min=1e-4)[:, None]) ** 2)  # (B, 9); 0 becomes the identity
+    weights = torch.exp(
+        -0.5 * (distance / sigma.float().clamp(min=1e-4)[:, None]) ** 2
+    )  # (B, 9); 0 becomes the identity
     weights = (weights / weights.sum(dim=1, keepdim=True))[:, None]
 
     def along(size: int) -> tuple[Tensor, Tensor]:
@@ -300,13 +361,17 @@ def solarize(images: Tensor) -> Tensor:
     return torch.minimum(images, 1 - images)
 
 
-def where_chosen(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> Tensor:
+def where_chosen(
+    chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *values: Tensor
+) -> Tensor:
     """operation(images, *values) of the images that are `chosen` (B,), the others as they are; in place if it `picks`."""
     if not picks(images):
         return torch.where(chosen.view(-1, 1, 1, 1), operation(images, *values), images)
     which = chosen.nonzero().flatten()
     if len(which):
-        images[which] = operation(*(v.index_select(0, which) for v in (images, *values)))  # twice as fast as v[which]
+        images[which] = operation(
+            *(v.index_select(0, which) for v in (images, *values))
+        )  # twice as fast as v[which]
     return images
 
 
@@ -328,9 +393,15 @@ def blocks(images: Tensor, crops: int, size: int) -> list[tuple[slice, slice]]:
     most = max(BLOCK // (12 * size * size), 1) if picks(images) else crops
     if most >= B:
         step = most // B * B
-        return [(slice(B), slice(start, min(start + step, crops))) for start in range(0, crops, step)]
+        return [
+            (slice(B), slice(start, min(start + step, crops))) for start in range(0, crops, step)
+        ]
     parts = [slice(start, min(start + most, B)) for start in range(0, B, most)]
-    return [(part, slice(first + part.start, first + part.stop)) for first in range(0, crops, B) for part in parts]
+    return [
+        (part, slice(first + part.start, first + part.stop))
+        for first in range(0, crops, B)
+        for part in parts
+    ]
 
 
 class MultiCrop(nn.Module):
@@ -351,12 +422,21 @@ class MultiCrop(nn.Module):
         mean, std: of the normalisation, by channel.
     """
 
-    def __init__(self, global_size: int = 224, local_size: int = 96, local_number: int = 8,
-                 global_scale: tuple[float, float] = (0.4, 1.0), local_scale: tuple[float, float] = (0.05, 0.4),
-                 vertical_flip: float = 0.0, jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
-                 blur: tuple[float, float, float] = (1.0, 0.1, 0.5), blur_sigma: tuple[float, float] = (0.1, 2.0),
-                 solarize: float = 0.2, mean: tuple[float, ...] = IMAGENET_MEAN,
-                 std: tuple[float, ...] = IMAGENET_STD):  # fmt: skip
+    def __init__(
+        self,
+        global_size: int = 224,
+        local_size: int = 96,
+        local_number: int = 8,
+        global_scale: tuple[float, float] = (0.4, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.4),
+        vertical_flip: float = 0.0,
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+        blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        solarize: float = 0.2,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ):
         super().__init__()
         self.vertical_flip = vertical_flip
         self.blur_sigma = blur_sigma
@@ -367,14 +447,26 @@ class MultiCrop(nn.Module):
         # The views of one size: the size, the crops' scale, and of each view the probabilities of blur and of solarising.
         self.groups = [(global_size, global_scale, blur[:2], (0.0, solarize))]
         if local_number:
-            self.groups += [(local_size, local_scale, blur[2:] * local_number, (0.0,) * local_number)]
+            self.groups += [
+                (local_size, local_scale, blur[2:] * local_number, (0.0,) * local_number)
+            ]
 
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return [view for group in self.groups for view in self.draw(images, sizes, generator, *group)]
+        return [
+            view for group in self.groups for view in self.draw(images, sizes, generator, *group)
+        ]
 
-    def draw(self, images: Tensor, sizes: Tensor, generator: torch.Generator, size: int, scale: tuple[float, float],
-             blur: tuple[float, ...], solar: tuple[float, ...]) -> Sequence[Tensor]:  # fmt: skip
+    def draw(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        generator: torch.Generator,
+        size: int,
+        scale: tuple[float, float],
+        blur: tuple[float, ...],
+        solar: tuple[float, ...],
+    ) -> Sequence[Tensor]:
         """The views of one size, all N of them, view by view: first all that is drawn, then the work on the pixels."""
         device, views = images.device, len(blur)
         N = views * len(images)
@@ -400,7 +492,13 @@ class MultiCrop(nn.Module):
 
         made = torch.empty(N, 3, size, size, device=device)
         for part, whole in blocks(images, N, size):
-            x = resized_crop(images[part], boxes[whole], size, flip=flip[whole], vertical_flip=vertical_flip[whole])
+            x = resized_crop(
+                images[part],
+                boxes[whole],
+                size,
+                flip=flip[whole],
+                vertical_flip=vertical_flip[whole],
+            )
             x = color_jitter(x, 1 + amounts[whole, :3], amounts[whole, 3], order=order[whole])
             for chosen, operation, *values in operations:
                 x = where_chosen(chosen[whole], x, operation, *(v[whole] for v in values))
@@ -408,15 +506,26 @@ class MultiCrop(nn.Module):
         return made.chunk(views)
 
 
-def normalize(images: Tensor, mean: Tensor | tuple[float, ...], std: Tensor | tuple[float, ...], out: Tensor | None = None) -> Tensor:
+def normalize(
+    images: Tensor,
+    mean: Tensor | tuple[float, ...],
+    std: Tensor | tuple[float, ...],
+    out: Tensor | None = None,
+) -> Tensor:
     """(images - mean) / std by channel: (B, 3, H, W), 3 values each -> (B, 3, H, W), into `out` where it is given."""
     mean, std = (torch.as_tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     return torch.sub(images, mean, out=out).div_(std)
 
 
 @torch.no_grad()
-def central_view(images: Tensor, sizes: Tensor, size: int, mean: tuple[float, ...] = IMAGENET_MEAN,
-                 std: tuple[float, ...] = IMAGENET_STD, fraction: float | None = None) -> Tensor:  # fmt: skip
+def central_view(
+    images: Tensor,
+    sizes: Tensor,
+    size: int,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    fraction: float | None = None,
+) -> Tensor:
     """The view for evaluation: the central square, resized and normalised, (B, 3, S, S) uint8 -> (B, 3, size, size).
 
     Args:

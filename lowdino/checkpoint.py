@@ -117,18 +117,41 @@ def load(path: str | Path) -> dict:
     except FileNotFoundError as error:
         raise ValueError(f"no file {path or repr(path)}") from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way there is
-        raise ValueError(f"cannot read {path}: it is damaged, or not a file of plain tensors") from error
+        raise ValueError(
+            f"cannot read {path}: it is damaged, or not a file of plain tensors"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, where a dict of weights was expected")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, where a dict of weights was expected"
+        )
     return content
 
 
-def save_backbone(path: str | Path, backbone: nn.Module, arch: str, mean: tuple[float, ...], std: tuple[float, ...],
-                  image_size: int, epoch: int, **more: Any) -> None:  # fmt: skip
+def save_backbone(
+    path: str | Path,
+    backbone: nn.Module,
+    arch: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: int,
+    epoch: int,
+    **more: Any,
+) -> None:
     """Write the backbone alone, with clean names and all that is needed to use it, and what else the caller names."""
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-    save_atomic(path, {"arch": arch, "embed_dim": backbone.embed_dim, "mean": list(mean), "std": list(std),
-                       "image_size": image_size, "epoch": epoch, "state_dict": weights, **more})  # fmt: skip
+    save_atomic(
+        path,
+        {
+            "arch": arch,
+            "embed_dim": backbone.embed_dim,
+            "mean": list(mean),
+            "std": list(std),
+            "image_size": image_size,
+            "epoch": epoch,
+            "state_dict": weights,
+            **more,
+        },
+    )
 
 
 def weights_of(content: dict, source: str) -> dict[str, Tensor]:
@@ -140,7 +163,9 @@ def weights_of(content: dict, source: str) -> dict[str, Tensor]:
     if "settings" in content:
         raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
     weights = content.get("state_dict", content)
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()
+    ):
         raise ValueError(f"{source} holds no state dict, names with a tensor each")
     return weights
 
@@ -154,11 +179,24 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
         ValueError: naming what is missing, unexpected or of another shape.
     """
     own = backbone.state_dict()
-    weights = {k: v for k, v in weights_of(content, source).items() if k in own or not k.startswith(LEFT_OUT)}
+    weights = {
+        k: v
+        for k, v in weights_of(content, source).items()
+        if k in own or not k.startswith(LEFT_OUT)
+    }
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    problems = [f"{len(names)} {what} (first {names[0]})" for names, what in
-                ((missing, "missing"), (extra, "unexpected"), (sorted(shapes), "of another shape")) if names]  # fmt: skip
+    problems = [
+        f"{len(names)} {what} (first {names[0]})"
+        for names, what in (
+            (missing, "missing"),
+            (extra, "unexpected"),
+            (sorted(shapes), "of another shape"),
+        )
+        if names
+    ]
     if problems:
-        raise ValueError(f"{source} does not fit this architecture: parameters {', '.join(problems)}")
+        raise ValueError(
+            f"{source} does not fit this architecture: parameters {', '.join(problems)}"
+        )
     backbone.load_state_dict(weights, strict=True)

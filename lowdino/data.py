@@ -29,7 +29,9 @@ class Batch(NamedTuple):
     sizes: Tensor  # (B, 2) int64, height and width of each
     labels: Tensor  # (B,) int64, NO_LABEL where there is none
     indices: Tensor  # (B,) int64, places in the data set
-    bad: Sequence[str] = ()  # of each image that could not be read and that another stands in for: the path, and why
+    bad: Sequence[
+        str
+    ] = ()  # of each image that could not be read and that another stands in for: the path, and why
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +62,9 @@ class ImageArray(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch by one look-up; the loader calls this where it exists."""
         i = torch.tensor(indices)
-        images = self.images.index_select(0, i.to(self.images.device))  # four times as fast as images[i] on a CPU
+        images = self.images.index_select(
+            0, i.to(self.images.device)
+        )  # four times as fast as images[i] on a CPU
         return Batch(images, torch.full((len(i), 2), images.shape[-1]), self.labels[i], i)
 
     def shorter_side(self, index: int) -> int:
@@ -89,7 +93,9 @@ class ImageFiles(Dataset):
     replace_bad = False
     ATTEMPTS = 20
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, max_side: int | None = None):
+    def __init__(
+        self, paths: Sequence[str], labels: Sequence[int] | None = None, max_side: int | None = None
+    ):
         self.paths = list(paths)
         self.labels = [NO_LABEL] * len(self.paths) if labels is None else list(labels)
         self.max_side = max_side
@@ -98,7 +104,11 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int, list[str]]:
-        substitutes = np.random.SeedSequence([4, index]).generate_state(self.ATTEMPTS) if self.replace_bad else ()
+        substitutes = (
+            np.random.SeedSequence([4, index]).generate_state(self.ATTEMPTS)
+            if self.replace_bad
+            else ()
+        )
         bad: list[str] = []
         for place in (index, *(int(s) % len(self) for s in substitutes)):
             try:
@@ -138,8 +148,16 @@ class CachedImages(Dataset):
     def __init__(self, files: ImageFiles, device: torch.device, num_workers: int):
         self.paths = files.paths
         self.items: list[tuple[Tensor, int, int, list[str]]] = []
-        for pixels, shapes, *others in DataLoader(files, 64, num_workers=num_workers, collate_fn=pack, worker_init_fn=leave_signals_to_parent):
-            parts = pixels.to(device, copy=True).split([shape.numel() for shape in shapes])  # a copy: a loader's process lends
+        for pixels, shapes, *others in DataLoader(
+            files,
+            64,
+            num_workers=num_workers,
+            collate_fn=pack,
+            worker_init_fn=leave_signals_to_parent,
+        ):
+            parts = pixels.to(device, copy=True).split(
+                [shape.numel() for shape in shapes]
+            )  # a copy: a loader's process lends
             self.items += zip([part.view(shape) for part, shape in zip(parts, shapes)], *others)
 
     def __len__(self) -> int:
@@ -152,7 +170,11 @@ class CachedImages(Dataset):
 def pack(items: list[tuple[Tensor, int, int, list[str]]]) -> tuple:
     """Of one tensor, a loader's process sends 64 images faster than of 64."""
     images, *others = zip(*items)
-    return torch.cat([image.flatten() for image in images]), [image.shape for image in images], *others
+    return (
+        torch.cat([image.flatten() for image in images]),
+        [image.shape for image in images],
+        *others,
+    )
 
 
 # What "auto" keeps in memory: of a GPU this share at most, of the host's memory so many bytes a rank.
@@ -162,18 +184,29 @@ CACHE_SHARE, CACHE_BYTES = 0.25, 2 * 2**30
 def where_to_cache(dataset: ImageArray | ImageFiles, device: torch.device) -> str:
     """The choice of "auto": "device" (CUDA), "host" or "none", the first that the decoded images fit."""
     size = dataset.decoded_bytes()
-    if device.type == "cuda" and size <= CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory:
+    if (
+        device.type == "cuda"
+        and size <= CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    ):
         return "device"
     return "host" if size <= CACHE_BYTES else "none"
 
 
-def cached(dataset: ImageArray | ImageFiles, where: str, device: torch.device, num_workers: int) -> ImageArray | ImageFiles | CachedImages:
+def cached(
+    dataset: ImageArray | ImageFiles, where: str, device: torch.device, num_workers: int
+) -> ImageArray | ImageFiles | CachedImages:
     """The set as a training reads it: decoded once and kept on the "device" or the "host", or read ever anew ("none")."""
     if isinstance(dataset, ImageArray):
         if where != "device":
             return dataset
         return ImageArray(dataset.images.to(device), dataset.labels, dataset.view_side)
-    return dataset if where == "none" else CachedImages(dataset, device if where == "device" else torch.device("cpu"), num_workers)
+    return (
+        dataset
+        if where == "none"
+        else CachedImages(
+            dataset, device if where == "device" else torch.device("cpu"), num_workers
+        )
+    )
 
 
 def read_image(path: str, max_side: int | None = None) -> Tensor:
@@ -188,15 +221,21 @@ def read_image(path: str, max_side: int | None = None) -> Tensor:
     try:
         with Image.open(path) as image:
             if max_side is not None:
-                image.draft("RGB", (max_side, max_side))  # JPEG only: decode at 1/2, 1/4 or 1/8, not below max_side
+                image.draft(
+                    "RGB", (max_side, max_side)
+                )  # JPEG only: decode at 1/2, 1/4 or 1/8, not below max_side
             image.load()
             if image.mode.startswith("I"):  # 16 bits, or 32 that must hold 16
                 values = np.asarray(image)
                 if values.min() < 0 or values.max() > 65535:
-                    raise ValueError(f"values {values.min()} to {values.max()} do not fit 16 bits; convert it first")
+                    raise ValueError(
+                        f"values {values.min()} to {values.max()} do not fit 16 bits; convert it first"
+                    )
                 image = Image.fromarray((values / 257).round().astype(np.uint8))
             elif image.mode == "F":
-                raise ValueError("floating-point values have no known range; convert it to 8 or 16 bits first")
+                raise ValueError(
+                    "floating-point values have no known range; convert it to 8 or 16 bits first"
+                )
             image = image.convert("RGB")
             if max_side is not None:
                 scale = min(max_side / min(image.size), 2 * max_side / max(image.size))
@@ -269,7 +308,16 @@ class TrainingBatches(Sampler[list[int]]):
         ValueError: where there are fewer images than one global batch.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
         self.steps_per_epoch = images // (batch_size * world)
@@ -307,16 +355,27 @@ def processes(dataset: Dataset, num_workers: int) -> int:
     return 0 if isinstance(dataset, CachedImages) or on_gpu else num_workers
 
 
-def training_loader(dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=batches, num_workers=processes(dataset, num_workers), collate_fn=collate, pin_memory=pin_memory,
-                      worker_init_fn=leave_signals_to_parent)  # fmt: skip
+def training_loader(
+    dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=processes(dataset, num_workers),
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_parent,
+    )
 
 
 def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Batches with images and sizes on the device; on CUDA the next is copied while this one is worked on."""
 
     def moved(batch: Batch) -> Batch:
-        return batch._replace(images=batch.images.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True))
+        return batch._replace(
+            images=batch.images.to(device, non_blocking=True),
+            sizes=batch.sizes.to(device, non_blocking=True),
+        )
 
     if device.type != "cuda":
         yield from map(moved, loader)
@@ -341,17 +400,26 @@ def ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
     return batch
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
+def evaluation_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1
+) -> DataLoader:
     """In order, without repeats; each rank reads every world-th image.
 
     Raises:
         ValueError: where there is not one image for every rank.
     """
     if len(dataset) < world:
-        raise ValueError(f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer")
+        raise ValueError(
+            f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer"
+        )
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    return DataLoader(mine, batch_size=batch_size, num_workers=processes(dataset, num_workers), collate_fn=collate,
-                      worker_init_fn=leave_signals_to_parent)  # fmt: skip
+    return DataLoader(
+        mine,
+        batch_size=batch_size,
+        num_workers=processes(dataset, num_workers),
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_parent,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,9 +468,14 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> ImageArray:
     offsets = np.arange(side)
     images = []
     for part in np.split(indices, range(chunk, len(indices), chunk)):
-        u = np.stack([np.random.default_rng(int(i)).random(75 + n * 5, dtype=np.float32) for i in part])  # (N, ...)
+        u = np.stack(
+            [np.random.default_rng(int(i)).random(75 + n * 5, dtype=np.float32) for i in part]
+        )  # (N, ...)
         ground, u = u[:, :75].reshape(-1, 3, 5, 5), u[:, 75:].reshape(len(part), n, 5)
-        canvas = np.pad(0.2 + 0.2 * (stretch @ ground @ stretch.T), [(0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2])
+        canvas = np.pad(
+            0.2 + 0.2 * (stretch @ ground @ stretch.T),
+            [(0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2],
+        )
         corner = (u[:, :, :2] * DEMO_SIDE).astype(int)  # (N, n, 2), top and left
         ink = 0.3 + 0.3 * u[:, :, 2:]  # (N, n, 3)
         which = np.arange(len(part))[:, None, None]
@@ -414,7 +487,11 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> ImageArray:
         canvas = canvas[:, :, side // 2 : -(side // 2), side // 2 : -(side // 2)]
         images.append((canvas.clip(0, 1) * 255).round().astype(np.uint8))
     # Half the side shows the glyphs as well, at a quarter of the cost.
-    return ImageArray(torch.from_numpy(np.concatenate(images)), torch.from_numpy(indices % 10), view_side=DEMO_SIDE // 2)
+    return ImageArray(
+        torch.from_numpy(np.concatenate(images)),
+        torch.from_numpy(indices % 10),
+        view_side=DEMO_SIDE // 2,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,7 +542,9 @@ def load(source: str, root: str = "data", download: bool = False) -> Data:
         try:
             lines = [line.strip() for line in path.read_text().splitlines()]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not a text file; give a folder of images, or a list of paths") from error
+            raise ValueError(
+                f"{source} is not a text file; give a folder of images, or a list of paths"
+            ) from error
         paths = [str(path.parent / line) for line in lines if line]
         if not paths:
             raise ValueError(f"{source} has no lines; it should name one image a line")
@@ -474,7 +553,9 @@ def load(source: str, root: str = "data", download: bool = False) -> Data:
             raise ValueError(f"{source} names {missing}, which does not exist")
         return Data(f"{len(paths)} images named in {source}", ImageFiles(paths))
     if not source or not path.is_dir():  # the path of no name is the folder that one is in
-        raise ValueError(f"no data at {source or 'a path of no name'}: give a folder, a text file of paths, demo, cifar10, cifar100 or stl10")
+        raise ValueError(
+            f"no data at {source or 'a path of no name'}: give a folder, a text file of paths, demo, cifar10, cifar100 or stl10"
+        )
 
     train_path = path / "train"
     if not train_path.is_dir():
@@ -491,7 +572,9 @@ def load(source: str, root: str = "data", download: bool = False) -> Data:
     if test_names is None:
         return data
     classes = sorted(set(names))
-    for folder in (f for f in sorted(train_path.iterdir()) if f.is_dir() and not f.name.startswith(".")):
+    for folder in (
+        f for f in sorted(train_path.iterdir()) if f.is_dir() and not f.name.startswith(".")
+    ):
         if folder.name not in classes:
             raise ValueError(f"class folder {folder} has no image: fill it, or remove it")
     unknown = sorted(set(test_names) - set(classes))
@@ -535,7 +618,11 @@ def find_images(folder: Path) -> list[str]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(root, name) for name in files if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        paths += [
+            os.path.join(root, name)
+            for name in files
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
     if not paths:
         raise ValueError(f"no images under {folder}; looked for {' '.join(IMG_EXTENSIONS)}")
     return sorted(paths)
@@ -557,13 +644,30 @@ def load_torchvision(name: str, root: str, download: bool) -> Data:
         labels = found.targets if hasattr(found, "targets") else found.labels
         return ImageArray(images(found.data), torch.as_tensor(labels, dtype=torch.int64))
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[
+        name
+    ]
     try:
         if name == "stl10":
-            return Data("STL-10, its unlabelled images", split(split="unlabeled"), split(split="train"),
-                        split(split="test"), classes=10)  # fmt: skip
+            return Data(
+                "STL-10, its unlabelled images",
+                split(split="unlabeled"),
+                split(split="train"),
+                split(split="test"),
+                classes=10,
+            )
         train, test = split(train=True), split(train=False)
     except (RuntimeError, OSError) as error:  # absent or corrupted; no network
-        hint = "the download failed" if download else "not found; add --download, or name its folder by --data_root"
+        hint = (
+            "the download failed"
+            if download
+            else "not found; add --download, or name its folder by --data_root"
+        )
         raise ValueError(f"{name} under {root}: {hint}") from error
-    return Data(name.upper().replace("CIFAR", "CIFAR-"), train, train, test, classes=int(train.labels.max()) + 1)
+    return Data(
+        name.upper().replace("CIFAR", "CIFAR-"),
+        train,
+        train,
+        test,
+        classes=int(train.labels.max()) + 1,
+    )

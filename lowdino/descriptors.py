@@ -37,7 +37,10 @@ def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
     """
     B, C, H, W = x.shape
     x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
-    dx, dy = (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2, (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2  # (B, C, H, W)
+    dx, dy = (
+        (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2,
+        (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2,
+    )  # (B, C, H, W)
     place = torch.atan2(dy, dx) / math.pi % 1 * bins
     lower = place.floor()
     share = place - lower
@@ -70,7 +73,10 @@ def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant:
 
 def morlet(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
     """A Gabor wavelet less as much of its envelope as brings its sum to zero: (height, width) complex128."""
-    wave, envelope = gabor(height, width, sigma, theta, xi, slant), gabor(height, width, sigma, theta, 0.0, slant)
+    wave, envelope = (
+        gabor(height, width, sigma, theta, xi, slant),
+        gabor(height, width, sigma, theta, 0.0, slant),
+    )
     return wave - wave.sum() / envelope.sum() * envelope
 
 
@@ -82,14 +88,20 @@ def cut(spectrum: Tensor, level: int) -> Tensor:
         keep = torch.ones(side, dtype=spectrum.dtype)
         keep[start : start + length] = 0
         shape = [-1, 1] if dim == -2 else [1, -1]
-        spectrum = (spectrum * keep.view(shape)).unflatten(dim, (1 << level, side >> level)).sum(dim=dim - 1)
+        spectrum = (
+            (spectrum * keep.view(shape))
+            .unflatten(dim, (1 << level, side >> level))
+            .sum(dim=dim - 1)
+        )
     return spectrum
 
 
 def subsample(spectrum: Tensor, level: int) -> Tensor:
     """Spectrum of every 2^level-th pixel of a map: the mean over the frequencies that become one."""
     for dim in (-2, -1):
-        spectrum = spectrum.unflatten(dim, (1 << level, spectrum.shape[dim] >> level)).mean(dim=dim - 1)
+        spectrum = spectrum.unflatten(dim, (1 << level, spectrum.shape[dim] >> level)).mean(
+            dim=dim - 1
+        )
     return spectrum
 
 
@@ -112,7 +124,9 @@ class Scattering(nn.Module):
         step = 2**scales
         self.padded = [((side + step) // step + 1) * step for side in (height, width)]
         if min(height, width) < 2 * step:
-            raise ValueError(f"images of {height} x {width} pixels are too small for scattering with J = {scales}: {2 * step} at least")
+            raise ValueError(
+                f"images of {height} x {width} pixels are too small for scattering with J = {scales}: {2 * step} at least"
+            )
         extra = [side - own for side, own in zip(self.padded, (height, width))]
         self.border = (extra[1] // 2, (extra[1] + 1) // 2, extra[0] // 2, (extra[0] + 1) // 2)
 
@@ -123,10 +137,22 @@ class Scattering(nn.Module):
         for level in range(scales):
             self.register_buffer(f"phi_{level}", spectrum(smooth, level), persistent=False)
         for j in range(scales):
-            waves = [morlet(*self.padded, 0.8 * 2**j, (directions // 2 - 1 - l) * math.pi / directions, 0.75 * math.pi / 2**j,
-                            4 / directions) for l in range(directions)]  # fmt: skip
+            waves = [
+                morlet(
+                    *self.padded,
+                    0.8 * 2**j,
+                    (directions // 2 - 1 - l) * math.pi / directions,
+                    0.75 * math.pi / 2**j,
+                    4 / directions,
+                )
+                for l in range(directions)
+            ]
             for level in range(j + 1):  # (L, h, w), for maps that were subsampled by 2^level
-                self.register_buffer(f"psi_{j}_{level}", torch.stack([spectrum(w, level) for w in waves]), persistent=False)
+                self.register_buffer(
+                    f"psi_{j}_{level}",
+                    torch.stack([spectrum(w, level) for w in waves]),
+                    persistent=False,
+                )
 
     def averaged(self, spectrum: Tensor, level: int) -> Tensor:
         """phi's average of a map of that level, sampled at 2^J, its padding taken off."""
@@ -145,7 +171,11 @@ class Scattering(nn.Module):
         for j1 in range(self.scales):
             u1 = self.modulus(x, j1, 0)  # (B, C, L, h, w)
             first.append(self.averaged(u1, j1))
-            deeper = [self.averaged(self.modulus(u1, j2, j1), j2) for j2 in range(j1 + 1, self.scales)]  # (B, C, L, L, ...)
+            deeper = [
+                self.averaged(self.modulus(u1, j2, j1), j2) for j2 in range(j1 + 1, self.scales)
+            ]  # (B, C, L, L, ...)
             if deeper:
-                second.append(torch.cat(deeper, dim=3).flatten(2, 3))  # all second wavelets of a first one side by side
+                second.append(
+                    torch.cat(deeper, dim=3).flatten(2, 3)
+                )  # all second wavelets of a first one side by side
         return torch.cat([self.averaged(x, 0)[:, :, None], *first, *second], dim=2).flatten(1)

@@ -37,11 +37,18 @@ def rank_from_environment() -> tuple[int, int, int]:
     """
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0))
+        return (
+            int(environment["RANK"]),
+            int(environment["WORLD_SIZE"]),
+            int(environment.get("LOCAL_RANK", 0)),
+        )
     # An interactive `python` inside an allocation has SLURM_PROCID too; only `srun` makes several tasks of a step.
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return (int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]),
-                int(environment["SLURM_LOCALID"]))  # fmt: skip
+        return (
+            int(environment["SLURM_PROCID"]),
+            int(environment["SLURM_STEP_NUM_TASKS"]),
+            int(environment["SLURM_LOCALID"]),
+        )
     return 0, 1, 0
 
 
@@ -55,20 +62,32 @@ def start(device: str = "auto") -> Ranks:
         ValueError: where the device is not there, or a node has more processes than GPUs.
     """
     rank, world, local = rank_from_environment()
-    mps = torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps") and world == 1
+    mps = (
+        torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps") and world == 1
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available here; use --device cpu")
     if device == "mps" and not mps:
-        raise ValueError("--device mps: needs Apple's Metal, torch 2.5 or newer and a single process")
+        raise ValueError(
+            "--device mps: needs Apple's Metal, torch 2.5 or newer and a single process"
+        )
     if device == "cuda":
         # SLURM may show each task one GPU only, whatever its local rank.
         visible = torch.cuda.device_count()
-        index = 0 if visible == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else local
+        index = (
+            0
+            if visible == 1
+            and "SLURM_LOCALID" in os.environ
+            and "TORCHELASTIC_RUN_ID" not in os.environ
+            else local
+        )
         if index >= visible:
-            raise ValueError(f"local rank {local} has no GPU of its own: {visible} visible; start {visible} processes "
-                             "a node, or use --device cpu")  # fmt: skip
+            raise ValueError(
+                f"local rank {local} has no GPU of its own: {visible} visible; start {visible} processes "
+                "a node, or use --device cpu"
+            )
         torch.cuda.set_device(index)
         device = f"cuda:{index}"
     if device == "cpu":
@@ -91,7 +110,11 @@ def on_one_machine(world: int) -> bool:
     environment = os.environ
     if "LOCAL_WORLD_SIZE" in environment:
         return int(environment["LOCAL_WORLD_SIZE"]) == world
-    return environment.get("SLURM_STEP_NUM_NODES") == "1" or environment.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
+    return environment.get("SLURM_STEP_NUM_NODES") == "1" or environment.get("MASTER_ADDR") in (
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    )
 
 
 def keep_freed_memory() -> None:
@@ -103,7 +126,9 @@ def keep_freed_memory() -> None:
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block, which would go when it is freed
+        mallopt(
+            -4, 0
+        )  # M_MMAP_MAX: no mapping of its own for a large block, which would go when it is freed
 
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
@@ -168,7 +193,9 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
     """
     status, together = 0, False
     with suppress(AttributeError):  # a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files are bytes, which may be no text
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names of files are bytes, which may be no text
     try:
         if wrong:
             status = complain(script, wrong) if rank_from_environment()[0] == 0 else 2
@@ -182,15 +209,26 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         # Of an error in a loader's process the last line is its own; the others are that process's traceback.
         status = complain(script, str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     except OSError as error:
-        status = complain(script, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        status = complain(
+            script, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        )
     except (RuntimeError, MemoryError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in said or "Storage size" in said:
-            status = complain(script, f"out of memory: smaller batches, views or heads may help ({said})")
+        if (
+            isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+            or "allocate memory" in said
+            or "Storage size" in said
+        ):
+            status = complain(
+                script, f"out of memory: smaller batches, views or heads may help ({said})"
+            )
         elif isinstance(error, dist.DistError) or "gloo" in said:
             status = complain(script, f"lost another rank, whose own error tells why ({said})")
         elif said.startswith("DataLoader worker"):
-            status = complain(script, f"{said.split('. ')[0]}: where memory is short, fewer --num_workers may help")
+            status = complain(
+                script,
+                f"{said.split('. ')[0]}: where memory is short, fewer --num_workers may help",
+            )
         else:
             raise
     finally:
@@ -220,7 +258,12 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     # Batch norm's buffers need no exchange in training; the option that says so was renamed in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{option: False})
+    return DistributedDataParallel(
+        module,
+        [device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{option: False},
+    )
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -234,7 +277,9 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
     """Which of some flags are set on any rank: one exchange, and the one wait for the device that a step has."""
     if dist.is_initialized():
-        found = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags])
+        found = torch.stack(
+            [torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags]
+        )
         dist.all_reduce(found, dist.ReduceOp.MAX)
         flags = found.tolist()
     return [bool(flag) for flag in flags]

@@ -28,10 +28,14 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tens
     """
     theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
     if theirs.keys() != ours.keys():
-        raise ValueError(f"teacher and student have different parameters: {sorted(theirs.keys() ^ ours.keys())[:5]}")
+        raise ValueError(
+            f"teacher and student have different parameters: {sorted(theirs.keys() ^ ours.keys())[:5]}"
+        )
     shared = [name for name in ours if theirs[name].data_ptr() == ours[name].data_ptr()]
     if shared:
-        raise ValueError(f"teacher and student share the storage of {shared[:5]}: the teacher must be a copy")
+        raise ValueError(
+            f"teacher and student share the storage of {shared[:5]}: the teacher must be a copy"
+        )
     return list(theirs.values()), [ours[name] for name in theirs]
 
 

@@ -41,8 +41,16 @@ class DINOHead(nn.Module):
         nlayers: linear layers in the MLP, 1 or more.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True,
-                 hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):  # fmt: skip
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        nlayers: int = 3,
+    ):
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(nlayers - 1):
@@ -73,7 +81,11 @@ class Projector(nn.Sequential):
     def __init__(self, *widths: int):
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:-1]):
-            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Linear(before, after, bias=False),
+                nn.BatchNorm1d(after),
+                nn.ReLU(inplace=True),
+            ]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 

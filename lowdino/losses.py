@@ -66,8 +66,14 @@ class DINOLoss(nn.Module):
 
     center: Tensor
 
-    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9,
-                 centering: str = "softmax", alpha: float | None = None):  # fmt: skip
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        centering: str = "softmax",
+        alpha: float | None = None,
+    ):
         super().__init__()
         if centering not in ("softmax", "sinkhorn"):
             raise ValueError(f"centering must be 'softmax' or 'sinkhorn', not {centering!r}")
@@ -81,13 +87,19 @@ class DINOLoss(nn.Module):
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], teacher_temp: float) -> Tensor:
         if len(teacher) != 2 or len(student) < 2:
-            raise ValueError(f"needs 2 teacher and at least 2 student views, got {len(teacher)} and {len(student)}")
+            raise ValueError(
+                f"needs 2 teacher and at least 2 student views, got {len(teacher)} and {len(student)}"
+            )
         if self.alpha is not None and len(student) == 2:
-            raise ValueError(f"alpha={self.alpha} balances global against local views, and there are no local ones")
+            raise ValueError(
+                f"alpha={self.alpha} balances global against local views, and there are no local ones"
+            )
         with torch.autocast(device_type=student[0].device.type, enabled=False):
             logits = torch.cat(teacher)
             targets = self.targets(logits, teacher_temp).chunk(2)
-            loss_g = self.cross_entropy(student[0], targets[1]) + self.cross_entropy(student[1], targets[0])
+            loss_g = self.cross_entropy(student[0], targets[1]) + self.cross_entropy(
+                student[1], targets[0]
+            )
             # H is linear in its target: a local view meets both at once.
             both = targets[0] + targets[1]
             loss_l = sum(self.cross_entropy(s, both) for s in student[2:])
@@ -190,7 +202,10 @@ class InfoNCELoss(nn.Module):
             a, b = a.float(), b.float()
             all_a, all_b = rows_of_all_ranks(a), rows_of_all_ranks(b)  # (N, D)
             own = own_rows(a)
-            a_to_b, b_to_a = a @ all_b.T / self.temperature, b @ all_a.T / self.temperature  # (n, N)
+            a_to_b, b_to_a = (
+                a @ all_b.T / self.temperature,
+                b @ all_a.T / self.temperature,
+            )  # (n, N)
             return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2
 
 
@@ -213,7 +228,9 @@ class KDLoss(nn.Module):
         with torch.autocast(device_type=student.device.type, enabled=False):
             log_s = (student.float() / self.temperature).log_softmax(dim=1)
             log_t = (teacher.detach().float() / self.temperature).log_softmax(dim=1)
-            return self.temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+            return self.temperature**2 * F.kl_div(
+                log_s, log_t, reduction="batchmean", log_target=True
+            )
 
 
 class SimKDLoss(nn.Module):
@@ -251,9 +268,19 @@ class SimilarityLoss(nn.Module):
 
     queue: Tensor
 
-    def __init__(self, dim: int, queue_size: int = 4096, student_temp: float = 0.2, teacher_temp: float = 0.01):
+    def __init__(
+        self,
+        dim: int,
+        queue_size: int = 4096,
+        student_temp: float = 0.2,
+        teacher_temp: float = 0.01,
+    ):
         super().__init__()
-        self.queue_size, self.student_temp, self.teacher_temp = queue_size, student_temp, teacher_temp
+        self.queue_size, self.student_temp, self.teacher_temp = (
+            queue_size,
+            student_temp,
+            teacher_temp,
+        )
         self.register_buffer("queue", torch.zeros(queue_size, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
@@ -265,9 +292,21 @@ class SimilarityLoss(nn.Module):
                 anchors = torch.cat([batch, self.queue])  # (N + queue, D), newest first
                 # Places of the queue that have no vector yet take no part.
                 empty = torch.arange(len(anchors), device=t.device) >= len(batch) + self.filled
-                target = (t @ anchors.T / self.teacher_temp).masked_fill(empty, -torch.inf).softmax(dim=1)
-            log_s = (s @ anchors.T / self.student_temp).masked_fill(empty, -torch.inf).log_softmax(dim=1)
-            loss = -(target.repeat(len(s) // len(t), 1) * log_s.masked_fill(empty, 0.0)).sum(dim=1).mean()
+                target = (
+                    (t @ anchors.T / self.teacher_temp)
+                    .masked_fill(empty, -torch.inf)
+                    .softmax(dim=1)
+                )
+            log_s = (
+                (s @ anchors.T / self.student_temp)
+                .masked_fill(empty, -torch.inf)
+                .log_softmax(dim=1)
+            )
+            loss = (
+                -(target.repeat(len(s) // len(t), 1) * log_s.masked_fill(empty, 0.0))
+                .sum(dim=1)
+                .mean()
+            )
             if self.training:
                 self.queue.copy_(anchors[: self.queue_size])
                 self.filled.copy_((self.filled + len(batch)).clamp(max=self.queue_size))
@@ -322,21 +361,42 @@ class MVMRLoss(nn.Module):
         margin, eps: of the standard deviation.
     """
 
-    def __init__(self, invariance: float = 1.0, variance: float = 1.0, dependence: float = 1.0, representation: float = 1.0,
-                 margin: float = 1.0, eps: float = 1e-4):  # fmt: skip
+    def __init__(
+        self,
+        invariance: float = 1.0,
+        variance: float = 1.0,
+        dependence: float = 1.0,
+        representation: float = 1.0,
+        margin: float = 1.0,
+        eps: float = 1e-4,
+    ):
         super().__init__()
-        self.invariance, self.variance, self.dependence, self.representation = invariance, variance, dependence, representation
+        self.invariance, self.variance, self.dependence, self.representation = (
+            invariance,
+            variance,
+            dependence,
+            representation,
+        )
         self.margin, self.eps = margin, eps
 
-    def forward(self, plain: Tensor, augmented: Tensor, representations: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, plain: Tensor, augmented: Tensor, representations: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(device_type=plain.device.type, enabled=False):
             z, z_augmented = rows_of_all_ranks(plain.float()), rows_of_all_ranks(augmented.float())
-            l1 = self.invariance * F.mse_loss(z, z_augmented) + self.variance * (self.hinge(z) + self.hinge(z_augmented))
+            l1 = self.invariance * F.mse_loss(z, z_augmented) + self.variance * (
+                self.hinge(z) + self.hinge(z_augmented)
+            )
             distances = centred_distances(z_augmented)
             l2 = self.dependence * (1 - correlation(centred_distances(z), distances))
             l3 = distances.new_zeros(())
             for r in representations:
-                l3 = l3 + self.representation * (1 - correlation(distances, centred_distances(rows_of_all_ranks(r.detach().float()))))
+                l3 = l3 + self.representation * (
+                    1
+                    - correlation(
+                        distances, centred_distances(rows_of_all_ranks(r.detach().float()))
+                    )
+                )
             return l1, l2, l3
 
     def hinge(self, z: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
+from torchvision.models.resnet import Bottleneck
 
 # ---------------------------------------------------------------------------------------------------------------------
 # MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178). The state_dict has the names and shapes of timm's
@@ -29,9 +29,19 @@ from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
 class ConvNormAct(nn.Module):
     """Convolution without bias, batch norm and, unless it ends a residual branch, SiLU."""
 
-    def __init__(self, in_dim: int, out_dim: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        act: bool = True,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.conv = nn.Conv2d(
+            in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False
+        )
         self.bn = nn.BatchNorm2d(out_dim)
         self.act = act
 
@@ -67,7 +77,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        )
         # (B, heads, N, C / heads); one token, as in a view of 32 pixels, attends to itself alone
         x = v if N == 1 else F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
@@ -110,7 +122,9 @@ class MobileViTBlock(nn.Module):
         super().__init__()
         self.conv_kxk = ConvNormAct(dim, dim, 3)
         self.conv_1x1 = nn.Conv2d(dim, transformer_dim, 1, bias=False)
-        self.transformer = nn.Sequential(*(TransformerLayer(transformer_dim, num_heads) for _ in range(depth)))
+        self.transformer = nn.Sequential(
+            *(TransformerLayer(transformer_dim, num_heads) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(transformer_dim)
         self.conv_proj = ConvNormAct(transformer_dim, dim)
         self.conv_fusion = ConvNormAct(2 * dim, dim, 3)
@@ -145,7 +159,13 @@ class MobileViT(nn.Module):
         expansion: of the inverted residual blocks.
     """
 
-    def __init__(self, dims: tuple[int, ...], transformer_dims: tuple[int, ...], embed_dim: int, expansion: float):
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        transformer_dims: tuple[int, ...],
+        embed_dim: int,
+        expansion: float,
+    ):
         super().__init__()
         self.embed_dim = embed_dim
         d1, d2, d3, d4, d5 = dims
@@ -183,7 +203,9 @@ class MobileViT(nn.Module):
                 if block.residual:
                     nn.init.zeros_(block.conv3_1x1.bn.weight)
             elif isinstance(block, MobileViTBlock):
-                fusion = block.conv_fusion.conv.weight.mul_(0.1)  # (dim, 2 * dim, 3, 3), the shortcut's half first
+                fusion = block.conv_fusion.conv.weight.mul_(
+                    0.1
+                )  # (dim, 2 * dim, 3, 3), the shortcut's half first
                 fusion[:, : len(fusion), 1, 1] += torch.eye(len(fusion))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -218,7 +240,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_dim)
         self.downsample = None
         if stride != 1 or in_dim != out_dim:
-            self.downsample = nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, stride, bias=False), nn.BatchNorm2d(out_dim))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_dim, out_dim, 1, stride, bias=False), nn.BatchNorm2d(out_dim)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -235,10 +259,14 @@ class ResNet5M(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = nn.Sequential(*(BasicBlock(64, 64) for _ in range(3)))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), *(BasicBlock(128, 128) for _ in range(5)))
+        self.layer2 = nn.Sequential(
+            BasicBlock(64, 128, stride=2), *(BasicBlock(128, 128) for _ in range(5))
+        )
         self.layer3 = nn.Sequential(BasicBlock(128, 512, stride=2))
         self.apply(init_weights)
-        for block in self.modules():  # residual branches start at zero, for the reason of MobileViT.init_to_agree
+        for block in (
+            self.modules()
+        ):  # residual branches start at zero, for the reason of MobileViT.init_to_agree
             if isinstance(block, BasicBlock):
                 nn.init.zeros_(block.bn2.weight)
 
@@ -288,9 +316,16 @@ class MobileNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 ARCHS = (
-    "mobilevit_xxs", "mobilevit_xs", "mobilevit_s", "resnet5m",
-    "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_small",
-)  # fmt: skip
+    "mobilevit_xxs",
+    "mobilevit_xs",
+    "mobilevit_s",
+    "resnet5m",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+)
 
 
 def mobilevit_xxs() -> MobileViT:

@@ -74,7 +74,12 @@ class BadImages:
     ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # names of files are bytes
 
     def __init__(self, folder: str | Path, images: int, max_fraction: float, active: bool = True):
-        self.path, self.images, self.max_fraction, self.active = Path(folder) / "bad_images.txt", images, max_fraction, active
+        self.path, self.images, self.max_fraction, self.active = (
+            Path(folder) / "bad_images.txt",
+            images,
+            max_fraction,
+            active,
+        )
         self.known: dict[str, None] = {}
         if self.path.exists():
             self.known = dict.fromkeys(self.path.read_text(**self.ENCODING).splitlines())
@@ -97,8 +102,10 @@ class BadImages:
 
     def check(self) -> None:
         if len(self.known) > self.max_fraction * self.images:
-            raise ValueError(f"{len(self.known)} of {self.images} images cannot be read, more than --max_bad_fraction {self.max_fraction}; "
-                             f"they are named in {self.path}, to be deleted once they are mended; the last: {list(self.known)[-1]}")  # fmt: skip
+            raise ValueError(
+                f"{len(self.known)} of {self.images} images cannot be read, more than --max_bad_fraction {self.max_fraction}; "
+                f"they are named in {self.path}, to be deleted once they are mended; the last: {list(self.known)[-1]}"
+            )
 
 
 class Clock:
@@ -128,8 +135,11 @@ class Clock:
         """Images a second and waiting share since the last reading, seconds left at the mean pace so far."""
         span = time.perf_counter() - self.window
         self.stepping += span
-        values = {"images_per_s": self.images / span, "data_wait": self.waiting / span,
-                  "eta_s": self.stepping / self.steps * steps_left}  # fmt: skip
+        values = {
+            "images_per_s": self.images / span,
+            "data_wait": self.waiting / span,
+            "eta_s": self.stepping / self.steps * steps_left,
+        }
         self.restart()
         return values
 
@@ -139,7 +149,9 @@ def memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB elsewhere
+    return (
+        peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    )  # bytes on macOS, KiB elsewhere
 
 
 def duration(seconds: float) -> str:
@@ -148,8 +160,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def save_views(file: BinaryIO, views: list[Tensor], mean: tuple[float, ...], std: tuple[float, ...],
-               images: int = 8) -> None:  # fmt: skip
+def save_views(
+    file: BinaryIO,
+    views: list[Tensor],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    images: int = 8,
+) -> None:
     """Write a picture (PNG) of the first images' views: a row an image, a column a view, small ones framed in grey."""
     side = max(view.shape[-1] for view in views)
     scale, shift = (torch.tensor(v).view(1, 3, 1, 1) for v in (std, mean))
@@ -159,7 +176,13 @@ def save_views(file: BinaryIO, views: list[Tensor], mean: tuple[float, ...], std
         room = side - view.shape[-1]
         before = room // 2
         columns.append(F.pad(view, (before, room - before, before, room - before), value=0.5))
-    save_image(torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), file, format="png", nrow=len(views), pad_value=1.0)
+    save_image(
+        torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1),
+        file,
+        format="png",
+        nrow=len(views),
+        pad_value=1.0,
+    )
 
 
 @torch.no_grad()
@@ -200,48 +223,74 @@ class Health:
 
     def __init__(self, out_dim: int | None):
         self.uniform = math.log(out_dim) if out_dim else math.inf
-        self.since: dict[str, int] = {}  # the step at which a sign was first seen, for those seen at the last reading
+        self.since: dict[
+            str, int
+        ] = {}  # the step at which a sign was first seen, for those seen at the last reading
         self.told: dict[str, str] = {}
 
-    def signs(self, loss: float, feature_std: float, effective_rank: float, entropy: float | None = None,
-              entropy_of_mean: float | None = None, teacher_moved: bool = True, **others: float) -> dict[str, str]:  # fmt: skip
+    def signs(
+        self,
+        loss: float,
+        feature_std: float,
+        effective_rank: float,
+        entropy: float | None = None,
+        entropy_of_mean: float | None = None,
+        teacher_moved: bool = True,
+        **others: float,
+    ) -> dict[str, str]:
         """The signs of one reading, name and sentence; `others` say nothing of health."""
         if loss > 1.05 * self.uniform:  # whatever else is wrong follows from it
-            return {"diverging loss": f"the loss {loss:.2f} is above that of a uniform answer, ln K = {self.uniform:.2f}: "
-                                      "lower --lr, or lengthen --warmup_epochs"}  # fmt: skip
+            return {
+                "diverging loss": f"the loss {loss:.2f} is above that of a uniform answer, ln K = {self.uniform:.2f}: "
+                "lower --lr, or lengthen --warmup_epochs"
+            }
         signs = {}
         if not teacher_moved:
-            signs["teacher stands still"] = ("its parameters are those of the reading before: lower --momentum_teacher, "
-                                             "or raise --lr")  # fmt: skip
+            signs["teacher stands still"] = (
+                "its parameters are those of the reading before: lower --momentum_teacher, "
+                "or raise --lr"
+            )
         if feature_std < 0.01 or effective_rank < 1.5:
-            signs["dead features"] = (f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
-                                      f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where there is one, and look at "
-                                      "crops.png, whether the pictures differ at all")  # fmt: skip
+            signs["dead features"] = (
+                f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
+                f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where there is one, and look at "
+                "crops.png, whether the pictures differ at all"
+            )
         if entropy is None:
             return signs
         if entropy > 0.99 * self.uniform:
             signs["uniform collapse"] = (
                 f"the teacher answers every image alike, all prototypes equally (entropy {entropy:.2f}, of the mean answer "
-                f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): raise --infonce_weight, or lower --teacher_temp")  # fmt: skip
-        elif entropy_of_mean < 0.1 * self.uniform or entropy_of_mean - entropy < 0.01 * self.uniform:
+                f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): raise --infonce_weight, or lower --teacher_temp"
+            )
+        elif (
+            entropy_of_mean < 0.1 * self.uniform or entropy_of_mean - entropy < 0.01 * self.uniform
+        ):
             signs["one-cluster collapse"] = (
                 f"the teacher answers every image alike, with few prototypes (entropy {entropy:.2f}, of the mean answer "
                 f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): lower --center_momentum, raise --teacher_temp, or use "
-                "--centering sinkhorn")  # fmt: skip
+                "--centering sinkhorn"
+            )
         elif loss - entropy < 0.02 * self.uniform:
             signs["nothing left to learn"] = (
                 f"the student already answers as the teacher (KL {loss - entropy:.3f}): raise --out_dim, widen "
-                "--global_crops_scale, or add local views")  # fmt: skip
+                "--global_crops_scale, or add local views"
+            )
         return signs
 
     def read(self, step: int, **values: float | bool) -> list[str]:
         signs = self.signs(**values)
         self.since = {name: self.since.get(name, step) for name in signs}
-        lasting = {name: text for name, text in signs.items() if step - self.since[name] >= self.PATIENCE}
+        lasting = {
+            name: text for name, text in signs.items() if step - self.since[name] >= self.PATIENCE
+        }
         news = [f"{name}: {text}" for name, text in lasting.items() if name not in self.told]
         news += [f"{name}: over" for name in self.told if name not in signs]
         self.told = {name: text for name, text in (self.told | lasting).items() if name in signs}
         return news
 
     def verdict(self) -> str:
-        return "; ".join(f"{name}: {text}" for name, text in self.told.items()) or "no sign of collapse"
+        return (
+            "; ".join(f"{name}: {text}" for name, text in self.told.items())
+            or "no sign of collapse"
+        )

@@ -31,8 +31,12 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
             child += "." + rest[0]
         blocks.setdefault(child, []).append(parameter)
     downwards = [[*head.parameters()], *reversed(blocks.values())]
-    return [{**group, "scale": decay**depth} for depth, block in enumerate(downwards)
-            for group in decay_groups(block) if group["params"]]  # fmt: skip
+    return [
+        {**group, "scale": decay**depth}
+        for depth, block in enumerate(downwards)
+        for group in decay_groups(block)
+        if group["params"]
+    ]
 
 
 @torch.no_grad()
@@ -63,8 +67,17 @@ class LARS(torch.optim.Optimizer):
         lr: learning rate. weight_decay: of weights. momentum: of the velocity v. trust: the trust coefficient.
     """
 
-    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 1e-3):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+    def __init__(
+        self,
+        params,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 1e-3,
+    ):
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -81,7 +94,9 @@ class LARS(torch.optim.Optimizer):
                     d = d.add(p, alpha=group["weight_decay"])
                     w_norm, d_norm = p.norm(), d.norm()
                     # A weight or a gradient of zero has no direction to scale: its rate is left alone.
-                    rate = torch.where((w_norm > 0) & (d_norm > 0), group["trust"] * w_norm / d_norm, 1.0)
+                    rate = torch.where(
+                        (w_norm > 0) & (d_norm > 0), group["trust"] * w_norm / d_norm, 1.0
+                    )
                     d = d * rate
                 state = self.state[p]
                 if "velocity" not in state:

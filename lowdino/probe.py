@@ -26,8 +26,12 @@ class Scaler:
         self.mean = features.mean(dim=0)
         centred = features - self.mean
         covariance = centred.T @ centred / len(features)
-        solver = "cpu" if features.device.type == "mps" else features.device  # MPS has no eigenvalues
-        variance, directions = (found.to(features.device) for found in torch.linalg.eigh(covariance.to(solver)))
+        solver = (
+            "cpu" if features.device.type == "mps" else features.device
+        )  # MPS has no eigenvalues
+        variance, directions = (
+            found.to(features.device) for found in torch.linalg.eigh(covariance.to(solver))
+        )
         variance = variance.clamp_min(0)
         share = variance / variance.sum().clamp_min(1e-12)
         stretch = (share + 1e-5) ** -0.25
@@ -51,8 +55,13 @@ class Probes:
         inputs: D + 1, the width of what `Scaler` gives. classes: C.
     """
 
-    def __init__(self, settings: Sequence[tuple[float, float]], inputs: int, classes: int,
-                 device: torch.device | str = "cpu"):  # fmt: skip
+    def __init__(
+        self,
+        settings: Sequence[tuple[float, float]],
+        inputs: int,
+        classes: int,
+        device: torch.device | str = "cpu",
+    ):
         self.classes = classes
         lr, decay = torch.tensor(settings, device=device).repeat(classes, 1).T  # (C * G,) each
         self.lr, self.decay = (values[:, None].repeat(1, inputs) for values in (lr, decay))
@@ -75,8 +84,15 @@ class Probes:
         return self.weight.view(self.classes, -1, self.weight.shape[1]).permute(2, 1, 0)
 
 
-def train_probes(x: Tensor, labels: Tensor, classes: int, settings: Sequence[tuple[float, float]], steps: int,
-                 batch_size: int = 256, seed: int = 0) -> Tensor:  # fmt: skip
+def train_probes(
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    settings: Sequence[tuple[float, float]],
+    steps: int,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Tensor:
     """Train `Probes` on scaled features (N, D + 1) and labels (N,): (D + 1, G, C) weights.
 
     The learning rates fall on a cosine to 0; an epoch's images that do not fill a batch wait for the next.
@@ -94,8 +110,9 @@ def train_probes(x: Tensor, labels: Tensor, classes: int, settings: Sequence[tup
     return probes.classifiers()
 
 
-def logistic_regression(x: Tensor, labels: Tensor, classes: int, weight_decays: Sequence[float],
-                        iterations: int = 300) -> Tensor:  # fmt: skip
+def logistic_regression(
+    x: Tensor, labels: Tensor, classes: int, weight_decays: Sequence[float], iterations: int = 300
+) -> Tensor:
     """Multinomial logistic regression to its optimum by L-BFGS on all data at once: (D + 1, G, C) weights.
 
     scikit-learn's `LogisticRegression(C)` on the same inputs has weight_decay = 1 / (C N). From the strongest decay to
@@ -104,8 +121,14 @@ def logistic_regression(x: Tensor, labels: Tensor, classes: int, weight_decays: 
     weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
     found = {}
     for decay in sorted(set(weight_decays), reverse=True):
-        optimizer = torch.optim.LBFGS([weight], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
-                                      tolerance_change=1e-9, line_search_fn="strong_wolfe")  # fmt: skip
+        optimizer = torch.optim.LBFGS(
+            [weight],
+            max_iter=iterations,
+            history_size=20,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
+        )
 
         def closure():
             optimizer.zero_grad()
@@ -126,7 +149,9 @@ def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """
     scales = [2.0**i for i in range(-5, 4)]
     totals = torch.zeros(len(scales), weights.shape[1], device=x.device)
-    for rows, own in zip(x.split(1000), labels.split(1000)):  # or with many classes the logits of all would fill the memory
+    for rows, own in zip(
+        x.split(1000), labels.split(1000)
+    ):  # or with many classes the logits of all would fill the memory
         logits = torch.einsum("nd,dgc->gnc", rows, weights)
         target = F.one_hot(own, weights.shape[2])
         for total, scale in zip(totals, scales):
@@ -157,8 +182,10 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
         if len(places) == 0:
             raise ValueError(f"class {label} has no training image")
         if keep == 0:
-            raise ValueError(f"a fraction of {fraction:g} of the labels leaves class {label}, of {len(places)} images, "
-                             "without one")  # fmt: skip
+            raise ValueError(
+                f"a fraction of {fraction:g} of the labels leaves class {label}, of {len(places)} images, "
+                "without one"
+            )
         chosen.append(places[:keep])
     return torch.cat(chosen).sort().values
 
@@ -173,6 +200,8 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     for places in shuffled_classes(labels, seed):
         held[places[: int(fraction * len(places))]] = True
     if not held.any():
-        raise ValueError(f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing the "
-                         "settings: give one --lr and one --weight_decay, or more labels")  # fmt: skip
+        raise ValueError(
+            f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing the "
+            "settings: give one --lr and one --weight_decay, or more labels"
+        )
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

@@ -3,7 +3,14 @@
 import math
 
 
-def cosine(step: int, total_steps: int, start: float, end: float, warmup_steps: int = 0, warmup_start: float = 0.0) -> float:
+def cosine(
+    step: int,
+    total_steps: int,
+    start: float,
+    end: float,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+) -> float:
     """Linear warm-up from `warmup_start` to `start`, then half a cosine down (or up) towards `end`.
 
     The values are those of DINO's `cosine_scheduler`: the last warm-up step has `start`, so has the first step after

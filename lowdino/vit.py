@@ -112,8 +112,16 @@ class VisionTransformer(nn.Module):
         registers: number of register tokens (Darcet et al., 2024). layer_scale: as DINOv2 has it.
     """
 
-    def __init__(self, patch_size: int, image_size: int, dim: int, depth: int, num_heads: int, registers: int = 0,
-                 layer_scale: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        patch_size: int,
+        image_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        registers: int = 0,
+        layer_scale: bool = False,
+    ):
         super().__init__()
         self.embed_dim, self.patch_size = dim, patch_size
         self.grid = image_size // patch_size
@@ -144,19 +152,27 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         own, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
-        patches = F.interpolate(patches, size=(h, w), mode="bicubic", align_corners=False, antialias=True)
+        patches = F.interpolate(
+            patches, size=(h, w), mode="bicubic", align_corners=False, antialias=True
+        )
         return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, int, int]:
         """What enters the first block: (B, 1 + registers + h * w, C), h and w."""
         if min(x.shape[-2:]) < self.patch_size:
-            raise ValueError(f"an image must have one whole patch at least, {self.patch_size} x {self.patch_size} pixels")
+            raise ValueError(
+                f"an image must have one whole patch at least, {self.patch_size} x {self.patch_size} pixels"
+            )
         x = self.patch_embed(x)
         h, w = x.shape[-2:]
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = torch.cat(
+            [self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1
+        )
         x = x + self.positions(h, w)
         if self.register_tokens is not None:
-            x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
+            x = torch.cat(
+                [x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1
+            )
         return x, h, w
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,13 +214,24 @@ def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
     try:
         positions, patches = state_dict["pos_embed"], state_dict["patch_embed.proj.weight"]
         registers = state_dict.get("register_tokens")
-        depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
+        depth = 1 + max(
+            int(name.split(".")[1]) for name in state_dict if name.startswith("blocks.")
+        )
         dim, side = positions.shape[2], patches.shape[3]
         grid = math.isqrt(positions.shape[1] - 1)
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError("no Vision Transformer with the names of DINO's and DINOv2's files") from error
-    return VisionTransformer(side, grid * side, dim, depth, max(dim // 64, 1), 0 if registers is None else registers.shape[1],
-                             "blocks.0.ls1.gamma" in state_dict)  # fmt: skip
+        raise ValueError(
+            "no Vision Transformer with the names of DINO's and DINOv2's files"
+        ) from error
+    return VisionTransformer(
+        side,
+        grid * side,
+        dim,
+        depth,
+        max(dim // 64, 1),
+        0 if registers is None else registers.shape[1],
+        "blocks.0.ls1.gamma" in state_dict,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,15 +27,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", required=True, help="as distill.py takes it")
     parser.add_argument("--arch", default="resnet5m")
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["kd", "simkd", "similarity", "mvmr"], help="rows")
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=OBJECTIVES,
+        default=["kd", "simkd", "similarity", "mvmr"],
+        help="rows",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data_path", default="demo")
     parser.add_argument("--output_dir", default="runs/distill")
     parser.add_argument("flags", nargs="*", help="of both scripts, behind --")
     args = parser.parse_args()
-    teacher = ["distill.py", "--teacher", args.teacher, "--cache_teacher", str(Path(args.output_dir) / "teacher.npy")]
-    ways = {"no teacher, train.py": ["train.py"]} | {name: teacher + OBJECTIVES[name] for name in args.objectives}
-    ways = {name: [*way, "--preset", "small", "--arch", args.arch, "--data_path", args.data_path] for name, way in ways.items()}
+    teacher = [
+        "distill.py",
+        "--teacher",
+        args.teacher,
+        "--cache_teacher",
+        str(Path(args.output_dir) / "teacher.npy"),
+    ]
+    ways = {"no teacher, train.py": ["train.py"]} | {
+        name: teacher + OBJECTIVES[name] for name in args.objectives
+    }
+    ways = {
+        name: [*way, "--preset", "small", "--arch", args.arch, "--data_path", args.data_path]
+        for name, way in ways.items()
+    }
     compare(ways, args.seeds, args.output_dir, *args.flags)
 
 

@@ -12,8 +12,11 @@ import itertools
 
 from bench_recipe import compare
 
-TERMS = {"L1": ["--invariance_weight", "0", "--variance_weight", "0"], "L2": ["--dependence_weight", "0"],
-         "L3": ["--representation_weight", "0"]}  # what leaves a term out  # fmt: skip
+TERMS = {
+    "L1": ["--invariance_weight", "0", "--variance_weight", "0"],
+    "L2": ["--dependence_weight", "0"],
+    "L3": ["--representation_weight", "0"],
+}  # what leaves a term out
 DESCRIPTORS = ["pixels", "augmented", "local_std", "hog", "scattering"]
 
 
@@ -26,10 +29,22 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")
     args = parser.parse_args()
     kept = [terms for n in (1, 2, 3) for terms in itertools.combinations(TERMS, n)]
-    ways = {" + ".join(terms): sum((TERMS[t] for t in TERMS if t not in terms), []) for terms in kept}
+    ways = {
+        " + ".join(terms): sum((TERMS[t] for t in TERMS if t not in terms), []) for terms in kept
+    }
     ways |= {f"all terms, {name} alone": ["--descriptors", name] for name in DESCRIPTORS}
-    common = ["train.py", "--preset", "mvmr_small", "--arch", args.arch, "--data_path", args.data_path]
-    compare({name: common + way for name, way in ways.items()}, args.seeds, args.output_dir, *args.flags)
+    common = [
+        "train.py",
+        "--preset",
+        "mvmr_small",
+        "--arch",
+        args.arch,
+        "--data_path",
+        args.data_path,
+    ]
+    compare(
+        {name: common + way for name, way in ways.items()}, args.seeds, args.output_dir, *args.flags
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import statistics
 import time
 
 import torch
-
 from bench_speed import table  # this import first: it makes the scripts importable
 
 import eval_linear
@@ -30,7 +29,9 @@ def measure(args: argparse.Namespace, frozen: eval_linear.Frozen, labels: int, s
 
     def seconds(**grid) -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
-        weights, _ = eval_linear.probe_weights(argparse.Namespace(**vars(args) | grid), None, frozen, places, seed)
+        weights, _ = eval_linear.probe_weights(
+            argparse.Namespace(**vars(args) | grid), None, frozen, places, seed
+        )
         return time.perf_counter() - start, weights
 
     places = probe.label_subset(frozen.labels, labels / len(frozen.labels), seed)
@@ -42,14 +43,25 @@ def measure(args: argparse.Namespace, frozen: eval_linear.Frozen, labels: int, s
     grid_s, chosen = seconds()
     settings = list(itertools.product(args.lr, args.weight_decay))
     all_settings = accuracies(eval_linear.fit(args, None, frozen, places, settings, seed), rest)
-    inner, held = (places[part] for part in probe.hold_out(frozen.labels[places], args.val_fraction, seed))
+    inner, held = (
+        places[part] for part in probe.hold_out(frozen.labels[places], args.val_fraction, seed)
+    )
     whole = eval_linear.fit(args, None, frozen, inner, settings, seed)
     by_error = probe.brier_scores(frozen.inputs[held], frozen.labels[held], whole).argmin()
-    return {"labels": len(places), "seed": seed, "one_s": one_s, "grid_s": grid_s, "ratio": grid_s / one_s,
-            "best": all_settings.max().item(), "worst": all_settings.min().item(),
-            "lost": (all_settings.max() - accuracies(chosen[:, None], rest)).item(),
-            "lost_by_whole": (all_settings.max() - all_settings[by_error]).item(),
-            "lost_by_accuracy": (all_settings.max() - all_settings[accuracies(whole, held).argmax()]).item()}  # fmt: skip
+    return {
+        "labels": len(places),
+        "seed": seed,
+        "one_s": one_s,
+        "grid_s": grid_s,
+        "ratio": grid_s / one_s,
+        "best": all_settings.max().item(),
+        "worst": all_settings.min().item(),
+        "lost": (all_settings.max() - accuracies(chosen[:, None], rest)).item(),
+        "lost_by_whole": (all_settings.max() - all_settings[by_error]).item(),
+        "lost_by_accuracy": (
+            all_settings.max() - all_settings[accuracies(whole, held).argmax()]
+        ).item(),
+    }
 
 
 def main() -> None:
@@ -64,17 +76,35 @@ def main() -> None:
     if max(asked.labels) >= len(train.labels):
         parser.error(f"--labels must leave some of the {len(train.labels)} images to measure on")
     scaler = probe.Scaler(train.features)
-    frozen = eval_linear.Frozen(scaler, scaler(train.features), train.labels, int(train.labels.max()) + 1)
+    frozen = eval_linear.Frozen(
+        scaler, scaler(train.features), train.labels, int(train.labels.max()) + 1
+    )
     rows = []
     for labels in asked.labels:
         found = [measure(args, frozen, labels, seed) for seed in asked.seeds]
-        rows.append({name: statistics.mean(row[name] for row in found) for name in found[0]} | {"labels": found[0]["labels"]})
+        rows.append(
+            {name: statistics.mean(row[name] for row in found) for name in found[0]}
+            | {"labels": found[0]["labels"]}
+        )
         rows[-1]["ratio"] = statistics.median(row["ratio"] for row in found)
         print(rows[-1], flush=True)
     print(f"\n{title}, means over seeds {asked.seeds}, ratio: median\n")
-    print(table(rows, {"labels": "labels", "one_s": "one setting, s", "grid_s": "grid of 20, s", "ratio": "ratio",
-                       "best": "best, %", "worst": "worst, %", "lost": "points lost by the choice",
-                       "lost_by_whole": "by one that spares nothing", "lost_by_accuracy": "and goes by accuracy"}))  # fmt: skip
+    print(
+        table(
+            rows,
+            {
+                "labels": "labels",
+                "one_s": "one setting, s",
+                "grid_s": "grid of 20, s",
+                "ratio": "ratio",
+                "best": "best, %",
+                "worst": "worst, %",
+                "lost": "points lost by the choice",
+                "lost_by_whole": "by one that spares nothing",
+                "lost_by_accuracy": "and goes by accuracy",
+            },
+        )
+    )
 
 
 if __name__ == "__main__":

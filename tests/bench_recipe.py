@@ -24,7 +24,9 @@ import lowdino
 
 def run(script: str, *flags: str) -> str:
     """Run a script, show what it prints, and return that."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *flags], stdout=subprocess.PIPE, text=True
+    )
     lines = []
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -58,15 +60,29 @@ def compare(ways: dict[str, list[str]], seeds: list[int], folder: str, *flags: s
 
     Of `flags`, common to all, later ones win. A run that was stopped goes on, one that is finished is read from its log.
     """
-    rows = ["| | seeds | k-NN before | k-NN after | minutes of training a run |", "|---|---|---|---|---|"]
+    rows = [
+        "| | seeds | k-NN before | k-NN after | minutes of training a run |",
+        "|---|---|---|---|---|",
+    ]
     for number, (name, way) in enumerate(ways.items()):
         results = []
         for seed in seeds:
             output = Path(folder) / f"way{number}_seed{seed}"
-            run(*way, "--seed", str(seed), "--output_dir", str(output), "--knn_freq", str(10**6), *flags)
+            run(
+                *way,
+                "--seed",
+                str(seed),
+                "--output_dir",
+                str(output),
+                "--knn_freq",
+                str(10**6),
+                *flags,
+            )
             results.append(read(output))
         before, after, minutes = zip(*results)
-        rows.append(f"| {name} | {' '.join(map(str, seeds))} | {spread(before)} | {spread(after)} | {spread(minutes, 0)} |")
+        rows.append(
+            f"| {name} | {' '.join(map(str, seeds))} | {spread(before)} | {spread(after)} | {spread(minutes, 0)} |"
+        )
     print("\n".join(rows))
 
 
@@ -78,21 +94,49 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/recipe")
     parser.add_argument("flags", nargs="*", help="train.py's, behind --")
     args = parser.parse_args()
-    rows = ["| network | parameters | seeds | k-NN before | k-NN after | gain | minutes of training a run |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| network | parameters | seeds | k-NN before | k-NN after | gain | minutes of training a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for arch in args.archs:
         results = []
         for seed in args.seeds:
             folder = Path(args.output_dir) / f"{arch}_seed{seed}"
-            run("train.py", "--preset", "small", "--arch", arch, "--seed", str(seed), "--data_path", args.data_path,
-                "--output_dir", str(folder), "--knn_freq", str(10**6), *args.flags)  # fmt: skip
+            run(
+                "train.py",
+                "--preset",
+                "small",
+                "--arch",
+                arch,
+                "--seed",
+                str(seed),
+                "--data_path",
+                args.data_path,
+                "--output_dir",
+                str(folder),
+                "--knn_freq",
+                str(10**6),
+                *args.flags,
+            )
             results.append(read(folder))
         before, after, minutes = zip(*results)
         millions = sum(p.numel() for p in lowdino.build_backbone(arch).parameters()) / 1e6
         gain = [b - a for a, b in zip(before, after)]
-        rows.append(f"| `{arch}` | {millions:.2f}M | {' '.join(map(str, args.seeds))} | {spread(before)} | {spread(after)} "
-                    f"| {spread(gain)} | {spread(minutes, 0)} |")  # fmt: skip
+        rows.append(
+            f"| `{arch}` | {millions:.2f}M | {' '.join(map(str, args.seeds))} | {spread(before)} | {spread(after)} "
+            f"| {spread(gain)} | {spread(minutes, 0)} |"
+        )
     side = json.loads((folder / "args.json").read_text())["global_crops_size"]
-    printed = run("eval_knn.py", "--pixels", "--data_path", args.data_path, "--nb_knn", "20", "--image_size", str(side))
+    printed = run(
+        "eval_knn.py",
+        "--pixels",
+        "--data_path",
+        args.data_path,
+        "--nb_knn",
+        "20",
+        "--image_size",
+        str(side),
+    )
     pixels = float(re.search(r"\(k=20\) top-1 ([\d.]+)", printed)[1])
     rows.append(f"| raw pixels | | | {pixels:.3f} | | | |")
     print("\n".join(rows))

@@ -36,7 +36,11 @@ def only(*parts: str):
         started = {k: v.clone() for k, v in backbone.state_dict().items()}
         backbone.apply(models.init_weights)
         for name, parameter in backbone.named_parameters():
-            kept = {"depthwise": "conv2_kxk.conv", "residual": "conv3_1x1.bn", "fusion": "conv_fusion.conv"}
+            kept = {
+                "depthwise": "conv2_kxk.conv",
+                "residual": "conv3_1x1.bn",
+                "fusion": "conv_fusion.conv",
+            }
             if any(kept[part] in name for part in parts):
                 parameter.data.copy_(started[name])
             elif "conv3_1x1.bn.weight" in name:
@@ -71,7 +75,9 @@ def agreement(make, arch: str, seed: int) -> float:
     head = DINOHead(backbone.embed_dim, 1024, use_bn=True, hidden_dim=512).train()
     images = data.demo_images(range(256)).images
     crop = augment.MultiCrop(32, 32, 0, (0.2, 1.0), blur_sigma=(0.1, 2 * 32 / 224))
-    views = crop(images, torch.full((256, 2), images.shape[-1]), augment.seeded_generator("cpu", seed))
+    views = crop(
+        images, torch.full((256, 2), images.shape[-1]), augment.seeded_generator("cpu", seed)
+    )
     a, b = [logits - logits.mean(0) for logits in (head(backbone(view)) for view in views)]
     return ((a * b).sum() / (a.norm() * b.norm())).item()
 
@@ -82,25 +88,47 @@ def main() -> None:
     parser.add_argument("--arch", default="mobilevit_xxs")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    rows = ["| change | rho | loss / ln K | I | k-NN before | k-NN after |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| change | rho | loss / ln K | I | k-NN before | k-NN after |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, make, changes in VARIANTS:
         if make is not build and not flags.arch.startswith("mobilevit"):
             continue
         with tempfile.TemporaryDirectory() as output:
-            args = train.parse(train.get_parser(), [
-                "--preset", "small", "--arch", flags.arch, "--epochs", str(flags.epochs),
-                "--seed", str(flags.seed), "--device", "cpu", "--output_dir", output, *changes])  # fmt: skip
+            args = train.parse(
+                train.get_parser(),
+                [
+                    "--preset",
+                    "small",
+                    "--arch",
+                    flags.arch,
+                    "--epochs",
+                    str(flags.epochs),
+                    "--seed",
+                    str(flags.seed),
+                    "--device",
+                    "cpu",
+                    "--output_dir",
+                    output,
+                    *changes,
+                ],
+            )
             assert train.check(args) is None
             ranks = distributed.Ranks(0, 1, torch.device("cpu"))
             lowdino.build_backbone = make
             train.train(args, ranks, train.settle(args, ranks), train.SelfDistillation)
             lowdino.build_backbone = build
-            log = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+            log = [
+                json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()
+            ]
         knn = [record["knn"] for record in log if "knn" in record]
         last = [record for record in log if "loss" in record][-1]
         information = last["entropy_of_mean"] - last["entropy"]
-        rows.append(f"| {name} | {agreement(make, flags.arch, flags.seed):.2f} | {last['loss_over_lnk']:.2f} "
-                    f"| {information:.2f} | {knn[0]:.3f} | {knn[-1]:.3f} |")  # fmt: skip
+        rows.append(
+            f"| {name} | {agreement(make, flags.arch, flags.seed):.2f} | {last['loss_over_lnk']:.2f} "
+            f"| {information:.2f} | {knn[0]:.3f} | {knn[-1]:.3f} |"
+        )
         print(rows[-1], flush=True)
     print("\n".join(rows))
 

@@ -36,13 +36,31 @@ def run_script():
     def run(script, *flags, ranks=1, check=True, cwd=None, timeout=280):
         command = [sys.executable, str(ROOT / script)]
         if ranks > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(ROOT / script)]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={ranks}",
+                "--standalone",
+                str(ROOT / script),
+            ]
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         environment["OMP_NUM_THREADS"] = "1" if ranks > 1 else "2"
-        done = subprocess.run(command + [str(f) for f in flags], cwd=cwd, env=environment, text=True, timeout=timeout,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        done = subprocess.run(
+            command + [str(f) for f in flags],
+            cwd=cwd,
+            env=environment,
+            text=True,
+            timeout=timeout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         if check and done.returncode != 0:
-            raise AssertionError(f"{script} {flags} gave {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(
+                f"{script} {flags} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     return run
@@ -124,7 +142,9 @@ def cifar10():
     """The folder of CIFAR-10 as JPEG files, train/<class>/ and test/<class>/."""
     folder = os.environ.get("LOWDINO_CIFAR10")
     if not folder:
-        pytest.skip("LOWDINO_CIFAR10 does not name a folder with train/<class>/*.jpg and test/<class>/*.jpg")
+        pytest.skip(
+            "LOWDINO_CIFAR10 does not name a folder with train/<class>/*.jpg and test/<class>/*.jpg"
+        )
     return Path(folder)
 
 

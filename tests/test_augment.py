@@ -22,7 +22,10 @@ def levels(image):
 
 def random_crops(count, side, rng, smallest=4):
     height, width = rng.integers(smallest, side + 1, (2, count))
-    top, left = (rng.random(count) * (side - height + 1)).astype(int), (rng.random(count) * (side - width + 1)).astype(int)
+    top, left = (
+        (rng.random(count) * (side - height + 1)).astype(int),
+        (rng.random(count) * (side - width + 1)).astype(int),
+    )
     return np.stack([top, left, height, width], axis=1)
 
 
@@ -37,7 +40,10 @@ def pillow_resize(image, size):
 
 def crop_errors(images, out_size, boxes, flips):
     """Of uint8 and of float images, which may go different ways."""
-    ours = [augment.resized_crop(x, torch.from_numpy(boxes), out_size, torch.from_numpy(flips)) for x in (images, augment.to_float(images))]
+    ours = [
+        augment.resized_crop(x, torch.from_numpy(boxes), out_size, torch.from_numpy(flips))
+        for x in (images, augment.to_float(images))
+    ]
     errors = []
     for image, (top, left, height, width), flip, *views in zip(images, boxes, flips, *ours):
         pil = pillow_resize(to_pil(image).crop((left, top, left + width, top + height)), out_size)
@@ -49,16 +55,22 @@ def crop_errors(images, out_size, boxes, flips):
 @pytest.mark.parametrize("out_size", [9, 16, 32, 48, 64, 224])
 def test_resized_crop_is_pillows(photos, out_size):
     rng = np.random.default_rng(out_size)
-    errors = crop_errors(photos, out_size, random_crops(len(photos), 48, rng), rng.random(len(photos)) < 0.5)
+    errors = crop_errors(
+        photos, out_size, random_crops(len(photos), 48, rng), rng.random(len(photos)) < 0.5
+    )
     assert errors.max() <= 2.1 and errors.mean() <= 0.4
 
 
 @pytest.mark.parametrize("out_size", [16, 32, 64, 96])
 def test_resized_crop_is_pillows_on_cifar10(cifar10, out_size):
     files = sorted(cifar10.glob("test/*/*.jpg"))[::50]
-    images = torch.stack([torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files])
+    images = torch.stack(
+        [torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files]
+    )
     rng = np.random.default_rng(out_size)
-    errors = crop_errors(images, out_size, random_crops(len(images), 32, rng), rng.random(len(images)) < 0.5)
+    errors = crop_errors(
+        images, out_size, random_crops(len(images), 32, rng), rng.random(len(images)) < 0.5
+    )
     assert errors.max() <= 2.1 and errors.mean() <= 0.4
 
 
@@ -66,18 +78,24 @@ def test_resized_crop_of_part_of_a_canvas_sees_nothing_beyond_it(photos):
     canvas = torch.full((len(photos), 3, 80, 80), 255, dtype=torch.uint8)
     canvas[:, :, :48, :48] = photos
     boxes = torch.tensor([[0, 0, 48, 48]]).expand(len(photos), 4)
-    torch.testing.assert_close(augment.resized_crop(canvas, boxes, 31), augment.resized_crop(photos, boxes, 31))
+    torch.testing.assert_close(
+        augment.resized_crop(canvas, boxes, 31), augment.resized_crop(photos, boxes, 31)
+    )
 
 
 def test_vertical_flip_turns_the_rows(photos):
     boxes = torch.tensor([[3, 5, 30, 22]]).expand(len(photos), 4)
     upright = augment.resized_crop(photos, boxes, 16)
-    turned = augment.resized_crop(photos, boxes, 16, vertical_flip=torch.ones(len(photos), dtype=torch.bool))
+    turned = augment.resized_crop(
+        photos, boxes, 16, vertical_flip=torch.ones(len(photos), dtype=torch.bool)
+    )
     torch.testing.assert_close(turned, upright.flip(2))
 
 
 def test_resized_crop_is_differentiable():
-    images = torch.rand(1, 3, 12, 12, dtype=torch.float64).mul(0.2).add(0.4).float().requires_grad_()
+    images = (
+        torch.rand(1, 3, 12, 12, dtype=torch.float64).mul(0.2).add(0.4).float().requires_grad_()
+    )
     augment.resized_crop(images, torch.tensor([[2, 2, 8, 8]]), 8).sum().backward()
     inside = torch.zeros(12, 12)
     inside[2:10, 2:10] = 1  # same size: the identity inside the box, nothing outside
@@ -97,8 +115,12 @@ def test_color_jitter_is_torchvisions_in_every_order(picks, photos, monkeypatch)
     factors[::7], hues[::7] = 1, 0  # some at rest
     ours = augment.color_jitter(images, factors, hues, orders)
     for image, factor, hue, order, view in zip(images, factors, hues, orders, ours):
-        steps = [lambda x: TF.adjust_brightness(x, factor[0].item()), lambda x: TF.adjust_contrast(x, factor[1].item()),
-                 lambda x: TF.adjust_saturation(x, factor[2].item()), lambda x: TF.adjust_hue(x, hue.item())]  # fmt: skip
+        steps = [
+            lambda x: TF.adjust_brightness(x, factor[0].item()),
+            lambda x: TF.adjust_contrast(x, factor[1].item()),
+            lambda x: TF.adjust_saturation(x, factor[2].item()),
+            lambda x: TF.adjust_hue(x, hue.item()),
+        ]
         for operation in order:
             image = steps[operation](image)
         assert (view - image).abs().max() * 255 < 0.1
@@ -108,7 +130,9 @@ def test_color_jitter_at_rest_changes_nothing(photos):
     images = augment.to_float(photos)
     n = len(images)
     for turns in (0.0, 1.0):  # left out, and gone all through
-        still = augment.color_jitter(images, torch.ones(n, 3), torch.full((n,), turns), torch.arange(4).expand(n, 4))
+        still = augment.color_jitter(
+            images, torch.ones(n, 3), torch.full((n,), turns), torch.arange(4).expand(n, 4)
+        )
         torch.testing.assert_close(still, images, atol=2e-6, rtol=0)
 
 
@@ -128,12 +152,21 @@ def test_autocast_changes_no_view(photos, monkeypatch):
     views = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            views += [[*augment.MultiCrop(32, 16, 2)(photos, sizes, augment.seeded_generator("cpu", 0)), augment.central_view(photos, sizes, 32)]]
+            views += [
+                [
+                    *augment.MultiCrop(32, 16, 2)(
+                        photos, sizes, augment.seeded_generator("cpu", 0)
+                    ),
+                    augment.central_view(photos, sizes, 32),
+                ]
+            ]
     for one, other in zip(*views):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 9, 20])  # parts of the views, one view of all images, or two
+@pytest.mark.parametrize(
+    "at_once", [1, 3, 9, 20]
+)  # parts of the views, one view of all images, or two
 def test_views_are_the_same_in_blocks_of_any_size(at_once, photos, monkeypatch):
     images, sizes = photos[:8], torch.full((8, 2), photos.shape[2])
     whole = augment.MultiCrop(32, 16, 3)(images, sizes, augment.seeded_generator("cpu", 0))
@@ -141,7 +174,9 @@ def test_views_are_the_same_in_blocks_of_any_size(at_once, photos, monkeypatch):
     blocks = augment.blocks(images, 24, 16)
     assert max(crops.stop - crops.start for _, crops in blocks) <= at_once < 24 and len(blocks) > 1
     assert sorted(i for _, crops in blocks for i in range(24)[crops]) == list(range(24))
-    for one, other in zip(whole, augment.MultiCrop(32, 16, 3)(images, sizes, augment.seeded_generator("cpu", 0))):
+    for one, other in zip(
+        whole, augment.MultiCrop(32, 16, 3)(images, sizes, augment.seeded_generator("cpu", 0))
+    ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
@@ -151,7 +186,10 @@ def test_several_crops_of_an_image_are_those_made_one_at_a_time(out_size, photos
     boxes = torch.from_numpy(random_crops(3 * len(photos), 48, rng))
     flips = torch.from_numpy(rng.random((2, len(boxes))) < 0.5)
     together = augment.resized_crop(photos, boxes, out_size, *flips)
-    single = [augment.resized_crop(photos, *parts[:1], out_size, *parts[1:]) for parts in zip(*(v.split(len(photos)) for v in (boxes, *flips)))]
+    single = [
+        augment.resized_crop(photos, *parts[:1], out_size, *parts[1:])
+        for parts in zip(*(v.split(len(photos)) for v in (boxes, *flips)))
+    ]
     torch.testing.assert_close(together, torch.cat(single))
 
 
@@ -161,7 +199,9 @@ def test_grayscale_and_solarize_are_pillows(photos):
         ours = augment.grayscale(augment.to_float(image[None]))[0, 0].numpy() * 255
         assert np.abs(ours - grey).max() <= 1
         solar = np.asarray(ImageOps.solarize(to_pil(image))).astype(np.float64)
-        assert np.abs(levels(augment.solarize(augment.to_float(image[None]))[0]) - solar).max() < 1e-3
+        assert (
+            np.abs(levels(augment.solarize(augment.to_float(image[None]))[0]) - solar).max() < 1e-3
+        )
 
 
 def test_blur_is_torchvisions(photos):
@@ -169,27 +209,40 @@ def test_blur_is_torchvisions(photos):
     sigmas = torch.linspace(0.1, 2.0, len(images))
     for image, sigma, ours in zip(images, sigmas, augment.gaussian_blur(images, sigmas)):
         assert (ours - TF.gaussian_blur(image, [9, 9], [sigma.item()] * 2)).abs().max() < 1e-5
-    torch.testing.assert_close(augment.gaussian_blur(images, torch.zeros(len(images))), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        augment.gaussian_blur(images, torch.zeros(len(images))), images, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 90), (90, 20)])
 @pytest.mark.parametrize("scale", [(0.05, 0.4), (0.4, 1.0)])
 def test_boxes_have_torchvisions_distribution(size, scale):
     n = 20_000
-    boxes = augment.random_boxes(torch.tensor([size]).expand(n, 2), scale, augment.seeded_generator("cpu", 1)).numpy()
+    boxes = augment.random_boxes(
+        torch.tensor([size]).expand(n, 2), scale, augment.seeded_generator("cpu", 1)
+    ).numpy()
     torch.manual_seed(0)
     image = torch.empty(1, *size)
-    theirs = np.array([T.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)])
+    theirs = np.array(
+        [T.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
+    )
     assert (boxes == boxes.round()).all() and (boxes[:, :2] >= 0).all()
-    assert (boxes[:, 0] + boxes[:, 2] <= size[0]).all() and (boxes[:, 1] + boxes[:, 3] <= size[1]).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= size[0]).all() and (
+        boxes[:, 1] + boxes[:, 3] <= size[1]
+    ).all()
     for column in range(4):
-        assert largest_gap(boxes[:, column], theirs[:, column]) < 0.02  # Kolmogorov-Smirnov: p = 0.001 is at 0.0195
+        assert (
+            largest_gap(boxes[:, column], theirs[:, column]) < 0.02
+        )  # Kolmogorov-Smirnov: p = 0.001 is at 0.0195
 
 
 def largest_gap(a, b):
     """Kolmogorov and Smirnov's statistic: the largest distance between two empirical distribution functions."""
     at = np.unique(np.concatenate([a, b]))
-    return np.abs(np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)).max()
+    return np.abs(
+        np.searchsorted(np.sort(a), at, "right") / len(a)
+        - np.searchsorted(np.sort(b), at, "right") / len(b)
+    ).max()
 
 
 def test_drawn_jitter_flips_and_blur_have_torchvisions_distribution(monkeypatch):
@@ -211,12 +264,19 @@ def test_drawn_jitter_flips_and_blur_have_torchvisions_distribution(monkeypatch)
     crop = augment.MultiCrop(8, 8, 1, vertical_flip=0.3)
     crop(images, sizes, augment.seeded_generator("cpu", 0, 0, 0))
     # Two global views, then a local one, each drawn by itself.
-    views = [draws for (factors, hue), named in seen["color_jitter"] for draws in zip(factors.split(n), hue.split(n), named["order"].split(n))]
+    views = [
+        draws
+        for (factors, hue), named in seen["color_jitter"]
+        for draws in zip(factors.split(n), hue.split(n), named["order"].split(n))
+    ]
     assert len(views) == 3
 
     torch.manual_seed(0)
     jitter = T.ColorJitter(0.4, 0.4, 0.2, 0.1)
-    theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+    theirs = [
+        jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        for _ in range(n)
+    ]
     for factors, hue, order in views:
         on = (factors[:, 0] != 1).numpy()
         assert abs(on.mean() - 0.8) < 0.03
@@ -225,13 +285,19 @@ def test_drawn_jitter_flips_and_blur_have_torchvisions_distribution(monkeypatch)
             assert largest_gap(ours[:, i], np.array([float(draw[i + 1]) for draw in theirs])) < 0.05
         orders = np.unique(order.numpy(), axis=0, return_counts=True)
         assert len(orders[0]) == 24 and orders[1].min() > n / 24 * 0.6
-    blurs = [draws for (chosen, operation, sigma), _ in seen["where_chosen"] if operation == augment.gaussian_blur
-             for draws in zip(chosen.split(n), sigma.split(n))]  # fmt: skip
+    blurs = [
+        draws
+        for (chosen, operation, sigma), _ in seen["where_chosen"]
+        if operation == augment.gaussian_blur
+        for draws in zip(chosen.split(n), sigma.split(n))
+    ]
     for (chosen, sigma), probability in zip(blurs, (1.0, 0.1, 0.5), strict=True):
         blurred = sigma[chosen].numpy()
         assert abs(len(blurred) / n - probability) < 0.03
         assert largest_gap(blurred, np.random.default_rng(0).uniform(0.1, 2.0, 20_000)) < 0.1
-    for (boxes, named), scale in zip(seen["resized_crop"], ((0.4, 1.0), (0.05, 0.4)), strict=True):  # global, local
+    for (boxes, named), scale in zip(
+        seen["resized_crop"], ((0.4, 1.0), (0.05, 0.4)), strict=True
+    ):  # global, local
         area = boxes[0][:, 2] * boxes[0][:, 3] / 64
         assert abs(area.mean() - sum(scale) / 2) < 0.03
         assert abs(named["flip"].float().mean() - 0.5) < 0.03
@@ -267,7 +333,9 @@ def test_solarisation_and_grey_reach_the_views_they_belong_to(photos):
 def test_central_view_is_resize_and_centre_crop(photos):
     """Pillow's pipeline rounds the resized side to whole pixels first, so sizes are chosen where it has nothing to round."""
     wide = photos[:, :, :32, :]  # 32 x 48
-    view = augment.central_view(wide, torch.tensor([[32, 48]]).expand(len(wide), 2), 32, (0, 0, 0), (1, 1, 1))
+    view = augment.central_view(
+        wide, torch.tensor([[32, 48]]).expand(len(wide), 2), 32, (0, 0, 0), (1, 1, 1)
+    )
     for image, ours in zip(wide, view):
         expected = np.asarray(TF.center_crop(to_pil(image), [32, 32])).astype(np.float64)
         assert np.abs(levels(ours) - expected).max() < 0.01

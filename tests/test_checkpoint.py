@@ -16,9 +16,16 @@ def test_backbone_file_comes_back_ready(tmp_path):
     backbone = lowdino.build_backbone("mobilevit_xxs")
     with torch.no_grad():
         backbone.stem.bn.running_mean.fill_(0.3)
-    checkpoint.save_backbone(tmp_path / "b.pth", backbone, "mobilevit_xxs", (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 64, 5)
+    checkpoint.save_backbone(
+        tmp_path / "b.pth", backbone, "mobilevit_xxs", (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 64, 5
+    )
     again = lowdino.load_backbone(str(tmp_path / "b.pth"))
-    assert not again.training and again.arch == "mobilevit_xxs" and again.image_size == 64 and again.epoch == 5
+    assert (
+        not again.training
+        and again.arch == "mobilevit_xxs"
+        and again.image_size == 64
+        and again.epoch == 5
+    )
     assert again.mean == (0.1, 0.2, 0.3) and again.std == (1.0, 2.0, 3.0)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(again(x), backbone.eval()(x))
@@ -61,13 +68,16 @@ class Malicious:
         return os.system, ("touch /tmp/lowdino_was_here",)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "cannot read .*: it is damaged, or not a file of plain tensors"),
-    (b"some text", "cannot read .*damaged"),
-    (None, "no file "),
-    (Malicious(), "cannot read .*not a file of plain tensors"),
-    ([1, 2], "holds a list, where a dict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cannot read .*: it is damaged, or not a file of plain tensors"),
+        (b"some text", "cannot read .*damaged"),
+        (None, "no file "),
+        (Malicious(), "cannot read .*not a file of plain tensors"),
+        ([1, 2], "holds a list, where a dict"),
+    ],
+)
 def test_bad_files_are_refused_and_never_run(tmp_path, content, message):
     path = tmp_path / "bad.pth"
     if isinstance(content, bytes):
@@ -92,19 +102,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
         checkpoint.save_checkpoint(tmp_path, {"step": step})
     (tmp_path / "checkpoint.pth").write_bytes(b"half a fi")
     assert checkpoint.load_checkpoint(tmp_path, said.append) == {"step": 1}
-    assert len(said) == 1 and re.search("checkpoint.pth: it is damaged.*: going back to .*checkpoint.prev.pth", said[0])
-    checkpoint.save_atomic(tmp_path / "checkpoint.new.pth", {"step": 3})  # killed between two renames
+    assert len(said) == 1 and re.search(
+        "checkpoint.pth: it is damaged.*: going back to .*checkpoint.prev.pth", said[0]
+    )
+    checkpoint.save_atomic(
+        tmp_path / "checkpoint.new.pth", {"step": 3}
+    )  # killed between two renames
     assert checkpoint.load_checkpoint(tmp_path)["step"] == 3
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="checkpoint.new.pth: .*checkpoint.pth: .*checkpoint.prev.pth: it is damaged"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoint.new.pth: .*checkpoint.pth: .*checkpoint.prev.pth: it is damaged",
+    ):
         checkpoint.load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({0: torch.zeros(1)}, "holds no state dict"),
-    ({"state_dict": [1]}, "holds no state dict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({0: torch.zeros(1)}, "holds no state dict"),
+        ({"state_dict": [1]}, "holds no state dict"),
+    ],
+)
 def test_files_that_hold_no_backbone(content, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load_backbone_weights(nn.Linear(2, 3), content, "file")
@@ -113,7 +133,10 @@ def test_files_that_hold_no_backbone(content, message):
 def test_weights_that_do_not_fit_are_counted():
     model = nn.Sequential(nn.Linear(2, 3))
     bad = {"0.weight": torch.zeros(4, 2), "1.weight": torch.zeros(1), "fc.weight": torch.zeros(9)}
-    with pytest.raises(ValueError, match=r"1 missing \(first 0.bias\), 1 unexpected \(first 1.weight\), 1 of another shape \(first 0.weight\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 missing \(first 0.bias\), 1 unexpected \(first 1.weight\), 1 of another shape \(first 0.weight\)",
+    ):
         checkpoint.load_backbone_weights(model, bad, "file")
 
 
@@ -128,5 +151,7 @@ def test_a_classifier_in_the_file_is_left_out():
 
 def test_a_training_checkpoint_is_no_backbone_file(tmp_path):
     checkpoint.save_checkpoint(tmp_path, {"settings": {}, "step": 1})
-    with pytest.raises(ValueError, match="checkpoint.pth is a training checkpoint; give the backbone.pth beside it"):
+    with pytest.raises(
+        ValueError, match="checkpoint.pth is a training checkpoint; give the backbone.pth beside it"
+    ):
         lowdino.load_backbone(str(tmp_path / "checkpoint.pth"))

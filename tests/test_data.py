@@ -15,7 +15,9 @@ def gradient(dtype=np.uint8, top=255):
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp", "webp", "ppm", "pgm"])
 def test_every_mode_and_type_becomes_pillows_rgb(tmp_path, mode, ending):
-    image = Image.fromarray(np.stack([gradient(), gradient().T.copy().reshape(20, 30), 255 - gradient()], axis=2)).convert(mode)
+    image = Image.fromarray(
+        np.stack([gradient(), gradient().T.copy().reshape(20, 30), 255 - gradient()], axis=2)
+    ).convert(mode)
     path = tmp_path / f"picture.{ending}"
     try:
         image.save(path)
@@ -23,14 +25,18 @@ def test_every_mode_and_type_becomes_pillows_rgb(tmp_path, mode, ending):
         pytest.skip(f"{ending} holds no {mode}")
     read = data.read_image(str(path))
     assert read.shape == (3, 20, 30) and read.dtype == torch.uint8
-    np.testing.assert_array_equal(read.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB")))
+    np.testing.assert_array_equal(
+        read.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB"))
+    )
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, ending):
     path = tmp_path / f"deep.{ending}"
     Image.fromarray(gradient(np.uint16, 65535)).save(path)
-    np.testing.assert_array_equal(data.read_image(str(path))[1].numpy(), (gradient(np.uint16, 65535) / 257).round())
+    np.testing.assert_array_equal(
+        data.read_image(str(path))[1].numpy(), (gradient(np.uint16, 65535) / 257).round()
+    )
 
 
 def test_values_without_a_known_range_are_refused(tmp_path):
@@ -52,7 +58,9 @@ def test_damaged_file_is_named(tmp_path):
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_large_images_are_reduced(tmp_path, size, ending):
     path = tmp_path / f"large.{ending}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+        path
+    )
     height, width = data.read_image(str(path), max_side=64).shape[1:]
     shrink = min(64 / min(size), 128 / max(size), 1)
     assert abs(height - size[0] * shrink) <= 1 and abs(width - size[1] * shrink) <= 1
@@ -62,7 +70,11 @@ def test_collate_puts_images_in_the_corner_of_one_canvas():
     images = [torch.full((3, h, w), 9, dtype=torch.uint8) for h, w in ((4, 7), (6, 2))]
     batch = data.collate([(images[0], 1, 5, []), (images[1], 0, 8, ["a.png", "b.png"])])
     assert batch.images.shape == (2, 3, 7, 7)
-    assert batch.sizes.tolist() == [[4, 7], [6, 2]] and batch.labels.tolist() == [1, 0] and batch.indices.tolist() == [5, 8]
+    assert (
+        batch.sizes.tolist() == [[4, 7], [6, 2]]
+        and batch.labels.tolist() == [1, 0]
+        and batch.indices.tolist() == [5, 8]
+    )
     assert list(batch.bad) == ["a.png", "b.png"]
     assert batch.images[0, :, :4].min() == 9 and batch.images[0, :, 4:].max() == 0
     assert batch.images[1, :, :6, :2].min() == 9 and batch.images.sum() == 9 * 3 * (28 + 12)
@@ -78,7 +90,9 @@ def test_folders_with_and_without_classes(picture_folder):
 
 def test_list_of_paths(picture_folder):
     listing = picture_folder / "some.txt"
-    listing.write_text("train/dark/0.png\n\n" + str(picture_folder / "val" / "light" / "3.png") + "\n")
+    listing.write_text(
+        "train/dark/0.png\n\n" + str(picture_folder / "val" / "light" / "3.png") + "\n"
+    )
     found = data.load(str(listing))
     assert len(found.pretrain) == 2 and found.pretrain[1][0].shape == (3, 40, 32)
     listing.write_text("train/dark/none.png\n")
@@ -140,7 +154,9 @@ def test_batches_are_a_permutation_an_epoch_and_resume_anywhere():
     for start in (1, 5, 7, 14):
         assert list(data.TrainingBatches(23, 4, seed=3, start=start, stop=15)) == everything[start:]
     assert everything != list(data.TrainingBatches(23, 4, seed=4, start=0, stop=15))
-    halves = [list(data.TrainingBatches(23, 2, seed=3, start=0, stop=15, rank=r, world=2)) for r in (0, 1)]
+    halves = [
+        list(data.TrainingBatches(23, 2, seed=3, start=0, stop=15, rank=r, world=2)) for r in (0, 1)
+    ]
     assert [a + b for a, b in zip(*halves)] == everything
     with pytest.raises(ValueError, match="7 images are fewer than one batch of 2 x 4"):
         data.TrainingBatches(7, 4, seed=0, start=0, stop=1, world=2)
@@ -150,7 +166,9 @@ def test_batches_are_a_permutation_an_epoch_and_resume_anywhere():
 def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder, workers):
     images = data.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=7)
-    for batch, indices in zip(data.training_loader(images, batches, workers, pin_memory=False), batches, strict=True):
+    for batch, indices in zip(
+        data.training_loader(images, batches, workers, pin_memory=False), batches, strict=True
+    ):
         assert batch.indices.tolist() == indices
         assert torch.equal(batch.images[2, :, :40, :32], images[indices[2]][0])
 
@@ -163,15 +181,29 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
     files.replace_bad, files.max_side = True, 24
     cached = data.cached(files, "host", torch.device("cpu"), workers)
     indices = list(range(len(files)))
-    for expected, found in zip(data.collate([files[i] for i in indices]), data.collate([cached[i] for i in indices]), strict=True):
-        assert torch.equal(torch.as_tensor(expected), torch.as_tensor(found)) if isinstance(expected, torch.Tensor) else expected == found
-    for loader in (data.evaluation_loader(cached, 4, 2), data.training_loader(cached, [[0]], 2, False)):
+    for expected, found in zip(
+        data.collate([files[i] for i in indices]),
+        data.collate([cached[i] for i in indices]),
+        strict=True,
+    ):
+        assert (
+            torch.equal(torch.as_tensor(expected), torch.as_tensor(found))
+            if isinstance(expected, torch.Tensor)
+            else expected == found
+        )
+    for loader in (
+        data.evaluation_loader(cached, 4, 2),
+        data.training_loader(cached, [[0]], 2, False),
+    ):
         assert loader.num_workers == 0
 
 
 def test_images_on_a_gpu_have_no_other_processes():
     array = data.demo_images(range(3))
-    assert data.processes(array, 2) == 2 and data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
+    assert (
+        data.processes(array, 2) == 2
+        and data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
+    )
 
 
 def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
@@ -200,7 +232,9 @@ def test_where_auto_caches_follows_from_the_decoded_size(picture_folder, monkeyp
     assert data.cached(files, "none", cpu, 0) is files
     array = data.demo_images(range(3))
     assert array.decoded_bytes() == 3 * 3 * 64 * 64 and data.cached(array, "host", cpu, 0) is array
-    assert torch.equal(data.cached(array, "device", cpu, 0).__getitems__([2, 0]).images, array.images[[2, 0]])
+    assert torch.equal(
+        data.cached(array, "device", cpu, 0).__getitems__([2, 0]).images, array.images[[2, 0]]
+    )
 
 
 def test_demo_is_deterministic_by_index_and_balanced():
@@ -213,12 +247,18 @@ def test_demo_is_deterministic_by_index_and_balanced():
 def test_demo_is_not_solved_by_pixels():
     train, test = data.demo_images(range(1000)), data.demo_images(range(10**6, 10**6 + 500))
     pixels = [images.images.flatten(1).float() for images in (train, test)]
-    assert evaluate.accuracy(evaluate.knn_classify(pixels[0], train.labels, pixels[1]), test.labels) < 0.35
+    assert (
+        evaluate.accuracy(evaluate.knn_classify(pixels[0], train.labels, pixels[1]), test.labels)
+        < 0.35
+    )
 
 
 def test_evaluation_loader_shares_images_among_ranks():
     images = data.demo_images(range(7))
-    parts = [torch.cat([b.indices for b in data.evaluation_loader(images, 2, 0, rank, 2)]).tolist() for rank in (0, 1)]
+    parts = [
+        torch.cat([b.indices for b in data.evaluation_loader(images, 2, 0, rank, 2)]).tolist()
+        for rank in (0, 1)
+    ]
     assert parts == [[0, 2, 4, 6], [1, 3, 5]]
 
 
@@ -228,7 +268,9 @@ class FakeSet:
     def __init__(self, root, download=False, train=None, split=None):
         count = 6 if train or split == "unlabeled" else 4
         shape = (count, 3, 96, 96) if split else (count, 32, 32, 3)
-        self.data = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], shape).copy()
+        self.data = np.broadcast_to(
+            np.arange(count, dtype=np.uint8)[:, None, None, None], shape
+        ).copy()
         green, blue = (self.data[:, c] if split else self.data[..., c] for c in (1, 2))  # (N, H, W)
         green[:], blue[:] = 200, np.arange(blue.shape[1])[:, None]  # the row
         if split:
@@ -237,10 +279,14 @@ class FakeSet:
             self.targets = list(range(count))
 
 
-@pytest.mark.parametrize("name, side, train_labels", [("cifar10", 32, range(6)), ("stl10", 96, range(4))])
+@pytest.mark.parametrize(
+    "name, side, train_labels", [("cifar10", 32, range(6)), ("stl10", 96, range(4))]
+)
 def test_torchvisions_sets(name, side, train_labels, monkeypatch):
     monkeypatch.setattr(data.datasets, name.upper(), FakeSet)
     found = data.load(name)
-    assert found.train.labels.tolist() == list(train_labels) and found.test.labels.tolist() == list(range(4))
+    assert found.train.labels.tolist() == list(train_labels) and found.test.labels.tolist() == list(
+        range(4)
+    )
     assert len(found.pretrain) == 6 and found.pretrain.images.shape[1:] == (3, side, side)
     assert found.pretrain.images[:, :, 5, 7].tolist() == [[i, 200, 5] for i in range(6)]

@@ -21,8 +21,14 @@ def loop_knn(train, labels, test, k, temperature, classes):
 @pytest.mark.parametrize("k, classes", [(1, 3), (20, 3), (20, 40), (1000, 7)])
 def test_knn_is_the_loop(k, classes):
     rng = np.random.default_rng(k + classes)
-    train, test, labels = rng.normal(size=(150, 8)), rng.normal(size=(40, 8)), rng.integers(0, classes, 150)
-    ours = evaluate.knn_classify(torch.tensor(train), torch.tensor(labels), torch.tensor(test), k, 0.07, classes)
+    train, test, labels = (
+        rng.normal(size=(150, 8)),
+        rng.normal(size=(40, 8)),
+        rng.integers(0, classes, 150),
+    )
+    ours = evaluate.knn_classify(
+        torch.tensor(train), torch.tensor(labels), torch.tensor(test), k, 0.07, classes
+    )
     assert ours.shape == (40, classes)
     expected = loop_knn(train, labels, test, min(k, 150), 0.07, classes)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-3)
@@ -39,12 +45,16 @@ def test_chunks_change_nothing():
 
 def test_accuracy_counts_the_first_ranks():
     scores, labels = torch.tensor([[3.0, 2, 1], [1, 3, 2], [2, 1, 3]]), torch.tensor([0, 2, 1])
-    assert [evaluate.accuracy(scores, labels, top) for top in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [evaluate.accuracy(scores, labels, top) for top in (1, 2, 3)] == pytest.approx(
+        [1 / 3, 2 / 3, 1]
+    )
 
 
 def test_features_are_those_of_each_image_in_eval_mode():
     images = data.demo_images(range(10))
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten()).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten()
+    ).train()
     features, labels = evaluate.extract_features(
         model, data.evaluation_loader(images, 3, 0), lambda x, s: augment.central_view(x, s, 32)
     )

@@ -21,7 +21,13 @@ def loop_loss(student, teacher, center, teacher_temp, student_temp, alpha):
     for i, t in enumerate(teacher):
         for j, s in enumerate(student):
             if i != j:
-                h = [-(softmax((t[b] - center) / teacher_temp) * np.log(softmax(s[b] / student_temp))).sum() for b in range(len(t))]
+                h = [
+                    -(
+                        softmax((t[b] - center) / teacher_temp)
+                        * np.log(softmax(s[b] / student_temp))
+                    ).sum()
+                    for b in range(len(t))
+                ]
                 by_kind["global" if j < 2 else "local"].append(np.mean(h))
     if alpha is None:
         return np.mean(by_kind["global"] + by_kind["local"])
@@ -44,7 +50,9 @@ def test_dino_loss_and_centre(views, alpha):
     center = np.zeros(7)
     for step in range(3):
         ours = loss(tensors(student), tensors(teacher), 0.05)
-        assert ours.item() == pytest.approx(loop_loss(student, teacher, center, 0.05, 0.1, alpha), rel=1e-5)
+        assert ours.item() == pytest.approx(
+            loop_loss(student, teacher, center, 0.05, 0.1, alpha), rel=1e-5
+        )
         center = 0.9 * center + 0.1 * np.concatenate(teacher).mean(axis=0)
         assert loss.center.shape == (1, 7)
         np.testing.assert_allclose(loss.center[0].numpy(), center, rtol=1e-5, atol=1e-7)
@@ -56,8 +64,14 @@ def test_dino_gradient_is_that_of_the_definition():
     teacher_tensors = tensors(teacher, requires_grad=True)
     DINOLoss(7)(ours, teacher_tensors, 0.04).backward()
     reference = [torch.tensor(s, requires_grad=True) for s in student]
-    pairs = [-(torch.tensor(teacher[i]).div(0.04).softmax(1) * reference[j].div(0.1).log_softmax(1)).sum(1).mean()
-             for i in range(2) for j in range(4) if i != j]  # fmt: skip
+    pairs = [
+        -(torch.tensor(teacher[i]).div(0.04).softmax(1) * reference[j].div(0.1).log_softmax(1))
+        .sum(1)
+        .mean()
+        for i in range(2)
+        for j in range(4)
+        if i != j
+    ]
     torch.stack(pairs).mean().backward()
     for a, b in zip(ours, reference):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-7)
@@ -71,7 +85,9 @@ def test_evaluation_mode_leaves_the_centre():
 
 
 def test_uniform_logits_give_ln_k():
-    assert DINOLoss(100)([torch.zeros(3, 100)] * 4, [torch.zeros(3, 100)] * 2, 0.04).item() == pytest.approx(math.log(100))
+    assert DINOLoss(100)(
+        [torch.zeros(3, 100)] * 4, [torch.zeros(3, 100)] * 2, 0.04
+    ).item() == pytest.approx(math.log(100))
 
 
 def test_sinkhorn_is_the_alternating_normalisation():
@@ -83,7 +99,13 @@ def test_sinkhorn_is_the_alternating_normalisation():
     np.testing.assert_allclose(sinkhorn_knopp(torch.tensor(t), 0.07).numpy(), q, rtol=1e-4)
     student, teacher = logits(3, batch=6, seed=4), np.split(t, 2)
     ours = DINOLoss(7, centering="sinkhorn")(tensors(student), tensors(teacher), 0.07).item()
-    h = [-(q[i * 6 + b] * np.log(softmax(student[j][b] / 0.1))).sum() for i in range(2) for j in range(3) if i != j for b in range(6)]
+    h = [
+        -(q[i * 6 + b] * np.log(softmax(student[j][b] / 0.1))).sum()
+        for i in range(2)
+        for j in range(3)
+        if i != j
+        for b in range(6)
+    ]
     assert ours == pytest.approx(np.mean(h), rel=1e-4)
 
 
@@ -101,14 +123,19 @@ def test_loss_is_float32_under_autocast():
         spread = KoLeoLoss()(tensors(student)[0])
         contrast = InfoNCELoss()(*tensors(student)[:2])
     assert contrast.item() == InfoNCELoss()(*tensors(student)[:2]).item()
-    assert ours.dtype == spread.dtype == contrast.dtype == torch.float32 and ours.item() == exact.item()
+    assert (
+        ours.dtype == spread.dtype == contrast.dtype == torch.float32
+        and ours.item() == exact.item()
+    )
 
 
 def test_koleo_is_the_nearest_neighbours_log_distance():
     features = logits(1, batch=9, width=4, seed=5)[0]
     z = features / np.linalg.norm(features, axis=1, keepdims=True)
     nearest = [min(np.linalg.norm(z[i] - z[j]) for j in range(9) if j != i) for i in range(9)]
-    assert KoLeoLoss()(torch.tensor(features)).item() == pytest.approx(-np.mean(np.log(nearest)), rel=1e-5)
+    assert KoLeoLoss()(torch.tensor(features)).item() == pytest.approx(
+        -np.mean(np.log(nearest)), rel=1e-5
+    )
 
 
 def test_koleo_of_identical_rows_has_a_finite_gradient():
@@ -125,16 +152,30 @@ def test_infonce_is_the_loop_over_both_views():
         for i in range(6):
             weights = [math.exp(first[i] @ second[j] / 0.3) for j in range(6)]
             terms.append(-math.log(weights[i] / sum(weights)))
-    assert InfoNCELoss(0.3)(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(np.mean(terms), rel=1e-5)
+    assert InfoNCELoss(0.3)(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(
+        np.mean(terms), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda: DINOLoss(7, centering="mean"), "centering must be 'softmax' or 'sinkhorn', not 'mean'"),
-    (lambda: DINOLoss(7, alpha=1.5), r"must lie in \[0, 1\], not 1.5"),
-    (lambda: DINOLoss(7, alpha=0.4)(tensors(logits(2)), tensors(logits(2)), 0.04), "there are no local ones"),
-    (lambda: KoLeoLoss()(torch.randn(1, 4)), "needs two images at least"),
-    (lambda: DINOLoss(7)(tensors(logits(2)), tensors(logits(1)), 0.04), "needs 2 teacher .* got 1 and 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            lambda: DINOLoss(7, centering="mean"),
+            "centering must be 'softmax' or 'sinkhorn', not 'mean'",
+        ),
+        (lambda: DINOLoss(7, alpha=1.5), r"must lie in \[0, 1\], not 1.5"),
+        (
+            lambda: DINOLoss(7, alpha=0.4)(tensors(logits(2)), tensors(logits(2)), 0.04),
+            "there are no local ones",
+        ),
+        (lambda: KoLeoLoss()(torch.randn(1, 4)), "needs two images at least"),
+        (
+            lambda: DINOLoss(7)(tensors(logits(2)), tensors(logits(1)), 0.04),
+            "needs 2 teacher .* got 1 and 2",
+        ),
+    ],
+)
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -15,10 +15,34 @@ SIZES = (256, 256), (224, 320), (96, 96), (33, 47)
 # state dict; then for weights and images of `fill` and `picture`, at each of SIZES, the features 0, 1 and -1 and the
 # standard deviation over all.
 TIMM = {
-    "mobilevit_xxs": ("fa8c4596dcb9aabb", [[3.969588, 0.09315662, 0.8308195, 2.902822], [4.162982, 0.1180883, 0.4839534, 2.953429], [2.634102, 0.9661405, 1.416138, 1.662772], [0.1933198, -0.2591804, 0.4242793, 0.6854051]]),
-    "mobilevit_xs": ("39c35278f44cc72f", [[0.8747294, 0.3095319, 0.1209671, 2.068705], [1.018637, 0.3693341, 0.301341, 2.151772], [0.9025475, 0.6140871, 0.2832647, 1.302992], [0.6130594, 0.577177, -0.10809, 0.385773]]),
-    "mobilevit_s": ("1b353ad307569cda", [[4.666781, 0.05967079, 1.078682, 3.111922], [5.123061, 0.03117525, 1.224611, 3.139009], [1.361098, -0.04195922, 2.472892, 1.63975], [0.02489563, 0.3218085, 2.700736, 0.6602906]]),
-}  # fmt: skip
+    "mobilevit_xxs": (
+        "fa8c4596dcb9aabb",
+        [
+            [3.969588, 0.09315662, 0.8308195, 2.902822],
+            [4.162982, 0.1180883, 0.4839534, 2.953429],
+            [2.634102, 0.9661405, 1.416138, 1.662772],
+            [0.1933198, -0.2591804, 0.4242793, 0.6854051],
+        ],
+    ),
+    "mobilevit_xs": (
+        "39c35278f44cc72f",
+        [
+            [0.8747294, 0.3095319, 0.1209671, 2.068705],
+            [1.018637, 0.3693341, 0.301341, 2.151772],
+            [0.9025475, 0.6140871, 0.2832647, 1.302992],
+            [0.6130594, 0.577177, -0.10809, 0.385773],
+        ],
+    ),
+    "mobilevit_s": (
+        "1b353ad307569cda",
+        [
+            [4.666781, 0.05967079, 1.078682, 3.111922],
+            [5.123061, 0.03117525, 1.224611, 3.139009],
+            [1.361098, -0.04195922, 2.472892, 1.63975],
+            [0.02489563, 0.3218085, 2.700736, 0.6602906],
+        ],
+    ),
+}
 
 PARAMETERS = {  # parameters, width; torchvision's from its documentation, less the classifier
     "mobilevit_xxs": (951_024, 320),
@@ -62,7 +86,10 @@ def test_mobilevit_is_timms(arch):
 @pytest.mark.parametrize("arch", TIMM)
 def test_mobilevit_weights_go_both_ways_with_timm(arch):
     timm = pytest.importorskip("timm")
-    theirs, ours = timm.create_model(arch, num_classes=0).eval(), lowdino.build_backbone(arch).eval()
+    theirs, ours = (
+        timm.create_model(arch, num_classes=0).eval(),
+        lowdino.build_backbone(arch).eval(),
+    )
     for value in theirs.state_dict().values():  # off its initialisation, where some norms are zero
         if value.is_floating_point() and value.ndim == 1:
             value.uniform_(0.5, 1.5)
@@ -77,20 +104,49 @@ def test_mobilevit_weights_go_both_ways_with_timm(arch):
 # As above, of the class token at (224, 224) and (98, 126), or (96, 128) for patches of 16; timm's names are the authors'
 # but for the registers (`reg_token`) and the class token's position, which timm adds to the token where there are some.
 TIMM_VIT = {
-    "vit_small_patch16_224.dino": (dict(patch_size=16), ((224, 224), (96, 128)), [[-0.4200497, 1.300849, 0.6545481, 1.011308], [0.7023283, 0.6241422, -0.1520678, 1.004767]]),
-    "vit_small_patch14_dinov2": (dict(patch_size=14, image_size=518, layer_scale=True), ((224, 224), (98, 126)), [[-1.558593, -0.4735123, 0.2011121, 1.005905], [-1.389929, -0.9084808, -0.09380808, 1.003212]]),
-    "vit_small_patch14_reg4_dinov2": (dict(patch_size=14, image_size=518, layer_scale=True, registers=4), ((224, 224), (98, 126)), [[-1.483703, -0.4615688, 0.1878222, 1.00603], [-1.226083, -0.7741002, -0.1922568, 1.004009]]),
-}  # fmt: skip
+    "vit_small_patch16_224.dino": (
+        dict(patch_size=16),
+        ((224, 224), (96, 128)),
+        [[-0.4200497, 1.300849, 0.6545481, 1.011308], [0.7023283, 0.6241422, -0.1520678, 1.004767]],
+    ),
+    "vit_small_patch14_dinov2": (
+        dict(patch_size=14, image_size=518, layer_scale=True),
+        ((224, 224), (98, 126)),
+        [
+            [-1.558593, -0.4735123, 0.2011121, 1.005905],
+            [-1.389929, -0.9084808, -0.09380808, 1.003212],
+        ],
+    ),
+    "vit_small_patch14_reg4_dinov2": (
+        dict(patch_size=14, image_size=518, layer_scale=True, registers=4),
+        ((224, 224), (98, 126)),
+        [
+            [-1.483703, -0.4615688, 0.1878222, 1.00603],
+            [-1.226083, -0.7741002, -0.1922568, 1.004009],
+        ],
+    ),
+}
 
 
 def official_names(dim, grid, patch, registers=0, layer_scale=False):
     """Parameters of the authors' files, names and shapes, for 12 blocks."""
-    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + grid**2, dim), "patch_embed.proj.weight": (dim, 3, patch, patch),
-              "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}  # fmt: skip
+    shapes = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 1 + grid**2, dim),
+        "patch_embed.proj.weight": (dim, 3, patch, patch),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
     if registers:
         shapes["register_tokens"] = (1, registers, dim)
     for i in range(12):
-        for name, out, inner in (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim)):
+        for name, out, inner in (
+            ("attn.qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            ("mlp.fc1", 4 * dim, dim),
+            ("mlp.fc2", dim, 4 * dim),
+        ):
             shapes |= {f"blocks.{i}.{name}.weight": (out, inner), f"blocks.{i}.{name}.bias": (out,)}
         for name in ("norm1", "norm2"):
             shapes |= {f"blocks.{i}.{name}.weight": (dim,), f"blocks.{i}.{name}.bias": (dim,)}
@@ -105,8 +161,14 @@ def test_vit_has_the_names_of_the_authors_files():
             (vit.vit_tiny(patch_size=16), official_names(192, 14, 16)),
             (vit.vit_small(patch_size=8), official_names(384, 28, 8)),
             (vit.vit_base(patch_size=16), official_names(768, 14, 16)),
-            (vit.vit_small(patch_size=14, image_size=518, layer_scale=True), official_names(384, 37, 14, 0, True)),
-            (vit.vit_base(patch_size=14, image_size=518, layer_scale=True, registers=4), official_names(768, 37, 14, 4, True)),
+            (
+                vit.vit_small(patch_size=14, image_size=518, layer_scale=True),
+                official_names(384, 37, 14, 0, True),
+            ),
+            (
+                vit.vit_base(patch_size=14, image_size=518, layer_scale=True, registers=4),
+                official_names(768, 37, 14, 4, True),
+            ),
         ]
     for model, expected in models:
         assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
@@ -128,7 +190,9 @@ def test_timms_vit_weights_load(name, tmp_path):
     timm = pytest.importorskip("timm")
     theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
     for key, value in theirs.named_parameters():
-        value.data.uniform_(0.5, 1.5) if "gamma" in key else value.data.add_(torch.randn_like(value) * 0.02)
+        value.data.uniform_(0.5, 1.5) if "gamma" in key else value.data.add_(
+            torch.randn_like(value) * 0.02
+        )
     weights = theirs.state_dict()
     if "reg_token" in weights:
         weights["register_tokens"] = weights.pop("reg_token")
@@ -144,11 +208,17 @@ def test_timms_vit_weights_load(name, tmp_path):
         with torch.no_grad():
             tokens, (own, patches) = theirs.forward_features(x), ours.forward_tokens(x)
         torch.testing.assert_close(own, tokens[:, 0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(patches.flatten(2).mT, tokens[:, theirs.num_prefix_tokens :], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            patches.flatten(2).mT, tokens[:, theirs.num_prefix_tokens :], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_vit_contract():
-    for arch, width, parameters in (("vit_tiny", 192, 5_524_416), ("vit_small", 384, 21_665_664), ("vit_base", 768, 85_798_656)):
+    for arch, width, parameters in (
+        ("vit_tiny", 192, 5_524_416),
+        ("vit_small", 384, 21_665_664),
+        ("vit_base", 768, 85_798_656),
+    ):
         with torch.device("meta"):
             model = lowdino.build_backbone(arch)
         assert (model.embed_dim, sum(p.numel() for p in model.parameters())) == (width, parameters)
@@ -156,8 +226,17 @@ def test_vit_contract():
     for height, width in ((32, 32), (33, 47), (64, 96)):
         x = torch.randn(2, 3, height, width)
         with torch.no_grad():
-            features, feature_map, attention = model(x), model.forward_features(x), model.get_last_selfattention(x)
-        assert features.shape == (2, 192) and feature_map.shape == (2, 192, height // 14, width // 14)
+            features, feature_map, attention = (
+                model(x),
+                model.forward_features(x),
+                model.get_last_selfattention(x),
+            )
+        assert features.shape == (2, 192) and feature_map.shape == (
+            2,
+            192,
+            height // 14,
+            width // 14,
+        )
         tokens = 1 + (height // 14) * (width // 14)
         assert attention.shape == (2, 3, tokens, tokens)
         torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, tokens))
@@ -177,22 +256,34 @@ def test_last_selfattention_is_what_the_last_block_uses():
 def test_stochastic_depth_is_the_students_alone():
     model = lowdino.build_backbone("vit_tiny", image_size=32).train()
     model.set_drop_path_rate(0.5)
-    assert [round(block.drop_path.p, 3) for block in model.blocks] == [round(0.5 * i / 11, 3) for i in range(12)]
+    assert [round(block.drop_path.p, 3) for block in model.blocks] == [
+        round(0.5 * i / 11, 3) for i in range(12)
+    ]
     teacher, x = ema.make_teacher(model).train(), torch.randn(8, 3, 32, 32)
     with torch.no_grad():
         assert not torch.equal(model(x), model(x)) and torch.equal(teacher(x), teacher(x))
 
 
-@pytest.mark.parametrize("content, arch, message", [
-    ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer with the names"),
-    (official_names(192, 2, 16), "vit_small", "holds a vit_tiny, not vit_small"),
-    (official_names(192, 2, 16), "resnet18", "does not fit this architecture"),
-    (official_names(192, 2, 16) | {"norm.bias": (4,)}, None, "1 of another shape"),
-    ({"conv1.weight": (64, 3, 7, 7)}, None, "does not say of which architecture it is; name it: mobilevit_xxs"),
-    ({"arch": "resnet18", "state_dict": {}}, "resnet50", "holds resnet18, not resnet50"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, arch, message",
+    [
+        ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer with the names"),
+        (official_names(192, 2, 16), "vit_small", "holds a vit_tiny, not vit_small"),
+        (official_names(192, 2, 16), "resnet18", "does not fit this architecture"),
+        (official_names(192, 2, 16) | {"norm.bias": (4,)}, None, "1 of another shape"),
+        (
+            {"conv1.weight": (64, 3, 7, 7)},
+            None,
+            "does not say of which architecture it is; name it: mobilevit_xxs",
+        ),
+        ({"arch": "resnet18", "state_dict": {}}, "resnet50", "holds resnet18, not resnet50"),
+    ],
+)
 def test_wrong_backbone_files_are_one_sentence(content, arch, message, tmp_path):
-    torch.save({k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in content.items()}, tmp_path / "file.pth")
+    torch.save(
+        {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in content.items()},
+        tmp_path / "file.pth",
+    )
     with pytest.raises(ValueError, match=message):
         lowdino.load_backbone(str(tmp_path / "file.pth"), arch)
 
@@ -214,7 +305,10 @@ def test_contract(arch):
 def test_torchvisions_networks_are_torchvisions(arch):
     import torchvision
 
-    theirs, ours = getattr(torchvision.models, arch)(weights=None).eval(), lowdino.build_backbone(arch).eval()
+    theirs, ours = (
+        getattr(torchvision.models, arch)(weights=None).eval(),
+        lowdino.build_backbone(arch).eval(),
+    )
     weights = theirs.state_dict()
     ours.load_state_dict({k: weights[k] for k in ours.state_dict()}, strict=True)
     setattr(theirs, "fc" if arch.startswith("resnet") else "classifier", torch.nn.Identity())
@@ -224,7 +318,9 @@ def test_torchvisions_networks_are_torchvisions(arch):
 
 
 def test_unknown_architecture_is_named():
-    with pytest.raises(ValueError, match="unknown architecture 'vit_giant'; choose from mobilevit_xxs"):
+    with pytest.raises(
+        ValueError, match="unknown architecture 'vit_giant'; choose from mobilevit_xxs"
+    ):
         lowdino.build_backbone("vit_giant")
 
 
@@ -235,7 +331,9 @@ def test_features_of_a_shifted_image_agree_at_initialisation(arch):
     model = lowdino.build_backbone(arch).train()
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.normal(size=(64, 3, 17, 17))).float()
-    images = torch.nn.functional.interpolate(images, size=(68, 68), mode="bicubic")  # smooth, as photographs are
+    images = torch.nn.functional.interpolate(
+        images, size=(68, 68), mode="bicubic"
+    )  # smooth, as photographs are
     with torch.no_grad():
         a, b = model(images[:, :, :64, :64]), model(images[:, :, 4:, 4:])
     assert torch.cosine_similarity(a - a.mean(0), b - b.mean(0)).mean() > 0.5
@@ -244,7 +342,9 @@ def test_features_of_a_shifted_image_agree_at_initialisation(arch):
 @pytest.mark.parametrize("arch", ["mobilevit_xxs", "resnet5m", "vit_tiny"])
 def test_a_network_is_exported_for_any_batch_size(arch, tmp_path):
     model, x = lowdino.build_backbone(arch).eval(), torch.randn(4, 3, 32, 32)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    program = torch.export.export(
+        model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
     torch.export.save(program, str(tmp_path / "backbone.pt2"))
     exported = torch.export.load(str(tmp_path / "backbone.pt2")).module()
     with torch.no_grad():

@@ -16,9 +16,32 @@ from lowdino import data, distributed, monitor
 from lowdino.losses import InfoNCELoss, KoLeoLoss
 
 # Small enough for 150 steps in seconds.
-SMALL = ["--preset", "small", "--batch_size_per_gpu", "8", "--global_crops_size", "32", "--hidden_dim", "64", "--out_dim", "64",
-         "--warmup_epochs", "0", "--lr", "3e-3", "--epochs", "3", "--knn_freq", "0", "--device", "cpu", "--log_freq", "10",
-         "--num_workers", "0"]  # fmt: skip
+SMALL = [
+    "--preset",
+    "small",
+    "--batch_size_per_gpu",
+    "8",
+    "--global_crops_size",
+    "32",
+    "--hidden_dim",
+    "64",
+    "--out_dim",
+    "64",
+    "--warmup_epochs",
+    "0",
+    "--lr",
+    "3e-3",
+    "--epochs",
+    "3",
+    "--knn_freq",
+    "0",
+    "--device",
+    "cpu",
+    "--log_freq",
+    "10",
+    "--num_workers",
+    "0",
+]
 
 
 class Tiny(nn.Module):
@@ -28,8 +51,14 @@ class Tiny(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-                                    nn.Conv2d(8, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU())  # fmt: skip
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, 2, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        )
 
     def forward(self, x):
         return self.layers(x).mean(dim=(2, 3))
@@ -52,13 +81,29 @@ def test_entropy_and_spread_are_those_of_numpy():
     assert std.item() == pytest.approx(0, abs=1e-6) and rank.item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("momentum, step, trained, moved", [
-    ("0.9", 10, True, True), ("0.9", 10, False, False), ("0.9", 999, False, True), ("1.0", 999, True, False)])  # fmt: skip
-def test_a_teacher_that_does_not_move_is_seen_unless_the_schedule_holds_it(momentum, step, trained, moved, monkeypatch):
+@pytest.mark.parametrize(
+    "momentum, step, trained, moved",
+    [
+        ("0.9", 10, True, True),
+        ("0.9", 10, False, False),
+        ("0.9", 999, False, True),
+        ("1.0", 999, True, False),
+    ],
+)
+def test_a_teacher_that_does_not_move_is_seen_unless_the_schedule_holds_it(
+    momentum, step, trained, moved, monkeypatch
+):
     monkeypatch.setattr(lowdino, "build_backbone", lambda *_, **__: Tiny())
     args = train.parse(train.get_parser(), [*SMALL, "--momentum_teacher", momentum])
-    method = train.SelfDistillation(args, distributed.Ranks(0, 1, torch.device("cpu")), data.Data("none", None), total_steps=1000)
-    method.objective(method.network, [torch.randn(8, 3, 32, 32) for _ in range(2)], None, step, logging=True)
+    method = train.SelfDistillation(
+        args,
+        distributed.Ranks(0, 1, torch.device("cpu")),
+        data.Data("none", None),
+        total_steps=1000,
+    )
+    method.objective(
+        method.network, [torch.randn(8, 3, 32, 32) for _ in range(2)], None, step, logging=True
+    )
     if trained:
         with torch.no_grad():
             torch._foreach_mul_(list(method.network.parameters()), 1.01)
@@ -71,17 +116,34 @@ def test_a_teacher_that_does_not_move_is_seen_unless_the_schedule_holds_it(momen
 
 def test_what_is_minimised_is_the_losses_by_their_weights(monkeypatch):
     monkeypatch.setattr(lowdino, "build_backbone", lambda *_, **__: Tiny())
-    flags = [*SMALL, "--infonce_weight", "0.8", "--koleo_weight", "0.3", "--freeze_last_layer", "1", "--warmup_teacher_temp", "0.02",
-             "--teacher_temp", "0.06", "--warmup_teacher_temp_epochs", "3"]  # fmt: skip
+    flags = [
+        *SMALL,
+        "--infonce_weight",
+        "0.8",
+        "--koleo_weight",
+        "0.3",
+        "--freeze_last_layer",
+        "1",
+        "--warmup_teacher_temp",
+        "0.02",
+        "--teacher_temp",
+        "0.06",
+        "--warmup_teacher_temp_epochs",
+        "3",
+    ]
     args = train.parse(train.get_parser(), flags)
-    method = train.SelfDistillation(args, distributed.Ranks(0, 1, torch.device("cpu")), data.Data("none", None), total_steps=900)
+    method = train.SelfDistillation(
+        args, distributed.Ranks(0, 1, torch.device("cpu")), data.Data("none", None), total_steps=900
+    )
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     for step, fading, temperature in ((0, 1.0, 0.02), (450, 0.5, 0.04)):
         (f, e, s), (_, _, t) = method.network(views), method.teacher(views)
         expected = copy.deepcopy(method.criterion)(s.chunk(2), t.chunk(2), temperature)
         loss, total = method.objective(method.network, views, None, step, logging=False)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        others = 0.8 * fading * InfoNCELoss()(*e.chunk(2)) + 0.3 * sum(KoLeoLoss()(x) for x in f.chunk(2))
+        others = 0.8 * fading * InfoNCELoss()(*e.chunk(2)) + 0.3 * sum(
+            KoLeoLoss()(x) for x in f.chunk(2)
+        )
         assert (total - loss).item() == pytest.approx(others.item(), rel=1e-4)
     for step, frozen in ((0, True), (299, True), (300, False)):
         total.backward(retain_graph=True)
@@ -89,7 +151,14 @@ def test_what_is_minimised_is_the_losses_by_their_weights(monkeypatch):
         assert (method.network.head.last_layer.weight.grad is None) == frozen
 
 
-WELL = dict(loss=3.5, entropy=2.0, entropy_of_mean=3.0, feature_std=0.3, effective_rank=8.0, teacher_moved=True)
+WELL = dict(
+    loss=3.5,
+    entropy=2.0,
+    entropy_of_mean=3.0,
+    feature_std=0.3,
+    effective_rank=8.0,
+    teacher_moved=True,
+)
 
 
 def test_a_sign_counts_once_it_lasts_and_until_it_is_over():
@@ -99,20 +168,38 @@ def test_a_sign_counts_once_it_lasts_and_until_it_is_over():
     assert health.read(205, **WELL) == []  # it left by itself: nothing was said
     assert health.read(210, **uniform) == [] and health.verdict() == "no sign of collapse"
     news = health.read(410, **uniform)
-    assert len(news) == 1 and news[0].startswith("uniform collapse: ") and "raise --infonce_weight" in news[0]
+    assert (
+        len(news) == 1
+        and news[0].startswith("uniform collapse: ")
+        and "raise --infonce_weight" in news[0]
+    )
     assert health.read(420, **uniform) == [] and health.verdict() == news[0]  # said once
-    assert health.read(430, **WELL) == ["uniform collapse: over"] and health.verdict() == "no sign of collapse"
+    assert (
+        health.read(430, **WELL) == ["uniform collapse: over"]
+        and health.verdict() == "no sign of collapse"
+    )
 
 
-@pytest.mark.parametrize("name, flag, values", [
-    ("one-cluster collapse", "--center_momentum", dict(entropy=0.01, entropy_of_mean=0.02, loss=0.03)),
-    ("one-cluster collapse", "--center_momentum", dict(entropy=2.0, entropy_of_mean=2.01)),  # several, the same for all
-    ("dead features", "--lr", dict(feature_std=0.001)),
-    ("dead features", "--lr", dict(effective_rank=1.2)),
-    ("diverging loss", "--lr", dict(loss=6.0)),
-    ("nothing left to learn", "--global_crops_scale", dict(loss=2.01)),
-    ("teacher stands still", "--momentum_teacher", dict(teacher_moved=False)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, flag, values",
+    [
+        (
+            "one-cluster collapse",
+            "--center_momentum",
+            dict(entropy=0.01, entropy_of_mean=0.02, loss=0.03),
+        ),
+        (
+            "one-cluster collapse",
+            "--center_momentum",
+            dict(entropy=2.0, entropy_of_mean=2.01),
+        ),  # several, the same for all
+        ("dead features", "--lr", dict(feature_std=0.001)),
+        ("dead features", "--lr", dict(effective_rank=1.2)),
+        ("diverging loss", "--lr", dict(loss=6.0)),
+        ("nothing left to learn", "--global_crops_scale", dict(loss=2.01)),
+        ("teacher stands still", "--momentum_teacher", dict(teacher_moved=False)),
+    ],
+)
 def test_each_sign_alone(name, flag, values):
     signs = monitor.Health(64).signs(**WELL | values)
     assert list(signs) == [name] and flag in signs[name]
@@ -136,7 +223,17 @@ def run(images, tmp_path, monkeypatch, flags):
     write_images(images, tmp_path / "pictures")
     monkeypatch.setattr(monitor.Health, "PATIENCE", 40)
     monkeypatch.setattr(lowdino, "build_backbone", lambda arch: Tiny())
-    args = train.parse(train.get_parser(), [*SMALL, *flags, "--data_path", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "out")])
+    args = train.parse(
+        train.get_parser(),
+        [
+            *SMALL,
+            *flags,
+            "--data_path",
+            str(tmp_path / "pictures"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+    )
     assert train.check(args) is None
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     train.train(args, ranks, train.settle(args, ranks), train.SelfDistillation)
@@ -144,13 +241,31 @@ def run(images, tmp_path, monkeypatch, flags):
 
 RUNS = [
     ("no sign of collapse", "demo", []),
-    ("uniform collapse", "demo", ["--teacher_temp", "1", "--warmup_teacher_temp", "1"]),  # no sharpening
-    ("one-cluster collapse", "demo", ["--center_momentum", "1", "--infonce_weight", "0"]),  # no centring
-    ("diverging loss", "demo", ["--lr", "10", "--optimizer", "sgd", "--norm_last_layer", "false", "--clip_grad", "0"]),
-    pytest.param("teacher stands still", "demo", ["--momentum_teacher", "1"], marks=pytest.mark.slow),
+    (
+        "uniform collapse",
+        "demo",
+        ["--teacher_temp", "1", "--warmup_teacher_temp", "1"],
+    ),  # no sharpening
+    (
+        "one-cluster collapse",
+        "demo",
+        ["--center_momentum", "1", "--infonce_weight", "0"],
+    ),  # no centring
+    (
+        "diverging loss",
+        "demo",
+        ["--lr", "10", "--optimizer", "sgd", "--norm_last_layer", "false", "--clip_grad", "0"],
+    ),
+    pytest.param(
+        "teacher stands still", "demo", ["--momentum_teacher", "1"], marks=pytest.mark.slow
+    ),
     pytest.param("dead features", "black", [], marks=pytest.mark.slow),
-    pytest.param("nothing left to learn", "black or grey", ["--out_dim", "2", "--batch_size_per_gpu", "32", "--epochs", "12"],
-                 marks=pytest.mark.slow),  # fmt: skip
+    pytest.param(
+        "nothing left to learn",
+        "black or grey",
+        ["--out_dim", "2", "--batch_size_per_gpu", "32", "--epochs", "12"],
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -166,5 +281,8 @@ def test_runs_made_to_fail_are_named(verdict, images, flags, tmp_path, capsys, m
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
-    with pytest.raises(FloatingPointError, match=r"diverging loss at step \d+: it is nan on rank 0 for images \S+.png, "):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"diverging loss at step \d+: it is nan on rank 0 for images \S+.png, ",
+    ):
         run("demo", tmp_path, monkeypatch, ["--lr", "1e30"])

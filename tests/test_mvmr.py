@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import losses_on_a_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowdino
 import train
-from conftest import losses_on_a_batch
 from lowdino import data, descriptors, distributed
 from lowdino.losses import DistanceCorrelation, MVMRLoss
 
@@ -19,7 +19,9 @@ from lowdino.losses import DistanceCorrelation, MVMRLoss
 def centred(rows):
     n = len(rows)
     d = np.array([[math.dist(a, b) for b in rows] for a in rows])
-    return np.array([[d[i, j] - d[i].mean() - d[:, j].mean() + d.mean() for j in range(n)] for i in range(n)])
+    return np.array(
+        [[d[i, j] - d[i].mean() - d[:, j].mean() + d.mean() for j in range(n)] for i in range(n)]
+    )
 
 
 def correlation_by_hand(x, y):
@@ -36,7 +38,9 @@ def dependent(n, d, e):
 def test_distance_correlation_is_its_definition(n, d, e):
     x, y = dependent(n, d, e)
     assert DistanceCorrelation()(x, y).item() == pytest.approx(correlation_by_hand(x, y), abs=1e-5)
-    assert DistanceCorrelation()(x * 1000, y / 1000).item() == pytest.approx(correlation_by_hand(x, y), abs=1e-5)
+    assert DistanceCorrelation()(x * 1000, y / 1000).item() == pytest.approx(
+        correlation_by_hand(x, y), abs=1e-5
+    )
     assert DistanceCorrelation()(x, 3 * x + 1).item() == pytest.approx(1, abs=1e-5)
 
 
@@ -44,7 +48,9 @@ def test_distance_correlation_is_dcors():
     dcor = pytest.importorskip("dcor")
     for shape in ((64, 32, 100), (2, 3, 4), (128, 512, 20)):
         x, y = dependent(*shape)
-        assert DistanceCorrelation()(x, y).item() == pytest.approx(dcor.distance_correlation(x.double().numpy(), y.double().numpy()), abs=1e-5)
+        assert DistanceCorrelation()(x, y).item() == pytest.approx(
+            dcor.distance_correlation(x.double().numpy(), y.double().numpy()), abs=1e-5
+        )
 
 
 def test_distance_correlation_of_repeated_rows():
@@ -66,7 +72,12 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.numbers = max([self.numbers, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        self.numbers = max(
+            [
+                self.numbers,
+                *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)),
+            ]
+        )
         return out
 
 
@@ -78,20 +89,35 @@ def test_distance_correlation_makes_no_large_tensor():
 
 
 def test_mvmr_loss_is_the_papers():
-    z, z_augmented, r, q = torch.randn(6, 5) * 0.5, torch.randn(6, 5), torch.randn(6, 9), torch.randn(6, 2)
+    z, z_augmented, r, q = (
+        torch.randn(6, 5) * 0.5,
+        torch.randn(6, 5),
+        torch.randn(6, 9),
+        torch.randn(6, 2),
+    )
     l1, l2, l3 = MVMRLoss(2.0, 3.0, 0.5, 0.25, margin=1.1, eps=1e-3)(z, z_augmented, [r, q])
     a, b = z.double().numpy(), z_augmented.double().numpy()
     hinge = [np.mean([max(0, 1.1 - math.sqrt(v.var(ddof=1) + 1e-3)) for v in x.T]) for x in (a, b)]
     assert l1.item() == pytest.approx(2 * ((a - b) ** 2).mean() + 3 * sum(hinge), rel=1e-5)
     assert l2.item() == pytest.approx(0.5 * (1 - correlation_by_hand(a, b)), rel=1e-4)
-    assert l3.item() == pytest.approx(0.25 * (2 - correlation_by_hand(b, r) - correlation_by_hand(b, q)), rel=1e-4)
+    assert l3.item() == pytest.approx(
+        0.25 * (2 - correlation_by_hand(b, r) - correlation_by_hand(b, q)), rel=1e-4
+    )
 
 
 def test_local_std_is_numpys():
     x = torch.randn(2, 3, 7, 9)
     padded = np.pad(x.double().numpy(), [(0, 0), (0, 0), (1, 1), (1, 1)], mode="edge")
-    expected = [[[padded[b, c, i : i + 3, j : j + 3].std() for i in range(7) for j in range(9)] for c in range(3)] for b in range(2)]
-    np.testing.assert_allclose(descriptors.local_std(x), np.array(expected).reshape(2, -1), atol=1e-5)
+    expected = [
+        [
+            [padded[b, c, i : i + 3, j : j + 3].std() for i in range(7) for j in range(9)]
+            for c in range(3)
+        ]
+        for b in range(2)
+    ]
+    np.testing.assert_allclose(
+        descriptors.local_std(x), np.array(expected).reshape(2, -1), atol=1e-5
+    )
     assert (descriptors.local_std(torch.full((1, 1, 8, 8), 0.3)) < 1e-3).all()
 
 
@@ -114,8 +140,14 @@ def test_hog_is_a_loop():
 
 
 # From kymatio 0.3.0 in float64, Scattering2D(J=2, L=8) of `picture`: channel, path, row and column, and the norm of all.
-KYMATIO = {(0, 0, 0, 0): -0.1552481, (0, 1, 3, 4): 0.2133514, (1, 9, 7, 9): 0.05437869, (1, 17, 2, 2): 0.02136909,
-           (0, 80, 5, 1): 0.03801037, (1, 45, 0, 9): 0.02664439}  # fmt: skip
+KYMATIO = {
+    (0, 0, 0, 0): -0.1552481,
+    (0, 1, 3, 4): 0.2133514,
+    (1, 9, 7, 9): 0.05437869,
+    (1, 17, 2, 2): 0.02136909,
+    (0, 80, 5, 1): 0.03801037,
+    (1, 45, 0, 9): 0.02664439,
+}
 KYMATIO_NORM = 8.859465
 
 
@@ -135,32 +167,75 @@ def test_scattering_averages_and_forgets_small_shifts():
     constant = descriptors.Scattering(32, 32)(torch.full((1, 1, 32, 32), 0.7)).view(81, 64)
     torch.testing.assert_close(constant[0], torch.full((64,), 0.7), atol=1e-3, rtol=0)
     assert constant[1:].abs().max() < 1e-4
-    with pytest.raises(ValueError, match="images of 32 x 7 pixels are too small for scattering with J = 2: 8 at least"):
+    with pytest.raises(
+        ValueError,
+        match="images of 32 x 7 pixels are too small for scattering with J = 2: 8 at least",
+    ):
         descriptors.Scattering(32, 7)
 
 
 def test_the_papers_setting_is_a_preset():
     args = train.parse(train.get_parser(), ["--preset", "mvmr"])
-    assert (args.method, args.projector, args.lr, args.weight_decay, args.local_crops_number) == ("mvmr", [8192] * 3, 1e-4, 1e-6, 0)
-    assert args.descriptors == ["pixels", "augmented", "local_std", "hog", "scattering"] and train.check(args) is None
+    assert (args.method, args.projector, args.lr, args.weight_decay, args.local_crops_number) == (
+        "mvmr",
+        [8192] * 3,
+        1e-4,
+        1e-6,
+        0,
+    )
+    assert (
+        args.descriptors == ["pixels", "augmented", "local_std", "hog", "scattering"]
+        and train.check(args) is None
+    )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--method", "mvmr"], "--method mvmr has one augmented view"),
-    (["--preset", "mvmr", "--projector", "0"], "--projector needs widths of at least 1"),
-    (["--preset", "mvmr", "--descriptors", "hog", "hog"], "--descriptors names one twice"),
-    (["--preset", "mvmr", "--invariance_weight", "-1"], "--invariance_weight must be 0 or more"),
-    (["--preset", "mvmr", "--invariance_weight", "0", "--variance_weight", "0", "--dependence_weight", "0", "--representation_weight", "0"],
-     "--method mvmr has nothing to learn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--method", "mvmr"], "--method mvmr has one augmented view"),
+        (["--preset", "mvmr", "--projector", "0"], "--projector needs widths of at least 1"),
+        (["--preset", "mvmr", "--descriptors", "hog", "hog"], "--descriptors names one twice"),
+        (
+            ["--preset", "mvmr", "--invariance_weight", "-1"],
+            "--invariance_weight must be 0 or more",
+        ),
+        (
+            [
+                "--preset",
+                "mvmr",
+                "--invariance_weight",
+                "0",
+                "--variance_weight",
+                "0",
+                "--dependence_weight",
+                "0",
+                "--representation_weight",
+                "0",
+            ],
+            "--method mvmr has nothing to learn",
+        ),
+    ],
+)
 def test_wrong_flags_are_refused(flags, message):
     assert train.check(train.parse(train.get_parser(), flags)).startswith(message)
 
 
 def test_it_is_learned_on_a_batch():
     torch.manual_seed(0)
-    args = train.parse(train.get_parser(), ["--preset", "mvmr_small", "--arch", "mobilevit_xxs", "--projector", "32", "16",
-                                            "--global_crops_size", "32"])  # fmt: skip
+    args = train.parse(
+        train.get_parser(),
+        [
+            "--preset",
+            "mvmr_small",
+            "--arch",
+            "mobilevit_xxs",
+            "--projector",
+            "32",
+            "16",
+            "--global_crops_size",
+            "32",
+        ],
+    )
     images = data.demo_images(range(16)).images
     source = data.Data("demo images", data.ImageArray(images))
     method = train.MVMR(args, distributed.Ranks(0, 1, torch.device("cpu")), source, 12)
@@ -170,19 +245,53 @@ def test_it_is_learned_on_a_batch():
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(picture_folder, tmp_path, call_script, stopped_after_a_checkpoint):
-    flags = ["--preset", "mvmr_small", "--arch", "mobilevit_xxs", "--batch_size_per_gpu", 8, "--epochs", 2, "--projector", 32, 16, "--device",
-             "cpu", "--log_freq", 1, "--data_path", picture_folder, "--knn_freq", 1]  # fmt: skip
+def test_a_stopped_run_goes_on_to_the_same_end(
+    picture_folder, tmp_path, call_script, stopped_after_a_checkpoint
+):
+    flags = [
+        "--preset",
+        "mvmr_small",
+        "--arch",
+        "mobilevit_xxs",
+        "--batch_size_per_gpu",
+        8,
+        "--epochs",
+        2,
+        "--projector",
+        32,
+        16,
+        "--device",
+        "cpu",
+        "--log_freq",
+        1,
+        "--data_path",
+        picture_folder,
+        "--knn_freq",
+        1,
+    ]
     done = call_script("train.py", *flags, "--output_dir", tmp_path / "whole")
-    assert "k-NN (k=20) of the network" in done.stdout and "health: no sign of collapse" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert (
+        "k-NN (k=20) of the network" in done.stdout and "health: no sign of collapse" in done.stdout
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    ]
     losses = [line for line in lines if "loss" in line]
-    assert len(losses) == 6 and all(line["loss"] == pytest.approx(line["L1"] + line["L2"] + line["L3"], rel=1e-5) for line in losses)
+    assert len(losses) == 6 and all(
+        line["loss"] == pytest.approx(line["L1"] + line["L2"] + line["L3"], rel=1e-5)
+        for line in losses
+    )
     assert all(0 < line["L3"] < 5 for line in losses)  # five descriptors
     backbone = lowdino.load_backbone(str(tmp_path / "whole" / "backbone.pth"))
     assert backbone.epoch == 2
 
     stopped_after_a_checkpoint("train.py", *flags, "--output_dir", tmp_path / "stopped")
-    assert "going on from" in call_script("train.py", *flags, "--output_dir", tmp_path / "stopped").stdout
-    whole, stopped = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["student"] for name in ("whole", "stopped"))
+    assert (
+        "going on from"
+        in call_script("train.py", *flags, "--output_dir", tmp_path / "stopped").stdout
+    )
+    whole, stopped = (
+        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["student"]
+        for name in ("whole", "stopped")
+    )
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())

@@ -34,7 +34,9 @@ def test_scaler_half_whitens():
     before = np.linalg.eigvalsh(np.cov(x.double().numpy().T, bias=True))
     before /= before.sum()
     expected = before / np.sqrt(before + 1e-5)
-    np.testing.assert_allclose(np.linalg.eigvalsh(np.cov(y.T, bias=True)), expected / expected.sum(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(np.cov(y.T, bias=True)), expected / expected.sum(), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_probes_are_separate_classifiers_trained_by_sgd():
@@ -49,10 +51,15 @@ def test_probes_are_separate_classifiers_trained_by_sgd():
         weight = torch.zeros(x.shape[1], 4, dtype=torch.float64, requires_grad=True)
         velocity = 0
         for factor in factors:
-            loss = F.cross_entropy(x.double() @ weight, labels) + 0.5 * decay * weight[:-1].square().sum()
+            loss = (
+                F.cross_entropy(x.double() @ weight, labels)
+                + 0.5 * decay * weight[:-1].square().sum()
+            )
             velocity = 0.9 * velocity + torch.autograd.grad(loss, weight)[0]
             weight = (weight - factor * lr * velocity).detach().requires_grad_()
-        torch.testing.assert_close(together.classifiers()[:, g].double(), weight.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            together.classifiers()[:, g].double(), weight.detach(), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_sure_classifiers_make_no_denormal_numbers():
@@ -76,7 +83,9 @@ def optimum(x, labels, classes, decay):
         p = (x @ weight).softmax(1)
         gradient = x.T @ (p - target) / len(x) + penalty * weight
         curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-        hessian = torch.einsum("nd,ne,ncf->dcef", x, x, curvature).reshape(weight.numel(), -1) / len(x)
+        hessian = torch.einsum("nd,ne,ncf->dcef", x, x, curvature).reshape(
+            weight.numel(), -1
+        ) / len(x)
         hessian += torch.diag(penalty.flatten() + 1e-12)  # the bias is free up to a constant
         weight -= torch.linalg.lstsq(hessian, gradient.flatten()[:, None]).solution.view(shape)
     assert gradient.abs().max() < 1e-9
@@ -93,11 +102,15 @@ def test_logistic_regression_reaches_the_optimum_and_sgd_its_accuracy():
     accuracies = []
     for g, decay in enumerate(decays):
         best = optimum(x, labels, 4, decay)
-        torch.testing.assert_close(weights[:-1, g].double(), best[:-1], atol=2e-3 * best.abs().max().item(), rtol=0)
+        torch.testing.assert_close(
+            weights[:-1, g].double(), best[:-1], atol=2e-3 * best.abs().max().item(), rtol=0
+        )
         accuracies.append(evaluate.accuracy(test.double() @ best, test_labels))
     trained = probe.train_probes(x, labels, 4, [(10.0, decay) for decay in decays], steps=200)
     for g in range(3):
-        assert evaluate.accuracy(test @ trained[:, g], test_labels) == pytest.approx(accuracies[g], abs=0.005)
+        assert evaluate.accuracy(test @ trained[:, g], test_labels) == pytest.approx(
+            accuracies[g], abs=0.005
+        )
     assert min(accuracies) > 0.5
 
 
@@ -110,21 +123,38 @@ def test_brier_scores_equal_a_loop_and_forgive_a_wrong_scale():
         for scale in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
             p = np.exp(scale * (x.double() @ weights[:, g].double()).numpy())
             p /= p.sum(axis=1, keepdims=True)
-            at_scales.append(sum(sum((p[i, c] - (labels[i] == c).item()) ** 2 for c in range(4)) for i in range(20)) / 20)
+            at_scales.append(
+                sum(
+                    sum((p[i, c] - (labels[i] == c).item()) ** 2 for c in range(4))
+                    for i in range(20)
+                )
+                / 20
+            )
         assert score == pytest.approx(min(at_scales), rel=1e-5)
     optimal = probe.logistic_regression(x, labels, 4, [1e-2])
     scores = probe.brier_scores(x, labels, torch.cat([optimal, 16 * optimal, -optimal], dim=1))
-    assert scores[0] < 0.7 and scores[1] == pytest.approx(scores[0].item(), rel=0.05) and scores[2] >= 0.75
+    assert (
+        scores[0] < 0.7
+        and scores[1] == pytest.approx(scores[0].item(), rel=0.05)
+        and scores[2] >= 0.75
+    )
 
 
 def test_label_subsets_are_balanced_nested_and_of_the_labels_alone():
-    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)[torch.randperm(70, generator=torch.Generator().manual_seed(0))]
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)[
+        torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    ]
     small, large = probe.label_subset(labels, 0.1, 3), probe.label_subset(labels, 0.5, 3)
-    assert torch.bincount(labels[small]).tolist() == [4, 2, 1] and torch.bincount(labels[large]).tolist() == [20, 10, 5]
+    assert torch.bincount(labels[small]).tolist() == [4, 2, 1] and torch.bincount(
+        labels[large]
+    ).tolist() == [20, 10, 5]
     assert set(small.tolist()) < set(large.tolist()) and small.tolist() == sorted(small.tolist())
     assert small.tolist() != probe.label_subset(labels, 0.1, 4).tolist()
     assert probe.label_subset(labels, 1.0, 0).tolist() == list(range(70))
-    with pytest.raises(ValueError, match="a fraction of 0.01 of the labels leaves class 0, of 40 images, without one"):
+    with pytest.raises(
+        ValueError,
+        match="a fraction of 0.01 of the labels leaves class 0, of 40 images, without one",
+    ):
         probe.label_subset(labels, 0.01, 0)
     with pytest.raises(ValueError, match="class 1 has no training image"):
         probe.label_subset(torch.tensor([0, 2]), 1.0, 0)
@@ -133,7 +163,9 @@ def test_label_subsets_are_balanced_nested_and_of_the_labels_alone():
 def test_held_out_images_are_balanced_and_apart():
     labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 3)
     inner, held = probe.hold_out(labels, 0.2, 0)
-    assert torch.bincount(labels[held]).tolist() == [8, 4] and sorted([*inner.tolist(), *held.tolist()]) == list(range(63))
+    assert torch.bincount(labels[held]).tolist() == [8, 4] and sorted(
+        [*inner.tolist(), *held.tolist()]
+    ) == list(range(63))
     with pytest.raises(ValueError, match="6 labels are too few to hold 0.2 of each class out"):
         probe.hold_out(torch.tensor([0, 0, 0, 1, 1, 1]), 0.2, 0)
 
@@ -142,17 +174,34 @@ def test_learning_rates_fall_from_block_to_block():
     backbone, head = lowdino.build_backbone("resnet5m"), nn.Linear(512, 3)
     groups = optim.layerwise_groups(backbone, head, 0.5)
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
-    assert len(scale) == len([*backbone.parameters(), *head.parameters()]) == sum(len(g["params"]) for g in groups)
+    assert (
+        len(scale)
+        == len([*backbone.parameters(), *head.parameters()])
+        == sum(len(g["params"]) for g in groups)
+    )
     assert scale[id(head.weight)] == scale[id(head.bias)] == 1
-    for name, depth in (("layer3.0.conv1", 1), ("layer2.5.conv1", 2), ("layer2.0.bn1", 7), ("layer1.0.conv2", 10), ("bn1", 11), ("conv1", 12)):
+    for name, depth in (
+        ("layer3.0.conv1", 1),
+        ("layer2.5.conv1", 2),
+        ("layer2.0.bn1", 7),
+        ("layer1.0.conv2", 10),
+        ("bn1", 11),
+        ("conv1", 12),
+    ):
         assert scale[id(backbone.get_submodule(name).weight)] == 0.5**depth, name
     for group in groups:
-        assert all(p.ndim <= 1 for p in group["params"]) if group.get("weight_decay") == 0 else all(p.ndim > 1 for p in group["params"])
+        assert (
+            all(p.ndim <= 1 for p in group["params"])
+            if group.get("weight_decay") == 0
+            else all(p.ndim > 1 for p in group["params"])
+        )
 
 
 def test_cost_is_counted():
     found = eval_linear.cost(nn.Conv2d(3, 8, 3, padding=1, bias=False), 32, torch.device("cpu"))
-    assert found["multiply_adds_M"] == pytest.approx(32 * 32 * 8 * 27 / 1e6) and found["parameters_M"] == pytest.approx(216 / 1e6)
+    assert found["multiply_adds_M"] == pytest.approx(32 * 32 * 8 * 27 / 1e6) and found[
+        "parameters_M"
+    ] == pytest.approx(216 / 1e6)
 
 
 QUICK = ["--device", "cpu", "--epochs", "3", "--val_fraction", "0.3"]
@@ -160,47 +209,111 @@ QUICK = ["--device", "cpu", "--epochs", "3", "--val_fraction", "0.3"]
 
 def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
     val = picture_folder / "val"
-    (val / "dark" / "0.png").write_bytes((val / "light" / "0.png").read_bytes())  # so that one of eight is wrong, in val/ alone
-    done = call_script("eval_linear.py", "pixels", "mobilevit_xxs", *QUICK, "--data_path", picture_folder, "--label_fraction",
-                       0.5, 1, "--seeds", 0, 1, "--output_dir", tmp_path / "out")  # fmt: skip
+    (val / "dark" / "0.png").write_bytes(
+        (val / "light" / "0.png").read_bytes()
+    )  # so that one of eight is wrong, in val/ alone
+    done = call_script(
+        "eval_linear.py",
+        "pixels",
+        "mobilevit_xxs",
+        *QUICK,
+        "--data_path",
+        picture_folder,
+        "--label_fraction",
+        0.5,
+        1,
+        "--seeds",
+        0,
+        1,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert "protocol: linear classifier on features, half-whitened" in done.stdout
     written = (tmp_path / "out" / "table.md").read_text()
     assert written in done.stdout
     heads, _, pixels, network = written.splitlines()
-    assert heads == ("| model | parameters (M) | multiply-adds (M) | ms an image | pixels | k-NN (k=20) | linear 50 % "
-                     "| linear 100 % |")  # fmt: skip
+    assert heads == (
+        "| model | parameters (M) | multiply-adds (M) | ms an image | pixels | k-NN (k=20) | linear 50 % "
+        "| linear 100 % |"
+    )
     assert re.match(r"\| raw pixels \| 0.00 \| 0.0 \| .* \| 32 \| 87.50 \| 87.50 ± 0.00 \|", pixels)
-    assert re.match(r"\| mobilevit_xxs at random initialisation, seed 0 \| 0.95 \| \d+\.\d \|", network)
+    assert re.match(
+        r"\| mobilevit_xxs at random initialisation, seed 0 \| 0.95 \| \d+\.\d \|", network
+    )
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert rows[0]["trained"][1]["top1"] == [0.875, 0.875] and "chosen" in rows[1]["trained"][0]
     chosen = [int(line) for line in (tmp_path / "out" / "labels_0.5_seed1.txt").read_text().split()]
-    assert len(chosen) == 12 and sum(i < 12 for i in chosen) == 6  # 12 of either class, the dark ones first
+    assert (
+        len(chosen) == 12 and sum(i < 12 for i in chosen) == 6
+    )  # 12 of either class, the dark ones first
 
 
-@pytest.mark.parametrize("flags", [["--augment", "--pool", "mean"], ["--finetune", "--epochs", "12", "--layer_decay", "0.9", "--image_size", "48"],
-                                   ["--solver", "lbfgs", "--pool", "default+max"],
-                                   pytest.param(["--from_scratch", "--epochs", "12"], marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--augment", "--pool", "mean"],
+        ["--finetune", "--epochs", "12", "--layer_decay", "0.9", "--image_size", "48"],
+        ["--solver", "lbfgs", "--pool", "default+max"],
+        pytest.param(["--from_scratch", "--epochs", "12"], marks=pytest.mark.slow),
+    ],
+)
 def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
-    done = call_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, "--data_path", picture_folder, "--batch_size_per_gpu",
-                       "8", "--output_dir", tmp_path / "out")  # fmt: skip
-    row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    done = call_script(
+        "eval_linear.py",
+        "mobilevit_xxs",
+        *QUICK,
+        *flags,
+        "--data_path",
+        picture_folder,
+        "--batch_size_per_gpu",
+        "8",
+        "--output_dir",
+        tmp_path / "out",
+    )
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert row["trained"][0]["top1"][0] > 0.9  # dark against light
     assert row["image_size"] == (48 if "48" in flags else 32)
     file = tmp_path / "out" / "network1_1_seed0.pth"
-    assert ("whole network" in done.stdout) == (flags[0] in ("--finetune", "--from_scratch")) == file.exists()
+    assert (
+        ("whole network" in done.stdout)
+        == (flags[0] in ("--finetune", "--from_scratch"))
+        == file.exists()
+    )
     if file.exists():  # what was trained is kept: backbone and classifier give that accuracy again
-        call_script("eval_knn.py", "--weights", file, "--data_path", picture_folder, "--features", tmp_path / "f.npz")
+        call_script(
+            "eval_knn.py",
+            "--weights",
+            file,
+            "--data_path",
+            picture_folder,
+            "--features",
+            tmp_path / "f.npz",
+        )
         _, _, test = evaluate.load_features(tmp_path / "f.npz")
         scores = F.linear(test.features, **torch.load(file, weights_only=True)["classifier"])
         assert evaluate.accuracy(scores, test.labels) == row["trained"][0]["top1"][0]
 
 
 def test_batch_norm_settles_and_divergence_is_told(picture_folder, tmp_path, call_script):
-    flags = [*QUICK, "--epochs", 12, "--data_path", picture_folder, "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 8]
-    call_script("eval_linear.py", "mobilenet_v3_small", "--finetune", *flags)  # its averages have a momentum of 0.01
-    row, = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    flags = [
+        *QUICK,
+        "--epochs",
+        12,
+        "--data_path",
+        picture_folder,
+        "--output_dir",
+        tmp_path / "out",
+        "--batch_size_per_gpu",
+        8,
+    ]
+    call_script(
+        "eval_linear.py", "mobilenet_v3_small", "--finetune", *flags
+    )  # its averages have a momentum of 0.01
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert row["trained"][0]["top1"][0] > 0.8
-    done = call_script("eval_linear.py", "mobilevit_xxs", "--finetune", "--lr", "1e30", *flags, check=False)
+    done = call_script(
+        "eval_linear.py", "mobilevit_xxs", "--finetune", "--lr", "1e30", *flags, check=False
+    )
     assert done.returncode == 2 and "diverging loss: it is nan at step" in done.stderr
 
 
@@ -210,8 +323,19 @@ def test_two_ranks_train_too(flags, picture_folder, tmp_path, run_script):
     tables = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        run_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, "--data_path", picture_folder, "--output_dir", out,
-                   "--batch_size_per_gpu", 8 // ranks, ranks=ranks)  # fmt: skip
+        run_script(
+            "eval_linear.py",
+            "mobilevit_xxs",
+            *QUICK,
+            *flags,
+            "--data_path",
+            picture_folder,
+            "--output_dir",
+            out,
+            "--batch_size_per_gpu",
+            8 // ranks,
+            ranks=ranks,
+        )
         tables.append(json.loads((out / "table.json").read_text())["rows"][0])
     assert tables[0]["knn"] == tables[1]["knn"]
     assert min(t["trained"][0]["top1"][0] for t in tables) > 0.8
@@ -219,46 +343,117 @@ def test_two_ranks_train_too(flags, picture_folder, tmp_path, run_script):
 
 def test_features_go_through_a_file(picture_folder, tmp_path, call_script):
     file = tmp_path / "features.npz"
-    direct = call_script("eval_knn.py", "--arch", "mobilevit_xxs", "--data_path", picture_folder, "--features", file,
-                         "--neighbours", tmp_path / "neighbours.png", "--pool", "default+max")  # fmt: skip
+    direct = call_script(
+        "eval_knn.py",
+        "--arch",
+        "mobilevit_xxs",
+        "--data_path",
+        picture_folder,
+        "--features",
+        file,
+        "--neighbours",
+        tmp_path / "neighbours.png",
+        "--pool",
+        "default+max",
+    )
     again = call_script("eval_knn.py", "--from_features", file)
     lines = [line for line in direct.stdout.splitlines() if line.startswith("k-NN")]
-    assert lines and lines == [line for line in again.stdout.splitlines() if line.startswith("k-NN")]
+    assert lines and lines == [
+        line for line in again.stdout.splitlines() if line.startswith("k-NN")
+    ]
     arrays = dict(np.load(file))
-    assert arrays["train"].shape == (24, 640) and arrays["train_labels"].tolist() == [0] * 12 + [1] * 12
+    assert (
+        arrays["train"].shape == (24, 640)
+        and arrays["train_labels"].tolist() == [0] * 12 + [1] * 12
+    )
     assert str(arrays["test_files"][0]).endswith("pictures/val/dark/0.png")
     assert (arrays["train"][:, 320:] >= arrays["train"][:, :320]).all()  # a maximum against a mean
-    probed = call_script("eval_linear.py", "--from_features", file, "--epochs", "3", "--val_fraction", 0.3, "--output_dir",
-                         tmp_path / "out")  # fmt: skip
+    probed = call_script(
+        "eval_linear.py",
+        "--from_features",
+        file,
+        "--epochs",
+        "3",
+        "--val_fraction",
+        0.3,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert "| mobilevit_xxs at random initialisation, seed 0 | 100.00 | 100.00 |" in probed.stdout
     # Test labels choose nothing: with others, the same choice and the opposite accuracy.
     np.savez(tmp_path / "others.npz", **arrays | {"test_labels": 1 - arrays["test_labels"]})
-    call_script("eval_linear.py", "--from_features", tmp_path / "others.npz", "--epochs", "3", "--val_fraction", 0.3, "--output_dir",
-                tmp_path / "others")  # fmt: skip
-    one, other = (json.loads((tmp_path / name / "table.json").read_text())["rows"][0]["trained"][0] for name in ("out", "others"))
-    assert one["chosen"] == other["chosen"] != [""] and (one["top1"], other["top1"]) == ([1.0], [0.0])
+    call_script(
+        "eval_linear.py",
+        "--from_features",
+        tmp_path / "others.npz",
+        "--epochs",
+        "3",
+        "--val_fraction",
+        0.3,
+        "--output_dir",
+        tmp_path / "others",
+    )
+    one, other = (
+        json.loads((tmp_path / name / "table.json").read_text())["rows"][0]["trained"][0]
+        for name in ("out", "others")
+    )
+    assert one["chosen"] == other["chosen"] != [""] and (one["top1"], other["top1"]) == (
+        [1.0],
+        [0.0],
+    )
 
     picture = Image.open(tmp_path / "neighbours.png")
-    assert picture.size == (9 * 71 + 1, 8 * 71 + 1)  # a query and eight neighbours, framed, for each of eight test images
+    assert picture.size == (
+        9 * 71 + 1,
+        8 * 71 + 1,
+    )  # a query and eight neighbours, framed, for each of eight test images
     assert [round(v / 25.5) for v in picture.getpixel((71 + 2, 2))] == [1, 7, 2]  # of its own class
 
     unlabelled = tmp_path / "unlabelled.npz"
-    call_script("eval_knn.py", "--arch", "mobilevit_xxs", "--data_path", picture_folder / "train", "--features", unlabelled)
+    call_script(
+        "eval_knn.py",
+        "--arch",
+        "mobilevit_xxs",
+        "--data_path",
+        picture_folder / "train",
+        "--features",
+        unlabelled,
+    )
     assert np.load(unlabelled)["train"].shape == (24, 320)
-    refused = call_script("eval_linear.py", "--from_features", unlabelled, "--output_dir", tmp_path / "no", check=False)
+    refused = call_script(
+        "eval_linear.py",
+        "--from_features",
+        unlabelled,
+        "--output_dir",
+        tmp_path / "no",
+        check=False,
+    )
     assert refused.returncode == 2 and "whole numbers" in refused.stderr
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"test": np.zeros((2, 3), np.float32)}, "train has 4 features an image, test 3"),
-    ({"test": np.full((2, 4), np.nan, np.float32)}, "test has values that are not finite numbers"),
-    ({"train_labels": np.zeros(5, int)}, r"train should be \(N, D\) with N labels, not \(6, 4\) with labels \(5,\)"),
-    ({"train_labels": np.full(6, 0.5)}, "train_labels should be whole numbers from 0"),
-    ({"train": np.array([object()] * 6)}, "damaged, or not an .npz file of plain arrays"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"test": np.zeros((2, 3), np.float32)}, "train has 4 features an image, test 3"),
+        (
+            {"test": np.full((2, 4), np.nan, np.float32)},
+            "test has values that are not finite numbers",
+        ),
+        (
+            {"train_labels": np.zeros(5, int)},
+            r"train should be \(N, D\) with N labels, not \(6, 4\) with labels \(5,\)",
+        ),
+        ({"train_labels": np.full(6, 0.5)}, "train_labels should be whole numbers from 0"),
+        ({"train": np.array([object()] * 6)}, "damaged, or not an .npz file of plain arrays"),
+    ],
+)
 def test_wrong_feature_files_are_one_sentence(change, message, tmp_path):
-    arrays = {"train": np.ones((6, 4), np.float32), "train_labels": np.arange(6) % 2, "test": np.ones((2, 4), np.float32),
-              "test_labels": np.arange(2)}  # fmt: skip
+    arrays = {
+        "train": np.ones((6, 4), np.float32),
+        "train_labels": np.arange(6) % 2,
+        "test": np.ones((2, 4), np.float32),
+        "test_labels": np.arange(2),
+    }
     np.savez(tmp_path / "good.npz", **arrays)
     assert evaluate.load_features(tmp_path / "good.npz")[2].files == ["0", "1"]
     np.savez(tmp_path / "bad.npz", **arrays | change)
@@ -271,40 +466,74 @@ def test_wrong_feature_files_are_one_sentence(change, message, tmp_path):
 
 def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
     def message(*flags):
-        done = call_script("eval_linear.py", "mobilevit_xxs", *QUICK, "--output_dir", tmp_path / "out", *flags, check=False)
+        done = call_script(
+            "eval_linear.py",
+            "mobilevit_xxs",
+            *QUICK,
+            "--output_dir",
+            tmp_path / "out",
+            *flags,
+            check=False,
+        )
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         return done.stderr
 
-    assert "leaves class 0, of 12 images, without one" in message("--data_path", picture_folder, "--label_fraction", 0.01)
-    assert "2 labels are too few to hold 0.3 of each" in message("--data_path", picture_folder, "--label_fraction", 0.1)
+    assert "leaves class 0, of 12 images, without one" in message(
+        "--data_path", picture_folder, "--label_fraction", 0.01
+    )
+    assert "2 labels are too few to hold 0.3 of each" in message(
+        "--data_path", picture_folder, "--label_fraction", 0.1
+    )
     assert "has no labels to test on" in message("--data_path", picture_folder / "train")
     (picture_folder / "train" / "void").mkdir()
-    assert "train/void has no image: fill it, or remove it" in message("--data_path", picture_folder)
-    (picture_folder / "val" / "0.png").write_bytes((picture_folder / "val" / "dark" / "0.png").read_bytes())
+    assert "train/void has no image: fill it, or remove it" in message(
+        "--data_path", picture_folder
+    )
+    (picture_folder / "val" / "0.png").write_bytes(
+        (picture_folder / "val" / "dark" / "0.png").read_bytes()
+    )
     assert "has no labels to test on" in message("--data_path", picture_folder)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ([], "give one MODEL or more, or --from_features FILE"),
-    (["pixels", "--from_features", "x.npz"], "give one MODEL or more"),
-    (["resnet18", "--augment", "--finetune"], "--augment, --finetune and --from_scratch are three ways"),
-    (["--from_features", "x.npz", "--augment"], "--augment, --finetune and --from_scratch need the images"),
-    (["resnet18", "--augment", "--solver", "lbfgs"], "--solver lbfgs needs features that stay the same"),
-    (["resnet18", "--lr", "1", "--solver", "lbfgs"], "--solver lbfgs has no learning rate"),
-    (["resnet18", "--finetune", "--lr", "1", "2"], "the whole network is trained with one --lr"),
-    (["pixels", "--finetune"], "the whole network is trained as it is"),
-    (["pixels", "--augment"], "--augment and --pool need backbones"),
-    (["pixels", "resnet18", "--pool", "max"], "--augment and --pool need backbones"),
-    (["--from_features", "x.npz", "--pool", "max"], "--pool and --image_size need the images"),
-    (["resnet18=a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
-    (["resnet18", "--layer_decay", "0.5"], "--layer_decay goes with --finetune"),
-    (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
-    (["resnet18", "--lr", "-1"], "--lr must be 0 or more, not [-1.0]"),
-    (["resnet18", "--label_fraction", "0.1", "1.5"], "--label_fraction must lie above 0, up to 1"),
-    (["resnet18", "--val_fraction", "1"], "--val_fraction must lie between 0 and 1"),
-    (["resnet18", "--epochs", "0"], "--epochs must be at least 1, not 0"),
-    (["resnet18", "--image_size", "8"], "--image_size must be at least 32"),
-    (["resnet18", "--seeds", "-1"], "--seeds must lie between 0 and 2^63"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "give one MODEL or more, or --from_features FILE"),
+        (["pixels", "--from_features", "x.npz"], "give one MODEL or more"),
+        (
+            ["resnet18", "--augment", "--finetune"],
+            "--augment, --finetune and --from_scratch are three ways",
+        ),
+        (
+            ["--from_features", "x.npz", "--augment"],
+            "--augment, --finetune and --from_scratch need the images",
+        ),
+        (
+            ["resnet18", "--augment", "--solver", "lbfgs"],
+            "--solver lbfgs needs features that stay the same",
+        ),
+        (["resnet18", "--lr", "1", "--solver", "lbfgs"], "--solver lbfgs has no learning rate"),
+        (
+            ["resnet18", "--finetune", "--lr", "1", "2"],
+            "the whole network is trained with one --lr",
+        ),
+        (["pixels", "--finetune"], "the whole network is trained as it is"),
+        (["pixels", "--augment"], "--augment and --pool need backbones"),
+        (["pixels", "resnet18", "--pool", "max"], "--augment and --pool need backbones"),
+        (["--from_features", "x.npz", "--pool", "max"], "--pool and --image_size need the images"),
+        (["resnet18=a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
+        (["resnet18", "--layer_decay", "0.5"], "--layer_decay goes with --finetune"),
+        (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
+        (["resnet18", "--lr", "-1"], "--lr must be 0 or more, not [-1.0]"),
+        (
+            ["resnet18", "--label_fraction", "0.1", "1.5"],
+            "--label_fraction must lie above 0, up to 1",
+        ),
+        (["resnet18", "--val_fraction", "1"], "--val_fraction must lie between 0 and 1"),
+        (["resnet18", "--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["resnet18", "--image_size", "8"], "--image_size must be at least 32"),
+        (["resnet18", "--seeds", "-1"], "--seeds must lie between 0 and 2^63"),
+    ],
+)
 def test_wrong_flags_are_refused(flags, message):
     assert eval_linear.check(eval_linear.get_parser().parse_args(flags)).startswith(message)

@@ -25,9 +25,13 @@ def test_head_is_mlp_unit_length_unit_prototypes():
     for layer in (0, 2, 4):
         z = z @ w[f"mlp.{layer}.weight"].T + w[f"mlp.{layer}.bias"]
         if layer < 4:
-            z = np.array([[0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in z])  # GELU
+            z = np.array(
+                [[0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in z]
+            )  # GELU
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    prototypes = w["last_layer.weight"] / np.linalg.norm(w["last_layer.weight"], axis=1, keepdims=True)
+    prototypes = w["last_layer.weight"] / np.linalg.norm(
+        w["last_layer.weight"], axis=1, keepdims=True
+    )
     np.testing.assert_allclose(head(x).detach().numpy(), z @ prototypes.T, rtol=1e-9)
     assert "last_layer.gain" not in w
 
@@ -56,7 +60,12 @@ def test_network_runs_one_forward_a_resolution():
     network = MultiViewNetwork(Counter(), head)
     views = [torch.randn(4, 3, s, s) for s in (8, 8, 6, 6, 6)]
     features, embeddings, logits = network(views)
-    assert Counter.calls == 2 and features.shape == (20, 3) and embeddings.shape == (20, 5) and logits.shape == (20, 2)
+    assert (
+        Counter.calls == 2
+        and features.shape == (20, 3)
+        and embeddings.shape == (20, 5)
+        and logits.shape == (20, 2)
+    )
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(20))
     torch.testing.assert_close(logits, head(features))
     torch.testing.assert_close(features, torch.cat([v.mean(dim=(2, 3)) for v in views]))
@@ -76,7 +85,9 @@ def test_cosine_is_the_originals():
 
 
 def test_linear():
-    assert [schedules.linear(s, 4, 0.04, 0.08) for s in (0, 1, 4, 9)] == pytest.approx([0.04, 0.05, 0.08, 0.08])
+    assert [schedules.linear(s, 4, 0.04, 0.08) for s in (0, 1, 4, 9)] == pytest.approx(
+        [0.04, 0.05, 0.08, 0.08]
+    )
     assert schedules.linear(0, 0, 0.04, 0.07) == 0.07
 
 
@@ -106,7 +117,11 @@ def test_teacher_that_is_the_student_is_refused():
 
 
 def test_clipping_is_by_parameter():
-    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    parameters = [
+        nn.Parameter(torch.zeros(3)),
+        nn.Parameter(torch.zeros(2, 2)),
+        nn.Parameter(torch.zeros(1)),
+    ]
     parameters[0].grad = torch.tensor([3.0, 0.0, 4.0])
     parameters[1].grad = torch.full((2, 2), 0.1)
     optim.clip_gradients_by_parameter(parameters, 2.0)
@@ -116,7 +131,9 @@ def test_clipping_is_by_parameter():
 
 
 def test_groups_spare_biases_norms_and_gains():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), DINOHead(4, 5, norm_last_layer=False))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), DINOHead(4, 5, norm_last_layer=False)
+    )
     decays, spared = optim.parameter_groups(model)
     assert decays["decays"] and not spared["decays"] and spared["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decays["params"]) and all(p.ndim <= 1 for p in spared["params"])
@@ -154,7 +171,11 @@ for _ in range(16):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    faults = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout
+    )
     assert faults < 300 if keeps else faults > 300  # of 512 huge pages, or 262,144 others
 
 
@@ -173,14 +194,17 @@ def started_as(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("environment, expected", [
-    ({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}, True),
-    ({"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, False),
-    ({"SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": "first"}, True),
-    ({"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "first"}, False),
-    ({"MASTER_ADDR": "127.0.0.1"}, True),
-    ({"MASTER_ADDR": "10.0.0.1"}, False),  # started by hand, on hosts that are not known
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}, True),
+        ({"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, False),
+        ({"SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": "first"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "first"}, False),
+        ({"MASTER_ADDR": "127.0.0.1"}, True),
+        ({"MASTER_ADDR": "10.0.0.1"}, False),  # started by hand, on hosts that are not known
+    ],
+)
 def test_ranks_are_on_one_machine_where_something_says_so(environment, expected, started_as):
     started_as(environment)
     assert distributed.on_one_machine(2) == expected
@@ -190,18 +214,50 @@ def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(started_as, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     # As torchrun sets them for its second rank, in the script of a job.
-    started_as({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_LOCALID": "0", "TORCHELASTIC_RUN_ID": "none"})
+    started_as(
+        {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "1",
+            "SLURM_LOCALID": "0",
+            "TORCHELASTIC_RUN_ID": "none",
+        }
+    )
     with pytest.raises(ValueError, match="local rank 1 has no GPU of its own: 1 visible"):
         distributed.start("cuda")
 
 
-@pytest.mark.parametrize("environment, expected", [
-    ({}, (0, 1, 0)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
-    ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),  # srun
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, (0, 1, 0)),  # python in an allocation
-    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, (1, 2, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
+        (
+            {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
+            (3, 4, 1),
+        ),  # srun
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "4",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_LOCALID": "0",
+            },
+            (0, 1, 0),
+        ),  # python in an allocation
+        (
+            {
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "1",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_LOCALID": "0",
+            },
+            (1, 2, 1),
+        ),
+    ],
+)
 def test_ranks_come_from_torchrun_or_srun(environment, expected, started_as):
     started_as(environment)
     assert distributed.rank_from_environment() == expected
