@@ -1,32 +1,43 @@
 """Files that survive: atomic writes, safe reads, and the clean backbone file.
 
-A checkpoint holds tensors and plain Python types only and is read with `weights_only=True`, so that opening one never
-runs code from it.
+A checkpoint holds tensors and plain Python types only. It is read with `weights_only=True`, so that
+opening one never runs code from it.
 """
 
+import argparse
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-# What files may hold that a backbone has not: the classifiers of torchvision and timm, DINOv2's mask token.
+# What files may hold that a backbone has not: the classifiers of torchvision and timm, and DINOv2's
+# mask token.
 LEFT_OUT = ("fc.", "classifier.", "head.fc.", "mask_token")
+
+# What DistributedDataParallel, a wrapper around backbone and head, and both put before all names.
+PREFIXES = ("module.backbone.", "module.", "backbone.")
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` once the block ends well: `path` is, at every moment, complete or absent.
+    """A file to write to, which becomes `path` once the block ends well.
 
-    tmp -> flush -> fsync -> rename -> fsync(folder): a rename is atomic, but only what was flushed to the disk before it
-    survives a power cut, and the rename itself is kept by the folder.
+    `path` is, at every moment, complete or absent: tmp, flush, fsync, rename, fsync of the folder.
+    A rename is atomic, but only what was flushed to the disk before it survives a power cut, and
+    the rename itself is kept by the folder.
 
     Raises:
-        OSError: where the disk is full or the folder cannot be written to; an earlier `path` is then as it was.
+        UserError: where the disk is full or the folder cannot be written to; an earlier `path` is
+            then as it was.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -36,14 +47,15 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
+        sync_folder(path.parent)
     except BaseException as error:
-        tmp.unlink(missing_ok=True)
-        # torch.save hides a full disk behind an error of its own, and an error in writing does not know the file.
-        reason = error if isinstance(error, OSError) else error.__context__
+        with suppress(OSError):
+            tmp.unlink()
+        # torch.save hides a full disk behind a RuntimeError, in whose context it is.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError):
-            raise OSError(reason.errno, reason.strerror, str(path)) from error
+            raise UserError(f"{path}: {reason.strerror or reason}") from error
         raise
-    sync_folder(path.parent)
 
 
 def save_atomic(path: str | Path, content: Any) -> None:
@@ -53,7 +65,9 @@ def save_atomic(path: str | Path, content: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
+    """Make renames inside `folder` durable; nothing on Windows, which opens no folder."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,7 +86,10 @@ def save_checkpoint(folder: str | Path, content: dict) -> None:
 
 
 def checkpoint_paths(folder: str | Path) -> list[Path]:
-    """The three names of a checkpoint, newest first; the first is complete where it is there, between two renames."""
+    """The three names of a checkpoint, newest first.
+
+    The first is there only between two renames, and is complete then.
+    """
     return [Path(folder) / f"checkpoint{which}.pth" for which in (".new", "", ".prev")]
 
 
@@ -83,100 +100,130 @@ def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> 
         warn: told, in one sentence, of a newer one that is damaged.
 
     Raises:
-        ValueError: where all of them are damaged.
+        UserError: where all of them are damaged.
     """
     damaged = []
     for path in (path for path in checkpoint_paths(folder) if path.exists()):
         try:
             content = load(path)
-        except ValueError as error:
+        except UserError as error:
             damaged.append(str(error))
             continue
         if damaged:
             warn(f"{'; '.join(damaged)}: going back to {path}")
         return content
     if damaged:
-        raise ValueError("; ".join(damaged))
+        raise UserError("; ".join(damaged))
     return None
 
 
 def load(path: str | Path) -> dict:
     """Read a file of tensors and plain types, on the CPU, without running any code from it.
 
-    torch.save writes a zip file with a CRC-32 of each record, which torch.load does not look at; here it is.
+    torch.save writes a zip file with a CRC-32 of each record, which torch.load does not check; here
+    it is checked.
 
     Raises:
-        ValueError: where the file is missing, damaged or holds anything else.
+        UserError: where the file is missing, damaged or holds anything else.
     """
     try:
-        if zipfile.is_zipfile(path):  # else of torch before 1.6, as are some of the authors' files
-            with zipfile.ZipFile(path) as records:
-                if (bad := records.testzip()) is not None:
-                    raise ValueError(f"checksum of {bad}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # else it is of torch before 1.6, as some of DINO's files are
+            check_sums(path)
+        with namespaces_allowed():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ValueError(f"no file {path or repr(path)}") from error
+        raise UserError(f"no file {path or repr(path)}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way there is
-        raise ValueError(
+        raise UserError(
             f"cannot read {path}: it is damaged, or not a file of plain tensors"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"{path} holds a {type(content).__name__}, where a dict of weights was expected"
         )
     return content
 
 
+def check_sums(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as records:
+        if (bad := records.testzip()) is not None:
+            raise zipfile.BadZipFile(f"checksum of {bad}")
+
+
+@contextmanager
+def namespaces_allowed() -> Iterator[None]:
+    """Let torch.load read argparse.Namespace, which holds values alone.
+
+    The training checkpoints of DINO, of DeiT and of torchvision's references keep their flags so.
+    """
+    known = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(known)
+
+
 def save_backbone(
-    path: str | Path,
-    backbone: nn.Module,
-    arch: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    image_size: int,
-    epoch: int,
-    **more: Any,
+    path: str | Path, backbone: nn.Module, arch: str, image_size: int, epoch: int, **more: Any
 ) -> None:
-    """Write the backbone alone, with clean names and all that is needed to use it, and what else the caller names."""
+    """Write the backbone alone, with clean names and all that is needed to use it.
+
+    Args:
+        more: what else the file is to hold.
+    """
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-    save_atomic(
-        path,
-        {
-            "arch": arch,
-            "embed_dim": backbone.embed_dim,
-            "mean": list(mean),
-            "std": list(std),
-            "image_size": image_size,
-            "epoch": epoch,
-            "state_dict": weights,
-            **more,
-        },
-    )
+    content = {
+        "arch": arch,
+        "embed_dim": backbone.embed_dim,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "image_size": image_size,
+        "epoch": epoch,
+        "state_dict": weights,
+    }
+    save_atomic(path, content | more)
 
 
 def weights_of(content: dict, source: str) -> dict[str, Tensor]:
-    """The state dict that a file's content is or holds.
+    """A backbone's state dict, with clean names, that a file's content is or holds.
+
+    Known are a state dict, plain or as `state_dict` or `model`, and the training checkpoint of
+    DINO's official code, of which the backbone of the `teacher` is taken. A prefix of `PREFIXES` is
+    taken off where all names have it.
 
     Raises:
-        ValueError: where it is a checkpoint of a training, or no state dict.
+        UserError: where it is a checkpoint of our own training, or no state dict.
     """
     if "settings" in content:
-        raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
-    weights = content.get("state_dict", content)
+        raise UserError(f"{source} is a training checkpoint; give the backbone.pth beside it")
+    holder = next((key for key in ("teacher", "state_dict", "model") if key in content), None)
+    weights = content[holder] if holder else content
     if not isinstance(weights, dict) or not all(
         isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()
     ):
-        raise ValueError(f"{source} holds no state dict, names with a tensor each")
+        raise UserError(f"{source} holds no state dict, names with a tensor each")
+    if holder == "teacher":  # beside the backbone it has the projection head
+        backbones = "backbone.", "module.backbone."
+        weights = {name: value for name, value in weights.items() if name.startswith(backbones)}
+        if not weights:
+            raise UserError(f"{source} holds a teacher without a backbone")
+    for prefix in PREFIXES:
+        if weights and all(name.startswith(prefix) for name in weights):
+            return {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 
 
 def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> None:
-    """Load a backbone file's content, ours or a plain state dict such as timm's, into `backbone`, strictly.
+    """Load a file's content, as `weights_of` knows it, into `backbone`, strictly.
 
     A classifier or mask token in the file is left out by its name; everything else must fit.
 
     Raises:
-        ValueError: naming what is missing, unexpected or of another shape.
+        UserError: naming what is missing, unexpected or of another shape.
     """
     own = backbone.state_dict()
     weights = {
@@ -196,7 +243,7 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
         if names
     ]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{source} does not fit this architecture: parameters {', '.join(problems)}"
         )
     backbone.load_state_dict(weights, strict=True)

@@ -1,4 +1,4 @@
-"""Fixed image descriptors, the representations of MV-MR (Kinakh et al.): they need no training and give no gradient.
+"""Fixed image descriptors, the representations of MV-MR (Kinakh et al.), without gradient.
 
 Each is a function or module of images (B, C, H, W), on any device, to flat descriptors (B, D):
     pixels          C H W                       the image itself
@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
 @torch.no_grad()
 def pixels(x: Tensor) -> Tensor:
     return x.float().flatten(1)
@@ -21,7 +25,7 @@ def pixels(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def local_std(x: Tensor) -> Tensor:
-    """Standard deviation of each pixel's 3 x 3 neighbourhood, edges replicated (Narendra and Fitch, 1981)."""
+    """Standard deviation in 3 x 3 pixels, edges replicated (Narendra and Fitch, 1981)."""
     x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
     mean = F.avg_pool2d(x, 3, stride=1)
     return (F.avg_pool2d(x * x, 3, stride=1) - mean * mean).clamp_min(0).sqrt().flatten(1)
@@ -29,21 +33,19 @@ def local_std(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
-    """Histograms of oriented gradients (Dalal and Triggs, 2005), of each channel, without block normalisation.
+    """Histograms of oriented gradients (Dalal and Triggs, 2005) by channel, not block-normalised.
 
-    Gradients are central differences, edges replicated. A pixel votes with its gradient's length for the two of `bins`
-    orientations in [0, pi) next to its own, in proportion to how near they are; votes are averaged over cells of `cell` x `cell`
-    whole pixels.
+    Gradients are central differences, edges replicated. `bins` orientations divide [0, pi). A pixel
+    shares its gradient's length between the two orientations next to its own, in proportion to
+    nearness. The shares are averaged over cells of `cell` x `cell` pixels.
     """
     B, C, H, W = x.shape
     x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
-    dx, dy = (
-        (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2,
-        (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2,
-    )  # (B, C, H, W)
-    place = torch.atan2(dy, dx) / math.pi % 1 * bins
-    lower = place.floor()
-    share = place - lower
+    dx = (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2  # (B, C, H, W)
+    dy = (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2
+    orientation = torch.atan2(dy, dx) / math.pi % 1 * bins  # in bins
+    lower = orientation.floor()
+    share = orientation - lower
     length = (dx * dx + dy * dy).sqrt()
     votes = torch.zeros(B, C, bins, H, W, device=x.device)
     lower = lower.long()[:, :, None]
@@ -52,16 +54,17 @@ def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
     return F.avg_pool2d(votes.flatten(1, 2), cell).flatten(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scattering
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
-    """A Gaussian envelope times a plane wave exp(i xi u), made periodic: (height, width) complex128.
+    """A Gaussian envelope times a wave exp(i xi u), made periodic: (height, width) complex128.
 
-    u is the coordinate along direction `theta`, v the one across; the envelope exp(-(u^2 + (slant v)^2) / (2 sigma^2)) has a sum
-    of about 1. The origin is the corner; copies from five periods each way overlap.
+    u is the coordinate along direction `theta`, v the one across. The envelope
+    exp(-(u^2 + (slant v)^2) / (2 sigma^2)) is scaled to a sum of about 1. The origin is the corner;
+    five periods each way are added up.
     """
     y, x = (torch.arange(-2 * n, 3 * n, dtype=torch.float64) for n in (height, width))
     y, x = y[:, None], x[None, :]
@@ -72,50 +75,53 @@ def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant:
 
 
 def morlet(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
-    """A Gabor wavelet less as much of its envelope as brings its sum to zero: (height, width) complex128."""
-    wave, envelope = (
-        gabor(height, width, sigma, theta, xi, slant),
-        gabor(height, width, sigma, theta, 0.0, slant),
-    )
+    """A Gabor wavelet minus a multiple of its envelope, so that its sum is 0: (height, width)."""
+    wave = gabor(height, width, sigma, theta, xi, slant)
+    envelope = gabor(height, width, sigma, theta, 0.0, slant)
     return wave - wave.sum() / envelope.sum() * envelope
 
 
 def cut(spectrum: Tensor, level: int) -> Tensor:
-    """The spectrum of a filter for maps of 1 / 2^level the side: frequencies that these have not are dropped."""
+    """A filter's spectrum for maps of 1 / 2^level the side, without frequencies that these lack."""
     for dim in (-2, -1):
         side = spectrum.shape[dim]
         start, length = side >> (level + 1), side - (side >> level)
         keep = torch.ones(side, dtype=spectrum.dtype)
         keep[start : start + length] = 0
         shape = [-1, 1] if dim == -2 else [1, -1]
-        spectrum = (
-            (spectrum * keep.view(shape))
-            .unflatten(dim, (1 << level, side >> level))
-            .sum(dim=dim - 1)
-        )
+        spectrum = (spectrum * keep.view(shape)).unflatten(dim, (1 << level, side >> level))
+        spectrum = spectrum.sum(dim=dim - 1)
     return spectrum
 
 
 def subsample(spectrum: Tensor, level: int) -> Tensor:
-    """Spectrum of every 2^level-th pixel of a map: the mean over the frequencies that become one."""
+    """Spectrum of every 2^level-th pixel of a map: the mean over the frequencies that alias."""
     for dim in (-2, -1):
-        spectrum = spectrum.unflatten(dim, (1 << level, spectrum.shape[dim] >> level)).mean(
-            dim=dim - 1
-        )
+        side = spectrum.shape[dim]
+        spectrum = spectrum.unflatten(dim, (1 << level, side >> level)).mean(dim=dim - 1)
     return spectrum
 
 
 class Scattering(nn.Module):
-    """Scattering transform of second order with Morlet wavelets (Bruna and Mallat, 2013): (B, C, H, W) -> (B, D), flat.
+    """Second-order scattering with Morlet wavelets (Bruna and Mallat, 2013).
 
-    With psi_{j,l} the wavelet of scale 2^j and direction l pi / L, and phi a Gaussian of scale 2^J, the channels are
-        x * phi,   |x * psi_{j1,l1}| * phi,   ||x * psi_{j1,l1}| * psi_{j2,l2}| * phi,   j1 < j2 < J,
-    1 + J L + L^2 J (J - 1) / 2 of them, sampled at every 2^J-th pixel. Convolutions are products of spectra over the image with
-    its reflected border; maps are subsampled as soon as their bandwidth allows. Wavelets, padding and order of the channels are
-    those of the kymatio package's Scattering2D (Andreux et al., 2020).
+    (B, C, H, W) -> (B, D).
+
+    With psi_{j,l} the wavelet of scale 2^j and direction l pi / L, and phi a Gaussian of scale 2^J,
+    the channels are
+        x * phi,  |x * psi_{j1,l1}| * phi,  ||x * psi_{j1,l1}| * psi_{j2,l2}| * phi,  j1 < j2 < J,
+    1 + J L + L^2 J (J - 1) / 2 of them, sampled at every 2^J-th pixel. Convolutions are products of
+    spectra of the image with a reflected border. Maps are subsampled as soon as their bandwidth
+    allows. Wavelets, padding and order of the channels are those of the kymatio package's
+    Scattering2D (Andreux et al., 2020).
 
     Args:
-        height, width: of the images; 2^(J + 1) pixels at least. scales: J. directions: L.
+        height, width: of the images; 2^(J + 1) pixels at least.
+        scales: J.
+        directions: L.
+
+    Raises:
+        UserError: for smaller images.
     """
 
     def __init__(self, height: int, width: int, scales: int = 2, directions: int = 8):
@@ -124,8 +130,9 @@ class Scattering(nn.Module):
         step = 2**scales
         self.padded = [((side + step) // step + 1) * step for side in (height, width)]
         if min(height, width) < 2 * step:
-            raise ValueError(
-                f"images of {height} x {width} pixels are too small for scattering with J = {scales}: {2 * step} at least"
+            raise UserError(
+                f"images of {height} x {width} pixels are too small for scattering with "
+                f"J = {scales}: {2 * step} at least"
             )
         extra = [side - own for side, own in zip(self.padded, (height, width))]
         self.border = (extra[1] // 2, (extra[1] + 1) // 2, extra[0] // 2, (extra[0] + 1) // 2)
@@ -155,12 +162,15 @@ class Scattering(nn.Module):
                 )
 
     def averaged(self, spectrum: Tensor, level: int) -> Tensor:
-        """phi's average of a map of that level, sampled at 2^J, its padding taken off."""
+        """A map of that level, averaged by phi, sampled at 2^J and without its padding."""
         spectrum = subsample(spectrum * getattr(self, f"phi_{level}"), self.scales - level)
         return torch.fft.ifft2(spectrum).real[..., 1:-1, 1:-1]
 
     def modulus(self, spectrum: Tensor, j: int, level: int) -> Tensor:
-        """Spectra of the moduli of a map with all wavelets of scale 2^j, sampled at 2^j: (..., h, w) -> (..., L, h', w')."""
+        """Spectra of |map * psi| for all wavelets of scale 2^j, sampled at 2^j.
+
+        (..., h, w) -> (..., L, h', w').
+        """
         waves = subsample(spectrum[..., None, :, :] * getattr(self, f"psi_{j}_{level}"), j - level)
         return torch.fft.fft2(torch.fft.ifft2(waves).abs())
 
@@ -174,8 +184,6 @@ class Scattering(nn.Module):
             deeper = [
                 self.averaged(self.modulus(u1, j2, j1), j2) for j2 in range(j1 + 1, self.scales)
             ]  # (B, C, L, L, ...)
-            if deeper:
-                second.append(
-                    torch.cat(deeper, dim=3).flatten(2, 3)
-                )  # all second wavelets of a first one side by side
+            if deeper:  # all second wavelets of a first one side by side
+                second.append(torch.cat(deeper, dim=3).flatten(2, 3))
         return torch.cat([self.averaged(x, 0)[:, :, None], *first, *second], dim=2).flatten(1)

@@ -1,7 +1,8 @@
-"""The momentum teacher: an exponential moving average of the student's parameters (He et al., 2020; Caron et al., 2021).
+"""The momentum teacher: an exponential moving average (EMA) of the student's parameters.
 
-A teacher's buffers, batch norm's running statistics among them, are its own, from its own forward passes in training mode:
-averaged statistics would belong to no network that ever ran. Only parameters are averaged, then.
+He et al., 2020; Caron et al., 2021. Only parameters are averaged. Buffers, such as the running
+statistics of batch norm, are the teacher's own, from its own forward passes in training mode:
+averaged statistics would describe the activations of no network.
 """
 
 import copy
@@ -12,7 +13,7 @@ from torchvision.ops import StochasticDepth
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy of the student that shares no storage with it, takes no gradient and drops no path."""
+    """A copy of the student with its own storage, without gradients and stochastic depth."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
         if isinstance(module, StochasticDepth):
@@ -28,9 +29,8 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tens
     """
     theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
     if theirs.keys() != ours.keys():
-        raise ValueError(
-            f"teacher and student have different parameters: {sorted(theirs.keys() ^ ours.keys())[:5]}"
-        )
+        different = sorted(theirs.keys() ^ ours.keys())[:5]
+        raise ValueError(f"teacher and student have different parameters: {different}")
     shared = [name for name in ours if theirs[name].data_ptr() == ours[name].data_ptr()]
     if shared:
         raise ValueError(
@@ -40,13 +40,16 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tens
 
 
 def paired_buffers(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The floating-point buffers of both, for `update`: of an average that sees no image itself and can have none of its own."""
+    """The floating-point buffers of both, for `update`.
+
+    For an average that runs no forward pass in training mode, so has no statistics of its own.
+    """
     pairs = [(a, b) for a, b in zip(teacher.buffers(), student.buffers()) if a.is_floating_point()]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 @torch.no_grad()
 def update(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in place (equation 1 of LowDINO). There may be none."""
-    if teacher:
+    """In place, teacher <- momentum * teacher + (1 - momentum) * student (LowDINO's equation 1)."""
+    if teacher:  # _foreach_ refuses empty lists
         torch._foreach_lerp_(teacher, student, 1 - momentum)

@@ -6,38 +6,47 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows are unit vectors, times a gain each: (..., in_dim) -> (..., out_dim).
+    """Linear layer without bias: its rows are unit vectors, each times its gain.
 
-    Weight normalisation (Salimans and Kingma, 2016), worked out inside `forward`: torch's own keeps the normalised
-    weight beside the parameter, and copying or wrapping the module trips over it.
+    (..., in_dim) -> (..., out_dim), in the type of the weights whatever autocast says: the softmax
+    of a loss divides logits by a small temperature, which multiplies their rounding.
+
+    Weight normalisation (Salimans and Kingma, 2016), computed inside `forward`: torch's own keeps
+    the normalised weight beside the parameter, which breaks when the module is copied or wrapped.
 
     Args:
-        learn_gain: learn the gain of each row; without it every gain is 1 and the outputs are cosines.
+        learn_gain: learn the gain of each row, (out_dim, 1) as DINO's `weight_g`, so that it decays
+            as weights do. Otherwise every gain is 1, and for unit inputs the outputs are cosines.
     """
 
     def __init__(self, in_dim: int, out_dim: int, learn_gain: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.trunc_normal_(self.weight, std=0.02)
-        self.gain = nn.Parameter(torch.ones(out_dim)) if learn_gain else None
+        self.gain = nn.Parameter(torch.ones(out_dim, 1)) if learn_gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = F.normalize(self.weight, dim=1)
-        if self.gain is not None:
-            weight = weight * self.gain[:, None]
-        return F.linear(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = F.normalize(self.weight, dim=1)
+            if self.gain is not None:
+                weight = weight * self.gain
+            return F.linear(x.to(weight.dtype), weight)
 
 
 class DINOHead(nn.Module):
-    """MLP, unit length, prototypes: (B, in_dim) -> (B, out_dim) logits (Caron et al., 2021, section 3.1).
+    """MLP, unit length, prototypes: (B, in_dim) -> (B, out_dim) logits.
+
+    Section 3.1 of DINO (Caron et al., 2021). Under autocast the MLP runs in the lower precision;
+    the unit vectors and the logits are float32.
 
     Args:
         in_dim: the backbone's width.
         out_dim: number of prototypes, K.
         use_bn: batch norm after each hidden layer.
-        norm_last_layer: fix the length of every prototype at 1; steadier, and a little worse where it is not needed.
+        norm_last_layer: fix the length of every prototype at 1. Training is more stable, and a
+            little worse where it is stable without.
         hidden_dim: width of the hidden layers.
-        bottleneck_dim: width of the unit vectors that meet the prototypes.
+        bottleneck_dim: width of the unit vectors that are compared with the prototypes.
         nlayers: linear layers in the MLP, 1 or more.
     """
 
@@ -68,15 +77,18 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, learn_gain=not norm_last_layer)
 
     def embed(self, x: Tensor) -> Tensor:
-        """The unit vectors that meet the prototypes: (B, in_dim) -> (B, bottleneck_dim)."""
-        return F.normalize(self.mlp(x), dim=-1)
+        """The unit vectors for the prototypes: (B, in_dim) -> (B, bottleneck_dim)."""
+        return F.normalize(self.mlp(x).to(self.last_layer.weight.dtype), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(self.embed(x))
 
 
 class Projector(nn.Sequential):
-    """Linear layers, batch norm and ReLU between them: (B, widths[0]) -> (B, widths[-1]), as MV-MR and others have it."""
+    """Linear layers with batch norm and ReLU between them, as in MV-MR and other methods.
+
+    (B, widths[0]) -> (B, widths[-1])
+    """
 
     def __init__(self, *widths: int):
         layers: list[nn.Module] = []
@@ -90,9 +102,10 @@ class Projector(nn.Sequential):
 
 
 def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
-    """Features of a list of V views (B, 3, H, W), view by view, in one forward pass a resolution: (V * B, embed_dim).
+    """Features of V views, one forward pass for each resolution.
 
-    Views of one size stand side by side in the list.
+    V views (B, 3, H, W) -> (V * B, embed_dim), view by view. Views of one size must be neighbours
+    in the list.
     """
     groups: list[list[Tensor]] = []
     for view in views:
@@ -106,8 +119,8 @@ def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
 class MultiViewNetwork(nn.Module):
     """Backbone and head over a list of views, see `features_of_views`.
 
-    forward(views) -> `(features, embeddings, logits)`, view by view: the backbone's (V * B, embed_dim), the head's unit
-    vectors (V * B, bottleneck_dim) and its (V * B, out_dim).
+    forward(views) -> `(features, embeddings, logits)`, view by view: the backbone's features
+    (V * B, embed_dim), the head's unit vectors (V * B, bottleneck_dim) and logits (V * B, out_dim).
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
@@ -122,7 +135,10 @@ class MultiViewNetwork(nn.Module):
 
 
 class ManyHeads(nn.Module):
-    """Backbone and several heads by name: views -> features (V * B, embed_dim), and each head's output of them."""
+    """Backbone and several heads by name, see `features_of_views`.
+
+    forward(views) -> the features (V * B, embed_dim), and each head's output for them by name.
+    """
 
     def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]):
         super().__init__()

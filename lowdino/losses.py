@@ -1,6 +1,11 @@
-"""Objectives of self-distillation and of distillation. All of them work in float32, whatever autocast says, and are right across ranks:
-two ranks with B images each get the centre, and through DDP's averaging the gradients, of one rank with 2B.
+"""Losses of self-distillation and of distillation.
+
+All of them work in float32, whatever autocast says. They are right across ranks: two ranks with B
+images each get the centre, and through DDP's averaging the gradients, of one rank with 2B.
 """
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -10,6 +15,14 @@ from torch import Tensor, nn
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager:
+    """No autocast on the device of x. On MPS torch 2.4 has none, and refuses to turn it off."""
+    kind = x.device.type
+    if not torch.amp.autocast_mode.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def logsumexp_over_ranks(x: Tensor) -> Tensor:
@@ -25,11 +38,11 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Targets that use every prototype equally over the batch of all ranks: (n, K) logits -> (n, K) probabilities.
+    """Targets that use every prototype equally over the batch of all ranks: (n, K) -> (n, K).
 
-    Sinkhorn and Knopp's alternating normalisation of exp(logits / temperature), as SwAV (Caron et al., 2020) and DINOv2
-    (Oquab et al., 2023) take it: columns to equal mass, rows to mass 1. Done on logarithms, so that no temperature
-    overflows.
+    Sinkhorn and Knopp's alternating normalisation of exp(logits / temperature), as in SwAV
+    (Caron et al., 2020) and DINOv2 (Oquab et al., 2023): columns to equal sums, rows to sum 1.
+    It works on logarithms, so that no temperature overflows.
     """
     log_q = logits.float() / temperature
     for _ in range(iterations):
@@ -39,29 +52,30 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's and the student's distribution over all pairs of different views.
+    """Cross-entropy between teacher and student probabilities over all pairs of different views.
 
-    With teacher logits t of the two global views, student logits s of all V views, centre c, temperatures T_t and T_s,
+    With teacher logits t of the two global views, student logits s of all V views, centre c and
+    temperatures T_t and T_s:
         P_t = softmax((t - c) / T_t),  P_s = softmax(s / T_s),  H(t, s) = - sum_k P_t[k] log P_s[k]
-        L = mean of H(t_i, s_j) over i in {0, 1}, j in {0 .. V-1}, j != i            (Caron et al., 2021, equation 3)
-        c <- m c + (1 - m) mean of t over the batch of all ranks                                         (equation 4)
-    `centering="sinkhorn"` takes P_t from Sinkhorn-Knopp instead and leaves c alone. With `alpha`, the P_gg = 2 pairs of
-    global views and the P_gl pairs with a local one have weights of their own (Tan et al., 2023, SSLight):
-        L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl,   the plain mean being alpha = P_gg / (P_gg + P_gl).
+        L = mean of H(t_i, s_j) over i in {0, 1}, j in {0 .. V-1}, j != i                    (eq. 3)
+        c <- m c + (1 - m) mean of t over the batch of all ranks                             (eq. 4)
+    (Caron et al., 2021). These are `targets`, `pairs` and `update_center`; `forward` is all three.
 
-    forward(student, teacher, teacher_temp): lists of (B, out_dim) logits, globals first: V views of the student and the
-    two global ones of the teacher. Returns the loss, a scalar. In training mode it then moves the centre.
+    `centering="sinkhorn"` takes P_t from Sinkhorn-Knopp instead and leaves c alone. With
+    `alpha`, the P_gg = 2 pairs of global views and the P_gl pairs with a local view are averaged
+    apart (Tan et al., 2023, SSLight):
+        L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl
+    The plain mean is alpha = P_gg / (P_gg + P_gl).
 
     Args:
         out_dim: number of prototypes, K.
         student_temp: T_s.
         center_momentum: m.
         centering: "softmax" or "sinkhorn".
-        alpha: SSLight's balance in [0, 1]; None for the mean over all pairs.
+        alpha: balance in [0, 1]; None for the mean over all pairs.
 
     Raises:
-        ValueError: for another centering, an alpha out of range, an alpha without local views, other than two teacher
-            views, fewer than two student views.
+        ValueError: for another centering or an alpha out of range.
     """
 
     center: Tensor
@@ -86,52 +100,78 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], teacher_temp: float) -> Tensor:
-        if len(teacher) != 2 or len(student) < 2:
-            raise ValueError(
-                f"needs 2 teacher and at least 2 student views, got {len(teacher)} and {len(student)}"
-            )
-        if self.alpha is not None and len(student) == 2:
-            raise ValueError(
-                f"alpha={self.alpha} balances global against local views, and there are no local ones"
-            )
-        with torch.autocast(device_type=student[0].device.type, enabled=False):
-            logits = torch.cat(teacher)
-            targets = self.targets(logits, teacher_temp).chunk(2)
-            loss_g = self.cross_entropy(student[0], targets[1]) + self.cross_entropy(
-                student[1], targets[0]
-            )
-            # H is linear in its target: a local view meets both at once.
-            both = targets[0] + targets[1]
-            loss_l = sum(self.cross_entropy(s, both) for s in student[2:])
-        pairs_g, pairs_l = 2, 2 * (len(student) - 2)
-        if self.training and self.centering == "softmax":
+        """The loss, a scalar. In training mode the centre then moves.
+
+        Args:
+            student: (B, K) logits of the V views, global views first.
+            teacher: (B, K) logits of the two global views.
+            teacher_temp: T_t.
+        """
+        logits = torch.cat(teacher)  # (2 B, K)
+        targets = self.targets(logits, teacher_temp)
+        loss = self.pairs(student, targets.chunk(len(teacher)))
+        if self.training:
             self.update_center(logits)
-        if self.alpha is None:
-            return (loss_g + loss_l) / (pairs_g + pairs_l)
-        return self.alpha * loss_g / pairs_g + (1 - self.alpha) * loss_l / pairs_l
+        return loss
 
     @torch.no_grad()
     def targets(self, logits: Tensor, teacher_temp: float) -> Tensor:
-        """P_t of the teacher's logits, (n, K), those of both global views together: (n, K) float32."""
-        if self.centering == "sinkhorn":
-            return sinkhorn_knopp(logits, teacher_temp)
-        return (logits.float() - self.center).div_(teacher_temp).softmax(dim=-1)
+        """P_t, centred and sharpened, of both global views in one batch: (2 B, K) -> (2 B, K)."""
+        with autocast_off(logits):
+            if self.centering == "sinkhorn":
+                return sinkhorn_knopp(logits, teacher_temp)
+            return (logits.float() - self.center).div_(teacher_temp).softmax(dim=-1)
+
+    def pairs(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Cross-entropy over all pairs of different views, a scalar.
+
+        Args:
+            student: (B, K) logits of the V views, global views first.
+            targets: (B, K) probabilities of the two global views, from `targets`.
+
+        Raises:
+            ValueError: for other than two targets, fewer than two student views, or an alpha
+                without local views.
+        """
+        if len(targets) != 2 or len(student) < 2:
+            raise ValueError(
+                "needs 2 teacher and at least 2 student views, "
+                f"got {len(targets)} and {len(student)}"
+            )
+        if self.alpha is not None and len(student) == 2:
+            raise ValueError(
+                f"alpha={self.alpha} balances global against local views, "
+                "and there are no local ones"
+            )
+        with autocast_off(student[0]):
+            loss_g = self.cross_entropy(student[0], targets[1])
+            loss_g = loss_g + self.cross_entropy(student[1], targets[0])
+            # H is linear in its target, so a local view meets both targets at once.
+            both = targets[0] + targets[1]
+            loss_l = sum(self.cross_entropy(s, both) for s in student[2:])
+            pairs_g, pairs_l = 2, 2 * (len(student) - 2)
+            if self.alpha is None:
+                return (loss_g + loss_l) / (pairs_g + pairs_l)
+            return self.alpha * loss_g / pairs_g + (1 - self.alpha) * loss_l / pairs_l
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over the batch of - target . log softmax(logits / T_s); a target may sum to any mass."""
+        """Mean over the batch of - target . log softmax(logits / T_s), for targets of any sum."""
         return F.cross_entropy(logits.float() / self.student_temp, target)
 
     @torch.no_grad()
     def update_center(self, logits: Tensor) -> None:
+        """Move the centre towards the mean of the teacher's logits, (n, K), of all ranks."""
+        if self.centering == "sinkhorn":
+            return
         mean = logits.float().mean(dim=0, keepdim=True)
         if ranks() > 1:
             dist.all_reduce(mean)
             mean /= ranks()
-        self.center.lerp_(mean, 1 - self.center_momentum)
+        self.center.lerp_(mean.to(self.center.dtype), 1 - self.center_momentum)
 
 
 class GatherRows(torch.autograd.Function):
-    """Rows of all ranks, (n, D) -> (ranks * n, D); the gradient comes back summed over the ranks."""
+    """Rows of all ranks, (n, D) -> (ranks * n, D). The gradient is summed over the ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -152,24 +192,25 @@ def rows_of_all_ranks(x: Tensor) -> Tensor:
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """Where this rank's n rows are among those of all: (n, D) -> (n,)."""
+    """Indices of this rank's n rows among those of all ranks: (n, D) -> (n,)."""
     return torch.arange(len(x), device=x.device) + (dist.get_rank() * len(x) if ranks() > 1 else 0)
 
 
 class KoLeoLoss(nn.Module):
-    """Spreads features evenly over the sphere: the Kozachenko-Leonenko estimate of their entropy, negated.
+    """Spreads features evenly over the sphere: minus the Kozachenko-Leonenko estimate of entropy.
 
-        L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features             (Sablayrolles et al., 2019)
+        L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features
 
-    as DINOv2 uses it, on the features of one view of each image; but neighbours are sought in the batch of all ranks, there
-    of one. Nearest neighbours come from the largest inner product, |z_i - z_j|^2 = 2 - 2 z_i . z_j, and only the distance to the chosen
-    one is differentiated.
+    (Sablayrolles et al., 2019), as in DINOv2, on the features of one view of each image. DINOv2
+    looks for neighbours in the batch of one rank, this in the batch of all ranks. The nearest
+    neighbour has the largest inner product, for |z_i - z_j|^2 = 2 - 2 z_i . z_j; only the distance
+    to it is differentiated.
 
-    forward(features): (n, D). Returns a scalar. ValueError where there are fewer than two rows over all ranks.
+    forward(features): (n, D). Returns a scalar. ValueError for fewer than two rows over all ranks.
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(device_type=features.device.type, enabled=False):
+        with autocast_off(features):
             z = F.normalize(features.float(), dim=-1)
             everyone = rows_of_all_ranks(z)  # (N, D)
             if len(everyone) < 2:
@@ -183,12 +224,13 @@ class KoLeoLoss(nn.Module):
 
 
 class InfoNCELoss(nn.Module):
-    """Each view must find the other view of its image among those of the whole batch (van den Oord et al., 2018).
+    """Each view must find the other view of its image in the batch (van den Oord et al., 2018).
 
         L = - 1/2n sum_i [ log softmax_j(a_i . b_j / T)[i] + log softmax_j(b_i . a_j / T)[i] ]
 
-    over the n images of all ranks, a and b the unit embeddings of the two global views; symmetric as in MoCo v3 (Chen,
-    Xie and He, 2021), without its momentum branch. It needs no teacher, so it learns from the first step.
+    over the n images of all ranks, a and b being the unit embeddings of the two global views. It is
+    symmetric as in MoCo v3 (Chen, Xie and He, 2021), but without a momentum encoder. It needs no
+    teacher, so it learns from the first step.
 
     forward(a, b): (n, D) unit vectors each. Returns a scalar.
     """
@@ -198,24 +240,22 @@ class InfoNCELoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(device_type=a.device.type, enabled=False):
+        with autocast_off(a):
             a, b = a.float(), b.float()
             all_a, all_b = rows_of_all_ranks(a), rows_of_all_ranks(b)  # (N, D)
             own = own_rows(a)
-            a_to_b, b_to_a = (
-                a @ all_b.T / self.temperature,
-                b @ all_a.T / self.temperature,
-            )  # (n, N)
+            a_to_b = a @ all_b.T / self.temperature  # (n, N)
+            b_to_a = b @ all_a.T / self.temperature
             return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2
 
 
 class KDLoss(nn.Module):
-    """Knowledge distillation: the student's softened answers follow the teacher's (Hinton et al., 2015; LowDINO, eq. 4).
+    """Knowledge distillation with softened probabilities (Hinton et al., 2015; LowDINO, eq. 4).
 
-        L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k]),   mean over the rows
+        L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k])
 
-    T^2 keeps the gradient's size whatever T is. t and s are logits of a classifier or, without labels, features of one
-    width.
+    averaged over the rows. T^2 keeps the gradient's size whatever T is. t and s are logits of a
+    classifier or, without labels, features of the same width.
 
     forward(student, teacher): (n, K) each. Returns a scalar; gradient to the student alone.
     """
@@ -225,7 +265,7 @@ class KDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.autocast(device_type=student.device.type, enabled=False):
+        with autocast_off(student):
             log_s = (student.float() / self.temperature).log_softmax(dim=1)
             log_t = (teacher.detach().float() / self.temperature).log_softmax(dim=1)
             return self.temperature**2 * F.kl_div(
@@ -234,35 +274,39 @@ class KDLoss(nn.Module):
 
 
 class SimKDLoss(nn.Module):
-    """The student's projected features are to be the teacher's (Chen et al., 2022, SimKD, equation 4).
+    """The student's projected features imitate the teacher's (Chen et al., 2022, SimKD, eq. 4).
 
         L = |s - t|^2 / D,   mean over the rows
 
-    so that the teacher's own classifier can be put on them. SimKD's are maps, and its projector convolutions; here both are
-    pooled before.
+    so that the teacher's own classifier works on them. SimKD compares feature maps by a
+    projector of convolutions; here both are pooled first.
 
     forward(student, teacher): (n, D) each. Returns a scalar; gradient to the student alone.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.autocast(device_type=student.device.type, enabled=False):
+        with autocast_off(student):
             return F.mse_loss(student.float(), teacher.detach().float())
 
 
 class SimilarityLoss(nn.Module):
-    """The student's similarities to a set of images follow the teacher's (CompRess, Abbasi Koohpayegani et al., 2020; SEED,
-    Fang et al., 2021).
+    """The student's similarities to a set of images follow the teacher's (CompRess, Abbasi
+    Koohpayegani et al., 2020; SEED, Fang et al., 2021).
 
-        p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s),   L = - mean_i sum_j p_t[j] log p_s[j]
+        p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s)
+        L = - mean_i sum_j p_t[j] log p_s[j]
 
-    with unit vectors s_i, t_i and q_j: the teacher's vectors of the batch of all ranks, its own among them, and the last
-    `queue_size` before it. SEED's code has of the batch the image's own vector alone, and a queue of 65,536.
+    with unit vectors s_i, t_i and q_j. The q_j are the teacher's vectors of the batch of all
+    ranks, t_i among them, and the last `queue_size` ones before it. SEED's code uses of the
+    batch only t_i itself, and a queue of 65,536.
 
-    forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D): V views in a row of what the
-    teacher saw once. Returns a scalar; gradient to the student alone. In training mode the teacher's vectors then enter the queue.
+    forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D): V
+    views of the n images that the teacher saw once, one view after the other. Returns a scalar;
+    gradient to the student alone. In training mode the teacher's vectors then enter the queue.
 
     Args:
-        dim: D. queue_size: number of vectors kept; 0 for the batch alone.
+        dim: D.
+        queue_size: number of vectors kept; 0 for the batch alone.
         student_temp, teacher_temp: T_s and T_t; SEED's 0.2 and 0.01 by default.
     """
 
@@ -276,37 +320,25 @@ class SimilarityLoss(nn.Module):
         teacher_temp: float = 0.01,
     ):
         super().__init__()
-        self.queue_size, self.student_temp, self.teacher_temp = (
-            queue_size,
-            student_temp,
-            teacher_temp,
-        )
+        self.queue_size = queue_size
+        self.student_temp, self.teacher_temp = student_temp, teacher_temp
         self.register_buffer("queue", torch.zeros(queue_size, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.autocast(device_type=student.device.type, enabled=False):
+        with autocast_off(student):
             s, t = F.normalize(student.float(), dim=1), F.normalize(teacher.detach().float(), dim=1)
             with torch.no_grad():
                 batch = rows_of_all_ranks(t)  # (N, D)
                 anchors = torch.cat([batch, self.queue])  # (N + queue, D), newest first
-                # Places of the queue that have no vector yet take no part.
+                # Rows of the queue that are not filled yet take no part.
                 empty = torch.arange(len(anchors), device=t.device) >= len(batch) + self.filled
-                target = (
-                    (t @ anchors.T / self.teacher_temp)
-                    .masked_fill(empty, -torch.inf)
-                    .softmax(dim=1)
-                )
-            log_s = (
-                (s @ anchors.T / self.student_temp)
-                .masked_fill(empty, -torch.inf)
-                .log_softmax(dim=1)
-            )
-            loss = (
-                -(target.repeat(len(s) // len(t), 1) * log_s.masked_fill(empty, 0.0))
-                .sum(dim=1)
-                .mean()
-            )
+                target = t @ anchors.T / self.teacher_temp  # (n, N + queue)
+                target = target.masked_fill(empty, -torch.inf).softmax(dim=1)
+                target = target.repeat(len(s) // len(t), 1)  # (V n, N + queue)
+            log_s = s @ anchors.T / self.student_temp
+            log_s = log_s.masked_fill(empty, -torch.inf).log_softmax(dim=1).masked_fill(empty, 0.0)
+            loss = -(target * log_s).sum(dim=1).mean()
             if self.training:
                 self.queue.copy_(anchors[: self.queue_size])
                 self.filled.copy_((self.filled + len(batch)).clamp(max=self.queue_size))
@@ -314,47 +346,52 @@ class SimilarityLoss(nn.Module):
 
 
 def centred_distances(x: Tensor) -> Tensor:
-    """Distances between the rows of (n, D), less the means of their row and column, plus the mean of all: (n, n)."""
-    # Not by inner products, which lose the small distances and their gradients to rounding.
+    """Distances of rows, minus the means of row and column, plus the mean: (n, D) -> (n, n)."""
+    # Not by inner products: rounding would spoil small distances and their gradients.
     d = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist")
     return d - d.mean(dim=0, keepdim=True) - d.mean(dim=1, keepdim=True) + d.mean()
 
 
 class DistanceCorrelation(nn.Module):
-    """How much two sets of features of the same images depend on each other (Szekely, Rizzo and Bakirov, 2007).
+    """How much two sets of features of the same images depend on each other (Szekely et al., 2007).
 
-        dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances between the rows of x and of y
+        dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances of the rows of x and y
 
-    from 0 for independent features to 1 where distances are proportional; widths and scales may differ. It is MV-MR's equations
-    2 and 3, with the biased (V-statistic) mean. Over several ranks the rows are those of all.
+    It is 0 for independent features and 1 where distances are proportional; widths and scales
+    may differ. These are MV-MR's equations 2 and 3, with the biased (V-statistic) mean, over the
+    rows of all ranks.
 
-    forward(x, y): (n, D) and (n, E). Returns a scalar; 0, with no gradient, where all rows of one are the same.
+    forward(x, y): (n, D) and (n, E). Returns a scalar; 0, without gradient, where all rows of x
+    or all rows of y are equal.
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with autocast_off(x):
             return correlation(*(centred_distances(rows_of_all_ranks(rows)) for rows in (x, y)))
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """dCor of two matrices of centred distances."""
     squared = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-20)
-    # The root has no gradient at 0, nor may a nought of rounding below it.
+    # The square root has no gradient at 0, and rounding may bring its argument below 0.
     return torch.where(squared > 1e-12, squared.clamp(1e-12, 1.0).sqrt(), 0.0)
 
 
 class MVMRLoss(nn.Module):
-    """Multi-view, multi-representation learning (Kinakh et al.): no contrast, no teacher, no stop-gradient.
+    """Multi-view, multi-representation learning (Kinakh et al.), without negatives or a teacher.
 
-    With z the embeddings of the plain views, z' those of the augmented ones and r_1 .. r_M fixed descriptors of the plain views,
-        L1 = invariance * mean (z - z')^2 + variance * [v(z) + v(z')],   v(z) = mean_d max(0, margin - sqrt(var(z_d) + eps))   (4-7)
-        L2 = dependence * (1 - dCor(z, z'))                                                                                    (8)
-        L3 = representation * sum_m (1 - dCor(z', r_m))                                                                        (9)
-        L = L1 + L2 + L3                                                                                                      (10)
-    The authors' code adds dCor(z', r_m) where this and their paper have one minus it: it unlearns what the paper learns.
+    With z the embeddings of the plain views, z' those of the augmented views and r_1 .. r_M fixed
+    descriptors of the plain views:
+        L1 = invariance * mean (z - z')^2 + variance * [v(z) + v(z')]                     (eq. 4-7)
+             v(z) = mean_d max(0, margin - sqrt(var(z_d) + eps))
+        L2 = dependence * (1 - dCor(z, z'))                                               (eq. 8)
+        L3 = representation * sum_m (1 - dCor(z', r_m))                                   (eq. 9)
+        L = L1 + L2 + L3                                                                  (eq. 10)
+    The authors' code adds dCor(z', r_m) where their paper and this file add one minus it.
+    Minimised, that unlearns what the paper learns.
 
-    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m). Returns L1, L2 and L3; rows are those of
-    all ranks, so that every rank has the loss of all.
+    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m). Returns
+    L1, L2 and L3. The rows are gathered, so every rank has the loss of all ranks.
 
     Args:
         invariance, variance, dependence, representation: weights; 1 each, as in the authors' code.
@@ -371,33 +408,25 @@ class MVMRLoss(nn.Module):
         eps: float = 1e-4,
     ):
         super().__init__()
-        self.invariance, self.variance, self.dependence, self.representation = (
-            invariance,
-            variance,
-            dependence,
-            representation,
-        )
+        self.invariance, self.variance = invariance, variance
+        self.dependence, self.representation = dependence, representation
         self.margin, self.eps = margin, eps
 
     def forward(
         self, plain: Tensor, augmented: Tensor, representations: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(device_type=plain.device.type, enabled=False):
+        with autocast_off(plain):
             z, z_augmented = rows_of_all_ranks(plain.float()), rows_of_all_ranks(augmented.float())
-            l1 = self.invariance * F.mse_loss(z, z_augmented) + self.variance * (
-                self.hinge(z) + self.hinge(z_augmented)
-            )
+            l1 = self.invariance * F.mse_loss(z, z_augmented)
+            l1 = l1 + self.variance * (self.hinge(z) + self.hinge(z_augmented))
             distances = centred_distances(z_augmented)
             l2 = self.dependence * (1 - correlation(centred_distances(z), distances))
             l3 = distances.new_zeros(())
             for r in representations:
-                l3 = l3 + self.representation * (
-                    1
-                    - correlation(
-                        distances, centred_distances(rows_of_all_ranks(r.detach().float()))
-                    )
-                )
+                r = centred_distances(rows_of_all_ranks(r.detach().float()))
+                l3 = l3 + self.representation * (1 - correlation(distances, r))
             return l1, l2, l3
 
     def hinge(self, z: Tensor) -> Tensor:
+        """v(z)."""
         return F.relu(self.margin - (z.var(dim=0) + self.eps).sqrt()).mean()

@@ -1,10 +1,12 @@
-"""Small backbones: MobileViT and ResNet5M by hand, the usual torchvision ConvNets without their classifier.
+"""Small backbones: MobileViT and ResNet5M, and torchvision's ConvNets without their classifier.
 
 Every backbone keeps one contract:
     embed_dim                             width of the pooled features
+    mean, std                             the normalisation that its weights expect
     forward((B, 3, H, W))                 -> (B, embed_dim), the mean over the last feature map
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the last feature map
-for any H, W >= 32, odd and non-square sizes included.
+for any H, W >= 32, odd and non-square sizes included. `mean` and `std` are ImageNet's by default;
+weights that expect others set their own on the network.
 
     arch                  parameters  embed_dim
     mobilevit_xxs            951,024        320
@@ -20,14 +22,16 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
 from torchvision.models.resnet import Bottleneck
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178). The state_dict has the names and shapes of timm's
-# `mobilevit_{xxs,xs,s}` with `num_classes=0`, so weights go both ways with strict=True.
-# ---------------------------------------------------------------------------------------------------------------------
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# --------------------------------------------------------------------------------------------------
+# MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178). The state_dict has the names and shapes
+# of timm's `mobilevit_{xxs,xs,s}` with `num_classes=0`, so weights go both ways with strict=True.
+# --------------------------------------------------------------------------------------------------
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, batch norm and, unless it ends a residual branch, SiLU."""
+    """Convolution without bias, batch norm and SiLU; no SiLU at the end of a residual branch."""
 
     def __init__(
         self,
@@ -51,7 +55,10 @@ class ConvNormAct(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block (Sandler et al., 2018): widen 1x1, depthwise 3x3, narrow 1x1 without activation."""
+    """MobileNetV2's block (Sandler et al., 2018): 1x1 wider, depthwise 3x3, 1x1 narrower.
+
+    The last convolution has no activation.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, stride: int, expansion: float):
         super().__init__()
@@ -80,8 +87,8 @@ class Attention(nn.Module):
         q, k, v = (
             self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         )
-        # (B, heads, N, C / heads); one token, as in a view of 32 pixels, attends to itself alone
-        x = v if N == 1 else F.scaled_dot_product_attention(q, k, v)
+        # A single token, as in a view of 32 pixels, can attend to itself only.
+        x = v if N == 1 else F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
@@ -111,11 +118,12 @@ class TransformerLayer(nn.Module):
 
 
 class MobileViTBlock(nn.Module):
-    """Local features by convolution, global ones by attention, fused with the input (section 3.1 of the paper).
+    """Local features by convolution, global ones by attention, fused with the input.
 
-    The map is cut into 2x2 patches. Attention joins the pixels that have the same place in their patches, so each of
-    the four sequences sees the whole image at a quarter of the cost, and the 3x3 convolutions before and after it join
-    the four. A map of odd side is resized to whole patches, bilinearly, and back again.
+    Section 3.1 of the paper. The map is cut into 2x2 patches. Attention joins the pixels at the
+    same position of their patches. Each of the four sequences sees the whole image, at a quarter
+    of the cost. The 3x3 convolutions before and after it join the four. A map of odd side is
+    resized bilinearly to whole patches, and back afterwards.
     """
 
     def __init__(self, dim: int, transformer_dim: int, depth: int, num_heads: int = 4):
@@ -130,7 +138,7 @@ class MobileViTBlock(nn.Module):
         self.conv_fusion = ConvNormAct(2 * dim, dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        # B images, C channels, a map of H x W pixels = (h x w patches) of 2 x 2 pixels
+        # B images, C channels, a map of H x W pixels: h x w patches of 2 x 2 pixels.
         shortcut = x
         x = self.conv_1x1(self.conv_kxk(x))
         B, C, H, W = x.shape
@@ -150,14 +158,16 @@ class MobileViTBlock(nn.Module):
 
 
 class MobileViT(nn.Module):
-    """MobileViT without classifier; the map has 1/32 of the input's side.
+    """MobileViT without classifier. The map has 1/32 of the input's side.
 
     Args:
         dims: channels of the five stages.
         transformer_dims: token widths of the attention blocks in the last three stages.
         embed_dim: channels of the final 1x1 convolution.
-        expansion: of the inverted residual blocks.
+        expansion: how much wider the middle of an inverted residual block is than its input.
     """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
     def __init__(
         self,
@@ -190,12 +200,15 @@ class MobileViT(nn.Module):
     def init_to_agree(self) -> None:
         """Start as a network that gives two views of an image similar features.
 
-        Self-distillation bootstraps: the teacher's answer for one view is the student's target for another, and where
-        random features of the two do not correlate the target is noise, whose best answer is the uniform one. With He's
-        initialisation alone they do not: a stride-2 depthwise filter of random signs hashes its input. So here
+        Self-distillation bootstraps: the teacher's output for one view is the student's target
+        for another. Where the random features of two views do not correlate, the target is noise,
+        and the uniform distribution is the best prediction. With He's initialisation alone they
+        do not correlate, because a stride-2 depthwise filter of random signs hashes its input.
+        So here
           - depthwise filters start as a mean with some noise, an antialiased subsampling;
-          - residual branches start at zero (Goyal et al., 2017), as does most of what attention adds: the fusion
-            convolution starts as the identity on its shortcut, with a tenth of its noise.
+          - residual branches start at zero (Goyal et al., 2017);
+          - most of what attention adds starts at zero too: the fusion convolution is the identity
+            on its shortcut, plus a tenth of its noise.
         """
         for block in self.modules():
             if isinstance(block, InvertedResidual):
@@ -203,9 +216,8 @@ class MobileViT(nn.Module):
                 if block.residual:
                     nn.init.zeros_(block.conv3_1x1.bn.weight)
             elif isinstance(block, MobileViTBlock):
-                fusion = block.conv_fusion.conv.weight.mul_(
-                    0.1
-                )  # (dim, 2 * dim, 3, 3), the shortcut's half first
+                fusion = block.conv_fusion.conv.weight.mul_(0.1)  # (dim, 2 * dim, 3, 3)
+                # The shortcut is the first half of the input.
                 fusion[:, : len(fusion), 1, 1] += torch.eye(len(fusion))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -216,7 +228,10 @@ class MobileViT(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """He's normal initialisation of convolutions (by fan-out, as ResNets), 0.02 truncated normal for linear layers."""
+    """He's normal for convolutions, by fan-out as in ResNets; DINO's for linear layers.
+
+    DINO's is a truncated normal of std 0.02 for weights and zero for biases.
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
@@ -224,13 +239,17 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ResNet5M, the LowDINO paper's plain ConvNet (Prathapaneni and Shashank, 2023): torchvision's names, its own shape.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# ResNet5M, the LowDINO paper's plain ConvNet (Prathapaneni and Shashank, 2023): torchvision's names
+# in another shape.
+# --------------------------------------------------------------------------------------------------
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016), 1x1 where the shape changes."""
+    """Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016).
+
+    The shortcut has a 1x1 convolution where the shape changes.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, stride: int = 1):
         super().__init__()
@@ -251,7 +270,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet5M(nn.Module):
-    """7x7/2 stem of 64, 3x3/2 max-pool, then basic blocks 64 x3, 128 x6 (/2), 512 x1 (/2): 1/16 of the input's side."""
+    """Stem 7x7/2 of 64, max-pool 3x3/2, basic blocks 64 x3, 128 x6 (/2), 512 x1 (/2).
+
+    The map has 1/16 of the input's side.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
     def __init__(self):
         super().__init__()
@@ -264,9 +288,8 @@ class ResNet5M(nn.Module):
         )
         self.layer3 = nn.Sequential(BasicBlock(128, 512, stride=2))
         self.apply(init_weights)
-        for block in (
-            self.modules()
-        ):  # residual branches start at zero, for the reason of MobileViT.init_to_agree
+        # Residual branches start at zero, for the reason given in MobileViT.init_to_agree.
+        for block in self.modules():
             if isinstance(block, BasicBlock):
                 nn.init.zeros_(block.bn2.weight)
 
@@ -279,12 +302,14 @@ class ResNet5M(nn.Module):
         return self.forward_features(x).mean(dim=(2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torchvision's networks under the same contract, with torchvision's parameter names.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ResNet(torchvision.models.ResNet):
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
+
     def __init__(self, block: type, layers: list[int]):
         super().__init__(block, layers)
         self.embed_dim = self.fc.in_features
@@ -299,6 +324,8 @@ class ResNet(torchvision.models.ResNet):
 
 
 class MobileNet(nn.Module):
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
+
     def __init__(self, features: nn.Sequential):
         super().__init__()
         self.features = features
@@ -311,9 +338,9 @@ class MobileNet(nn.Module):
         return self.features(x).mean(dim=(2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Factories: one name an architecture, all at random initialisation.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Factories: one for each architecture, all at random initialisation.
+# --------------------------------------------------------------------------------------------------
 
 ARCHS = (
     "mobilevit_xxs",

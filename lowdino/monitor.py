@@ -1,9 +1,7 @@
-"""What a run tells: log lines for people, JSONL for programs, the first views as a picture, and whether it is well."""
+"""What a run tells: log lines for people, JSONL for programs, the first views as a picture."""
 
 import json
-import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +14,16 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
 class Log:
-    """Prints lines and appends records to `folder/log.jsonl`; on ranks other than the first it does neither."""
+    """Prints lines and appends records to `folder/log.jsonl`.
+
+    Args:
+        active: False on ranks other than the first, where it does neither.
+    """
 
     def __init__(self, folder: str | Path, active: bool = True):
         self.path = Path(folder) / "log.jsonl"
@@ -28,7 +34,10 @@ class Log:
             print(text, flush=True)
 
     def rewind(self, step: int) -> None:
-        """Cut off the records of steps after `step`, which will be made again, and a last line that is not whole."""
+        """Cut off the records of steps after `step`, which will be made again.
+
+        A last line that is not whole goes with them.
+        """
         if not self.path.exists():
             return
         with open(self.path, "rb+") as file:
@@ -62,38 +71,38 @@ class Log:
 
 
 class BadImages:
-    """Images that could not be read, each once, in `folder/bad_images.txt`: a line says which and why.
+    """Images that could not be read, each once, in `folder/bad_images.txt`.
+
+    A line says which and why.
 
     Args:
         images: how many there are in all. max_fraction: how many of them may be bad.
 
     Raises:
-        ValueError: where the file names too many already.
+        UserError: where the file names too many already.
     """
 
     ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # names of files are bytes
 
     def __init__(self, folder: str | Path, images: int, max_fraction: float, active: bool = True):
-        self.path, self.images, self.max_fraction, self.active = (
-            Path(folder) / "bad_images.txt",
-            images,
-            max_fraction,
-            active,
-        )
+        self.path = Path(folder) / "bad_images.txt"
+        self.images, self.max_fraction, self.active = images, max_fraction, active
         self.known: dict[str, None] = {}
         if self.path.exists():
             self.known = dict.fromkeys(self.path.read_text(**self.ENCODING).splitlines())
             self.check()
 
-    def unknown(self, said: Sequence[str]) -> list[str]:
-        return [line for line in (" ".join(s.split()) for s in said) if line not in self.known]
+    def unknown(self, lines: Sequence[str]) -> list[str]:
+        """Those of the lines that the file does not have yet."""
+        return [line for line in (" ".join(s.split()) for s in lines) if line not in self.known]
 
-    def add(self, said: Sequence[str]) -> None:
-        """
+    def add(self, lines: Sequence[str]) -> None:
+        """Append what is new.
+
         Raises:
-            ValueError: where they are too many.
+            UserError: where they are too many.
         """
-        news = self.unknown(dict.fromkeys(said))
+        news = self.unknown(dict.fromkeys(lines))
         self.known |= dict.fromkeys(news)
         if self.active:
             with open(self.path, "a", **self.ENCODING) as file:
@@ -102,17 +111,18 @@ class BadImages:
 
     def check(self) -> None:
         if len(self.known) > self.max_fraction * self.images:
-            raise ValueError(
-                f"{len(self.known)} of {self.images} images cannot be read, more than --max_bad_fraction {self.max_fraction}; "
-                f"they are named in {self.path}, to be deleted once they are mended; the last: {list(self.known)[-1]}"
+            raise UserError(
+                f"{len(self.known)} of {self.images} images cannot be read, more than "
+                f"--max_bad_fraction {self.max_fraction}; they are named in {self.path}, to be "
+                f"deleted once they are mended; the last: {list(self.known)[-1]}"
             )
 
 
 class Clock:
-    """Times a loop of steps: throughput, the share of time spent waiting for data, the time that is left.
+    """Times a loop of steps: throughput, share of time spent waiting for data, time left.
 
-    Call `waited()` when a batch has arrived, `stepped(images)` when its step is done, `read` at log steps and
-    `restart()` after time that belongs to no step.
+    Call `waited()` when a batch has arrived, `stepped(images)` when its step is done, `read` at log
+    steps and `restart()` after time that belongs to no step.
     """
 
     def __init__(self):
@@ -132,7 +142,10 @@ class Clock:
         self.mark = time.perf_counter()
 
     def read(self, steps_left: int) -> dict[str, float]:
-        """Images a second and waiting share since the last reading, seconds left at the mean pace so far."""
+        """Images a second and share of waiting since the last reading, and seconds left.
+
+        The time left is that at the mean pace so far.
+        """
         span = time.perf_counter() - self.window
         self.stepping += span
         values = {
@@ -145,13 +158,18 @@ class Clock:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on a CUDA device, else resident in this process."""
+    """Peak memory in MiB: allocated on a CUDA device, else resident in this process.
+
+    On Windows, whose Python cannot tell the latter, it is 0.0: NaN would make the log invalid JSON.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # here, because Windows lacks it
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (
-        peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-    )  # bytes on macOS, KiB elsewhere
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
 
 
 def duration(seconds: float) -> str:
@@ -167,7 +185,10 @@ def save_views(
     std: tuple[float, ...],
     images: int = 8,
 ) -> None:
-    """Write a picture (PNG) of the first images' views: a row an image, a column a view, small ones framed in grey."""
+    """Write a PNG of the first images' views: a row an image, a column a view.
+
+    Small views are framed in grey. `mean` and `std` are those that the views are normalised by.
+    """
     side = max(view.shape[-1] for view in views)
     scale, shift = (torch.tensor(v).view(1, 3, 1, 1) for v in (std, mean))
     columns = []
@@ -183,114 +204,3 @@ def save_views(
         nrow=len(views),
         pad_value=1.0,
     )
-
-
-@torch.no_grad()
-def mean_entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy of the rows of (n, K), in nats."""
-    return torch.special.entr(probabilities).sum(dim=1).mean()
-
-
-@torch.no_grad()
-def spread(features: Tensor) -> tuple[Tensor, Tensor]:
-    """How far unit features (n, D) scatter about their mean, and over how many directions.
-
-    Returns the root mean square distance from the mean, in [0, 1], and the effective rank (sum l)^2 / sum l^2 of their
-    covariance's eigenvalues l (the participation ratio), from 1 to min(n - 1, D); 0 where all features are one.
-    """
-    z = F.normalize(features.float(), dim=1)
-    z = z - z.mean(dim=0)
-    gram = z @ z.T  # (n, n), of the covariance's non-zero eigenvalues
-    total = gram.trace()
-    return (total / len(z)).clamp_min(0).sqrt(), total**2 / gram.square().sum().clamp_min(1e-20)
-
-
-class Health:
-    """Judges without labels whether self-distillation is learning, and names the flag to change.
-
-    A sign counts once it has held at every reading for `PATIENCE` steps, because a healthy run starts near some of them.
-    The signs follow DINO (Caron et al., 2021, section 5.3 and figure 7): entropy and KL tell the collapses apart. All
-    entropies are in nats, ln K being the entropy of the uniform answer over K prototypes.
-
-    Args:
-        out_dim: K; None for a method whose answers are no distributions, of which features and loss are judged alone.
-
-    read(...): the sentences that are new at this step: a sign that has lasted, or one that is over.
-    verdict(): one sentence on the state at the last reading.
-    """
-
-    PATIENCE = 200
-
-    def __init__(self, out_dim: int | None):
-        self.uniform = math.log(out_dim) if out_dim else math.inf
-        self.since: dict[
-            str, int
-        ] = {}  # the step at which a sign was first seen, for those seen at the last reading
-        self.told: dict[str, str] = {}
-
-    def signs(
-        self,
-        loss: float,
-        feature_std: float,
-        effective_rank: float,
-        entropy: float | None = None,
-        entropy_of_mean: float | None = None,
-        teacher_moved: bool = True,
-        **others: float,
-    ) -> dict[str, str]:
-        """The signs of one reading, name and sentence; `others` say nothing of health."""
-        if loss > 1.05 * self.uniform:  # whatever else is wrong follows from it
-            return {
-                "diverging loss": f"the loss {loss:.2f} is above that of a uniform answer, ln K = {self.uniform:.2f}: "
-                "lower --lr, or lengthen --warmup_epochs"
-            }
-        signs = {}
-        if not teacher_moved:
-            signs["teacher stands still"] = (
-                "its parameters are those of the reading before: lower --momentum_teacher, "
-                "or raise --lr"
-            )
-        if feature_std < 0.01 or effective_rank < 1.5:
-            signs["dead features"] = (
-                f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
-                f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where there is one, and look at "
-                "crops.png, whether the pictures differ at all"
-            )
-        if entropy is None:
-            return signs
-        if entropy > 0.99 * self.uniform:
-            signs["uniform collapse"] = (
-                f"the teacher answers every image alike, all prototypes equally (entropy {entropy:.2f}, of the mean answer "
-                f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): raise --infonce_weight, or lower --teacher_temp"
-            )
-        elif (
-            entropy_of_mean < 0.1 * self.uniform or entropy_of_mean - entropy < 0.01 * self.uniform
-        ):
-            signs["one-cluster collapse"] = (
-                f"the teacher answers every image alike, with few prototypes (entropy {entropy:.2f}, of the mean answer "
-                f"{entropy_of_mean:.2f}, ln K {self.uniform:.2f}): lower --center_momentum, raise --teacher_temp, or use "
-                "--centering sinkhorn"
-            )
-        elif loss - entropy < 0.02 * self.uniform:
-            signs["nothing left to learn"] = (
-                f"the student already answers as the teacher (KL {loss - entropy:.3f}): raise --out_dim, widen "
-                "--global_crops_scale, or add local views"
-            )
-        return signs
-
-    def read(self, step: int, **values: float | bool) -> list[str]:
-        signs = self.signs(**values)
-        self.since = {name: self.since.get(name, step) for name in signs}
-        lasting = {
-            name: text for name, text in signs.items() if step - self.since[name] >= self.PATIENCE
-        }
-        news = [f"{name}: {text}" for name, text in lasting.items() if name not in self.told]
-        news += [f"{name}: over" for name in self.told if name not in signs]
-        self.told = {name: text for name, text in (self.told | lasting).items() if name in signs}
-        return news
-
-    def verdict(self) -> str:
-        return (
-            "; ".join(f"{name}: {text}" for name, text in self.told.items())
-            or "no sign of collapse"
-        )

@@ -1,4 +1,4 @@
-"""What the optimisation needs beside torch.optim: parameter groups, clipping by parameter, LARS."""
+"""What torch.optim lacks: parameter groups, clipping by parameter, LARS."""
 
 from collections.abc import Iterable
 
@@ -7,30 +7,46 @@ from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Two groups: weights, which decay, and biases, norms and gains, which do not (`weight_decay` 0, `decays` False)."""
+    """Two groups: weights, which decay, and biases and norms, which do not.
+
+    Weights have two dimensions or more (the gain of `WeightNormLinear` too), the others one. The
+    groups are marked `decays` True and False; the second has `weight_decay` 0.
+    """
     return decay_groups([p for p in model.parameters() if p.requires_grad])
 
 
 def decay_groups(parameters: list[Tensor]) -> list[dict]:
+    """The two groups of `parameter_groups`, of these parameters."""
     return [
         {"params": [p for p in parameters if p.ndim > 1], "decays": True},
         {"params": [p for p in parameters if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
     ]
 
 
-def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list[dict]:
-    """Groups whose learning rates fall by a factor of `decay` a block from the head down (BEiT; Bao et al., 2021).
+EMBEDDINGS = ("cls_token", "pos_embed", "register_tokens", "patch_embed")
 
-    A block is a child of the backbone, or a child of one that is a sequence, in the order of their definition. Each group
-    is one of `parameter_groups`, of one block, and has `scale`, its factor.
+
+def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list[dict]:
+    """Groups whose learning rates fall by a factor of `decay` a block, from the head down.
+
+    As in BEiT (Bao et al., 2021). A block is a child of the backbone, or a child of a child that is
+    a sequence, in the order of definition. Of a ViT, the final `norm` goes with the head, and all
+    embeddings are one block, the lowest: block i of n has depth n - i, the embeddings n + 1.
+
+    Each group is one of `parameter_groups`, of one block, and has its factor in `scale`.
     """
-    blocks: dict[str, list[Tensor]] = {}
+    top, blocks = [*head.parameters()], {}  # blocks: name -> parameters
     for name, parameter in backbone.named_parameters():
         child, *rest = name.split(".")
-        if isinstance(getattr(backbone, child), (nn.Sequential, nn.ModuleList)):
+        if child == "norm":
+            top.append(parameter)
+            continue
+        if child in EMBEDDINGS:
+            child = "embeddings"
+        elif isinstance(getattr(backbone, child), (nn.Sequential, nn.ModuleList)):
             child += "." + rest[0]
         blocks.setdefault(child, []).append(parameter)
-    downwards = [[*head.parameters()], *reversed(blocks.values())]
+    downwards = [top, *reversed(blocks.values())]
     return [
         {**group, "scale": decay**depth}
         for depth, block in enumerate(downwards)
@@ -41,16 +57,21 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
 
 @torch.no_grad()
 def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale each parameter's gradient down to a Euclidean norm of `max_norm`, in place and without synchronising.
+    """Scale each parameter's gradient down to a Euclidean norm of at most `max_norm`, in place.
 
-    Returns the norms as they were, one for each parameter that has a gradient. 0 for `max_norm` is no limit.
+    DINO's clipping has a limit for each tensor; `torch.nn.utils.clip_grad_norm_` has one for all
+    together. On a GPU nothing here waits for the device.
 
-    This is DINO's clipping, a limit for every tensor by itself; `torch.nn.utils.clip_grad_norm_` limits all together.
+    Args:
+        max_norm: 0 is no limit.
+
+    Returns:
+        The norms before clipping, one for each parameter that has a gradient.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm:
-        # A CPU can ask at once, and mostly leaves them as they are.
+        # On a CPU looking at the norms costs nothing, and mostly none is too large.
         if norms.device.type != "cpu" or not norms.max() < max_norm:
             scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, list(scales.unbind()))
@@ -58,13 +79,20 @@ def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017, arXiv 1708.03888), with momentum.
+    """Layer-wise adaptive rate scaling, with momentum (You et al., 2017, arXiv 1708.03888).
 
-    For a weight w with gradient g: d = g + weight_decay * w; d <- d * trust * |w| / |d|; v <- momentum * v + d;
-    w <- w - lr * v. Biases and norms (one dimension or none) take the plain momentum step without decay, as in BYOL.
+    For a weight w with gradient g:
+        d = g + weight_decay * w
+        d <- d * trust * |w| / |d|
+        v <- momentum * v + d
+        w <- w - lr * v
+    Biases and norms (one dimension or none) take the plain momentum step without decay, as in BYOL.
 
     Args:
-        lr: learning rate. weight_decay: of weights. momentum: of the velocity v. trust: the trust coefficient.
+        lr: learning rate.
+        weight_decay: of weights.
+        momentum: of the velocity v.
+        trust: the trust coefficient.
     """
 
     def __init__(
@@ -93,7 +121,7 @@ class LARS(torch.optim.Optimizer):
                 if p.ndim > 1:
                     d = d.add(p, alpha=group["weight_decay"])
                     w_norm, d_norm = p.norm(), d.norm()
-                    # A weight or a gradient of zero has no direction to scale: its rate is left alone.
+                    # A zero weight or gradient has no ratio of norms; its rate is not scaled.
                     rate = torch.where(
                         (w_norm > 0) & (d_norm > 0), group["trust"] * w_norm / d_norm, 1.0
                     )

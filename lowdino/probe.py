@@ -1,7 +1,8 @@
-"""Linear classifiers on frozen features: a grid of settings trained as one, and the optimum by L-BFGS.
+"""Linear classifiers on frozen features: a grid of settings trained together, or L-BFGS.
 
-Both minimise the mean cross-entropy plus weight_decay / 2 * |W|^2, the bias left out, on features that a `Scaler` has
-prepared. So a learning rate or a weight decay means the same whatever network the features come from.
+Both minimise the mean cross-entropy plus weight_decay / 2 * |W|^2, without the bias, on features
+that a `Scaler` has prepared. So a learning rate or a weight decay means the same whatever network
+the features come from.
 """
 
 import math
@@ -12,23 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Scaler:
-    """Centres features, half-whitens them and brings their mean squared length to 1.
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
 
-    Principal directions of variance v, as a fraction of the whole, are divided by (v + 1e-5)^(1/4), so that they spread by
-    v^(1/4) where they had v^(1/2). Left as they are, or with each dimension divided by its own deviation, SGD is far from
-    the optimum after 100 epochs on random networks, whose variance lies in a few directions; whitened wholly, it fits the
-    noise of the weak ones when labels are few. Half-way was best or near it at 500 and 5,000 labels (CIFAR-10, chosen on
-    test images of one network, ResNet5M of seed 0, and not tuned further).
+
+class Scaler:
+    """Centres features, half-whitens them and scales their mean squared length to 1.
+
+    A principal direction with a fraction v of the variance is divided by (v + 1e-5)^(1/4). So its
+    standard deviation becomes about v^(1/4) instead of v^(1/2). With raw or standardised features
+    SGD is far from the optimum after 100 epochs on random networks, whose variance lies in a few
+    directions. With full whitening it fits the noise of the weak directions when labels are few.
+    Half-whitening was best or near it at 500 and 5,000 labels (CIFAR-10, chosen on test images of
+    one network, ResNet5M of seed 0, and not tuned further).
     """
 
     def __init__(self, features: Tensor):
         self.mean = features.mean(dim=0)
         centred = features - self.mean
         covariance = centred.T @ centred / len(features)
-        solver = (
-            "cpu" if features.device.type == "mps" else features.device
-        )  # MPS has no eigenvalues
+        # MPS has no eigenvalue solver.
+        solver = "cpu" if features.device.type == "mps" else features.device
         variance, directions = (
             found.to(features.device) for found in torch.linalg.eigh(covariance.to(solver))
         )
@@ -39,20 +44,22 @@ class Scaler:
         self.matrix = directions * (stretch / length)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, D + 1), the last column being ones: the bias is a weight like any other."""
+        """(N, D) -> (N, D + 1); the last column is 1, so that the bias is a row of the weights."""
         return F.pad((features - self.mean) @ self.matrix, (0, 1), value=1.0)
 
 
 class Probes:
-    """G linear classifiers on the same features, one a setting, trained together by SGD with momentum 0.9.
+    """G linear classifiers on the same features, one per setting: SGD with momentum 0.9.
 
-    Their weights are one matrix (C * G, D + 1), so that a step costs two matrix products whatever G is. The gradient of
-    the cross-entropy with respect to the logits, softmax - one-hot, is written out: autograd would keep copies. Images
-    come last in the logits: a softmax over the first dimension is many times as fast as one over ten numbers in a row.
+    Their weights are one matrix (C * G, D + 1), so that a step costs two matrix products whatever G
+    is. The gradient of the cross-entropy with respect to the logits, softmax - one-hot, is written
+    out, because autograd would keep copies. Images are the last dimension of the logits, because a
+    softmax over the first one is many times as fast as a softmax over ten numbers in a row.
 
     Args:
         settings: (learning rate, weight decay) of each classifier.
-        inputs: D + 1, the width of what `Scaler` gives. classes: C.
+        inputs: D + 1, the width of what `Scaler` returns.
+        classes: C.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class Probes:
     def step(self, x: Tensor, labels: Tensor, factor: float) -> None:
         """One step on (B, D + 1) inputs and (B,) labels at `factor` times the learning rates."""
         logits = (self.weight @ x.T).view(self.classes, -1, len(x))  # (C, G, B)
-        # Of a classifier that is sure, probabilities are denormal numbers, on which a CPU is many times slower.
+        # A confident classifier has denormal probabilities, on which a CPU is many times slower.
         error = logits.softmax(dim=0).clamp_min_(1e-20)
         error[labels, :, torch.arange(len(x), device=x.device)] -= 1
         self.velocity.addmm_(error.flatten(0, 1), x, beta=0.9, alpha=1 / len(x))
@@ -95,7 +102,8 @@ def train_probes(
 ) -> Tensor:
     """Train `Probes` on scaled features (N, D + 1) and labels (N,): (D + 1, G, C) weights.
 
-    The learning rates fall on a cosine to 0; an epoch's images that do not fill a batch wait for the next.
+    The learning rates follow a cosine to 0. Images that do not fill an epoch's last batch are left
+    out of that epoch.
     """
     probes = Probes(settings, x.shape[1], classes, x.device)
     generator = torch.Generator().manual_seed(seed)
@@ -113,45 +121,51 @@ def train_probes(
 def logistic_regression(
     x: Tensor, labels: Tensor, classes: int, weight_decays: Sequence[float], iterations: int = 300
 ) -> Tensor:
-    """Multinomial logistic regression to its optimum by L-BFGS on all data at once: (D + 1, G, C) weights.
+    """Multinomial logistic regression to its optimum by L-BFGS on all data: (D + 1, G, C) weights.
 
-    scikit-learn's `LogisticRegression(C)` on the same inputs has weight_decay = 1 / (C N). From the strongest decay to
-    the weakest, each starting at the one before, whatever order they are given in.
+    scikit-learn's `LogisticRegression(C)` on the same inputs has weight_decay = 1 / (C N). Whatever
+    the given order, the strongest decay comes first, and each one starts from the weights of the
+    one before.
     """
     weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
     found = {}
     for decay in sorted(set(weight_decays), reverse=True):
-        optimizer = torch.optim.LBFGS(
-            [weight],
-            max_iter=iterations,
-            history_size=20,
-            tolerance_grad=1e-6,
-            tolerance_change=1e-9,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(x @ weight, labels) + 0.5 * decay * weight[:-1].square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        minimise(weight, x, labels, decay, iterations)
         found[decay] = weight.detach().clone()
     return torch.stack([found[decay] for decay in weight_decays], dim=1)
 
 
-def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Mean squared distance of softmax from one-hot: (N, D + 1), (N,), (D + 1, G, C) -> (G,), 0 to 2, lower is better.
+def minimise(weight: Tensor, x: Tensor, labels: Tensor, decay: float, iterations: int) -> None:
+    """Move one classifier's weights, (D + 1, C), to the minimum for one weight decay."""
+    optimizer = torch.optim.LBFGS(
+        [weight],
+        max_iter=iterations,
+        history_size=20,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
 
-    On a few hundred held-out images it tells settings apart with less noise than the share of right answers does (Brier,
-    1950). Each classifier is scored at the best of nine temperatures, for one may be right more often and too sure of it.
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight, labels) + 0.5 * decay * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared distance of softmax from one-hot, from 0 to 2; lower is better (Brier, 1950).
+
+    (N, D + 1), (N,), (D + 1, G, C) -> (G,). On a few hundred held-out images it compares settings
+    with less noise than accuracy does. Each classifier is scored at the best of nine temperatures,
+    because one may be more accurate and yet overconfident.
     """
     scales = [2.0**i for i in range(-5, 4)]
     totals = torch.zeros(len(scales), weights.shape[1], device=x.device)
-    for rows, own in zip(
-        x.split(1000), labels.split(1000)
-    ):  # or with many classes the logits of all would fill the memory
+    # In chunks: with many classes the logits of all images would not fit in memory.
+    for rows, own in zip(x.split(1000), labels.split(1000)):
         logits = torch.einsum("nd,dgc->gnc", rows, weights)
         target = F.one_hot(own, weights.shape[2])
         for total, scale in zip(totals, scales):
@@ -160,48 +174,50 @@ def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
-    """The places of each class's images, (N,) labels -> C tensors, in an order drawn from `seed`."""
+    """Indices of each class's images, shuffled by `seed`: (N,) labels -> C tensors."""
     labels = labels.cpu()
     generator = torch.Generator().manual_seed(seed)
     classes = ((labels == label).nonzero()[:, 0] for label in range(int(labels.max()) + 1))
-    return [places[torch.randperm(len(places), generator=generator)] for places in classes]
+    return [indices[torch.randperm(len(indices), generator=generator)] for indices in classes]
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """The same share of each class: (N,) labels -> places of `fraction` of its images, rounded, drawn by lot, sorted.
+    """Sorted indices of a random `fraction`, rounded, of each class's images, from (N,) labels.
 
-    It depends on the labels, `fraction` and `seed` alone, so it is the same for every model; a smaller fraction's images
-    are among a larger one's.
+    It depends on the labels, `fraction` and `seed` alone, so it is the same for every model. A
+    smaller fraction's images are a subset of a larger one's.
 
     Raises:
-        ValueError: where a class has no image, or would keep none.
+        UserError: where a class has no image, or would keep none.
     """
     chosen = []
-    for label, places in enumerate(shuffled_classes(labels, seed)):
-        keep = round(fraction * len(places))
-        if len(places) == 0:
-            raise ValueError(f"class {label} has no training image")
+    for label, indices in enumerate(shuffled_classes(labels, seed)):
+        keep = round(fraction * len(indices))
+        if len(indices) == 0:
+            raise UserError(f"class {label} has no training image")
         if keep == 0:
-            raise ValueError(
-                f"a fraction of {fraction:g} of the labels leaves class {label}, of {len(places)} images, "
-                "without one"
+            raise UserError(
+                f"a fraction of {fraction:g} of the labels leaves class {label}, "
+                f"of {len(indices)} images, without one"
             )
-        chosen.append(places[:keep])
+        chosen.append(indices[:keep])
     return torch.cat(chosen).sort().values
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Places to fit on and places to choose settings by: `fraction` of each class's images, rounded down.
+    """Indices to train on and indices to choose settings by: a random `fraction` of each class.
+
+    The fraction is rounded down.
 
     Raises:
-        ValueError: where no class has enough images to hold one out.
+        UserError: where no class has enough images to hold one out.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for places in shuffled_classes(labels, seed):
-        held[places[: int(fraction * len(places))]] = True
+    for indices in shuffled_classes(labels, seed):
+        held[indices[: int(fraction * len(indices))]] = True
     if not held.any():
-        raise ValueError(
-            f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing the "
-            "settings: give one --lr and one --weight_decay, or more labels"
+        raise UserError(
+            f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing "
+            "the settings: give one --lr and one --weight_decay, or more labels"
         )
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

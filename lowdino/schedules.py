@@ -5,7 +5,7 @@ import math
 
 def cosine(
     step: int,
-    total_steps: int,
+    total_steps: float,
     start: float,
     end: float,
     warmup_steps: int = 0,
@@ -13,19 +13,23 @@ def cosine(
 ) -> float:
     """Linear warm-up from `warmup_start` to `start`, then half a cosine down (or up) towards `end`.
 
-    The values are those of DINO's `cosine_scheduler`: the last warm-up step has `start`, so has the first step after
-    it, and the last step of all is one cosine step short of `end`. A warm-up of a single step has `warmup_start`.
+    The values are those of DINO's `cosine_scheduler`. The last warm-up step has `start`, and so has
+    the first step after it. The last step of all is one cosine step short of `end`. A warm-up of a
+    single step has `warmup_start`.
 
     Args:
-        step: 0 <= step < total_steps.
+        step: from 0; from `total_steps` on the value is `end`.
+        total_steps: infinity holds the value at `start`.
         warmup_steps: how many of `total_steps` warm up.
     """
     if step < warmup_steps:
         return warmup_start + (start - warmup_start) * step / max(warmup_steps - 1, 1)
+    if step >= total_steps:
+        return end
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
 
 def linear(step: int, steps: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at step `steps` in a straight line, and `end` from then on."""
+    """A straight line from `start` at step 0 to `end` at step `steps`, then `end`."""
     return end if step >= steps else start + (end - start) * step / steps

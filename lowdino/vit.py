@@ -1,15 +1,17 @@
 """Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929), as student and as teacher.
 
-Names and shapes of the parameters are those of the authors' files of DINO (`dino_deitsmall16_pretrain.pth` and the like)
-and DINOv2 (`dinov2_vits14_pretrain.pth`, `dinov2_vits14_reg4_pretrain.pth` and the like), which load with strict=True;
+Parameters have the names and shapes of the official files of DINO (`dino_deitsmall16_pretrain.pth`
+and the like) and DINOv2 (`dinov2_vits14_pretrain.pth`, `dinov2_vits14_reg4_pretrain.pth` and the
+like). These load with strict=True, and the features are those of the official code at every size.
 `like(state_dict)` builds the network that fits a file.
 
 The contract is that of the ConvNets:
     embed_dim                             width of the features
+    mean, std                             the normalisation that its weights expect
     forward((B, 3, H, W))                 -> (B, embed_dim), the class token
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the patch tokens as a map
-    forward_tokens((B, 3, H, W))          -> both of them, of one pass
-for any H, W of at least one patch; pixels beyond the last whole patch are left out.
+    forward_tokens((B, 3, H, W))          -> both of them, from one pass
+for any H, W of at least one patch. Pixels beyond the last whole patch are ignored.
 
     arch         parameters (patch 16, 224 px)    embed_dim    heads
     vit_tiny                         5,524,416          192        3
@@ -23,6 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
 
 
 class PatchEmbed(nn.Module):
@@ -46,7 +54,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of each head: (B, N, C) -> (3, B, heads, N, C / heads)."""
+        """Query, key and value of each head: (B, N, C) -> (3, B, heads, N, C / heads)."""
         B, N, C = x.shape
         return self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
 
@@ -55,7 +63,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
-        """What each token attends to: (B, N, C) -> (B, heads, N, N), rows summing to one."""
+        """Attention of each token: (B, N, C) -> (B, heads, N, N), rows that sum to one."""
         q, k, _ = self.split(x)
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
@@ -82,7 +90,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; each branch may be dropped for some images (stochastic depth; Huang et al., 2016)."""
+    """Pre-norm transformer block.
+
+    Stochastic depth (Huang et al., 2016) can drop each branch for some images of the batch.
+    """
 
     def __init__(self, dim: int, num_heads: int, layer_scale: bool):
         super().__init__()
@@ -102,15 +113,19 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT without classifier.
 
-    The position embedding belongs to a square of `image_size` pixels and is resized to other inputs, bicubically and
-    antialiased, as the authors do for DINOv2 with registers, and timm for all. (DINO's own code and that of DINOv2
-    without registers do not antialias: away from the file's own size their features differ a little from these.)
+    The position embedding belongs to a square image of `image_size` pixels. At other sizes it is
+    resized as the official code does, see `positions`. That code differs with registers and
+    without, so `antialias` follows from them, and a state dict is enough to know the way.
 
     Args:
-        patch_size: side of a patch in pixels. image_size: side of the images that the position embedding is for.
-        dim, depth, num_heads: width of the tokens, number of blocks, heads of each.
-        registers: number of register tokens (Darcet et al., 2024). layer_scale: as DINOv2 has it.
+        patch_size: side of a patch in pixels.
+        image_size: side in pixels of the images that the position embedding belongs to.
+        dim, depth, num_heads: width of the tokens, number of blocks, heads of each block.
+        registers: number of register tokens (Darcet et al., 2024).
+        layer_scale: a learned gain for each branch, as in DINOv2.
     """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
     def __init__(
         self,
@@ -125,6 +140,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embed_dim, self.patch_size = dim, patch_size
         self.grid = image_size // patch_size
+        self.antialias = registers > 0
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
@@ -137,42 +153,49 @@ class VisionTransformer(nn.Module):
         self.apply(init_weights)
 
     def set_drop_path_rate(self, rate: float) -> None:
-        """Drop a branch of the last block with this probability in training, of the first never, of the others between."""
+        """In training, drop a branch of the last block at this rate; it falls to 0 at the first."""
         for block, p in zip(self.blocks, torch.linspace(0, rate, len(self.blocks)).tolist()):
             block.drop_path.p = p
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As any module's; `mask_token`, which DINOv2's files have for their training objective, is left out."""
+        """As any module's, without `mask_token`: DINOv2's files have it for training only."""
         kept = {name: value for name, value in state_dict.items() if name != "mask_token"}
         return super().load_state_dict(kept, strict, assign)
 
-    def positions(self, h: int, w: int) -> Tensor:
-        """The position embedding of h x w patches: (1, 1 + h * w, C)."""
-        if (h, w) == (self.grid, self.grid):
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embedding of an image of height x width pixels: (1, 1 + h * w, C).
+
+        DINO, and DINOv2 without registers, resize without antialiasing, by a scale factor for
+        0.1 patches more than there are. The 0.1 was meant to save the size from rounding, but it
+        shifts where the embedding is sampled, so features differ without it. DINOv2 with
+        registers resizes to the exact size, antialiased.
+        """
+        h, w, grid = height // self.patch_size, width // self.patch_size, self.grid
+        # The official test compares pixels: 224 x 230 has as many patches, but is resized.
+        if h * w == grid**2 and height == width:
             return self.pos_embed
         own, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
-        patches = F.interpolate(
-            patches, size=(h, w), mode="bicubic", align_corners=False, antialias=True
-        )
+        patches = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (1, C, grid, grid)
+        if self.antialias:
+            patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=True)
+        else:
+            scale = ((h + 0.1) / grid, (w + 0.1) / grid)
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
         return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, int, int]:
         """What enters the first block: (B, 1 + registers + h * w, C), h and w."""
-        if min(x.shape[-2:]) < self.patch_size:
-            raise ValueError(
-                f"an image must have one whole patch at least, {self.patch_size} x {self.patch_size} pixels"
-            )
-        x = self.patch_embed(x)
+        B, _, H, W = x.shape
+        if min(H, W) < self.patch_size:
+            p = self.patch_size
+            raise UserError(f"an image must have one whole patch at least, {p} x {p} pixels")
+        x = self.patch_embed(x)  # (B, C, h, w)
         h, w = x.shape[-2:]
-        x = torch.cat(
-            [self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1
-        )
-        x = x + self.positions(h, w)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + self.positions(H, W)  # (B, 1 + h * w, C)
         if self.register_tokens is not None:
-            x = torch.cat(
-                [x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1
-            )
+            registers = self.register_tokens.expand(B, -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         return x, h, w
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +213,10 @@ class VisionTransformer(nn.Module):
         return self.forward_tokens(x)[0]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block (B, heads, N, N), N = 1 + registers + h * w; row 0 is the class token's."""
+        """Attention of the last block, row 0 the class token's.
+
+        (B, 3, H, W) -> (B, heads, N, N) with N = 1 + registers + h * w.
+        """
         x, _, _ = self.tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -199,17 +225,20 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """DINO's: 0.02 truncated normal for linear layers, their biases at zero; the patches' convolution keeps torch's."""
+    """DINO's: truncated normal of std 0.02 for linear weights, zero for their biases.
+
+    The patch embedding keeps torch's own initialisation.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
-    """A network, at random weights, of the shape that a state dict with these names tells; heads are 64 wide.
+    """The network, at random weights, that a state dict fits; its heads are 64 wide.
 
     Raises:
-        ValueError: where that is not a Vision Transformer's.
+        UserError: where the state dict is not a Vision Transformer's.
     """
     try:
         positions, patches = state_dict["pos_embed"], state_dict["patch_embed.proj.weight"]
@@ -220,24 +249,24 @@ def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
         dim, side = positions.shape[2], patches.shape[3]
         grid = math.isqrt(positions.shape[1] - 1)
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             "no Vision Transformer with the names of DINO's and DINOv2's files"
         ) from error
     return VisionTransformer(
-        side,
-        grid * side,
-        dim,
-        depth,
-        max(dim // 64, 1),
-        0 if registers is None else registers.shape[1],
-        "blocks.0.ls1.gamma" in state_dict,
+        patch_size=side,
+        image_size=grid * side,
+        dim=dim,
+        depth=depth,
+        num_heads=max(dim // 64, 1),
+        registers=0 if registers is None else registers.shape[1],
+        layer_scale="blocks.0.ls1.gamma" in state_dict,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Factories: DINO's architectures; DINOv2's are the same with patch_size=14, image_size=518, layer_scale=True. `options` are
-# VisionTransformer's.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Factories: DINO's architectures. DINOv2's are the same with patch_size=14, image_size=518 and
+# layer_scale=True. `options` are those of VisionTransformer.
+# --------------------------------------------------------------------------------------------------
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base")
 

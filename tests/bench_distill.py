@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""What each objective of distillation gives, beside training without a teacher: k-NN of the student, same steps.
+"""What each objective of distillation gives, beside training without a teacher: k-NN of the
+student after the same steps.
 
-    python tests/bench_distill.py --teacher T.pth --arch resnet5m --seeds 0 1 2 --data_path DATA --output_dir runs/distill -- --epochs 2
+    python tests/bench_distill.py --teacher T.pth --arch resnet5m --seeds 0 1 2 --data_path DATA \
+        --output_dir runs/distill -- --epochs 2
 
-Trains the student once for each objective and seed with `--preset small` and the flags behind `--`, its teacher's features
-cached, and once for each seed by train.py. The accuracy is that of the last epoch, k = 20, and the test images are looked at only
-then and before the first step. The command may be given again, and goes on. A teacher whose file has a classifier, as
-eval_linear.py --from_scratch writes it, is also tried by its softened answers: name that row in --objectives.
+Trains the student once for each objective and seed with `--preset small` and the flags behind `--`,
+its teacher's features cached, and once for each seed by train.py. The accuracy is that of the last
+epoch, k = 20. The test images are looked at only then and before the first step. The command may be
+given again, and goes on. A teacher whose file has a classifier, as eval_linear.py --from_scratch
+writes it, is also tried by its softened logits: name that row, kd_answers, in --objectives.
 """
 
 import argparse
@@ -24,35 +27,22 @@ OBJECTIVES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--teacher", required=True, help="as distill.py takes it")
     parser.add_argument("--arch", default="resnet5m")
-    parser.add_argument(
-        "--objectives",
-        nargs="+",
-        choices=OBJECTIVES,
-        default=["kd", "simkd", "similarity", "mvmr"],
-        help="rows",
-    )
+    default = ["kd", "simkd", "similarity", "mvmr"]
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=default, help="rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data_path", default="demo")
     parser.add_argument("--output_dir", default="runs/distill")
     parser.add_argument("flags", nargs="*", help="of both scripts, behind --")
     args = parser.parse_args()
-    teacher = [
-        "distill.py",
-        "--teacher",
-        args.teacher,
-        "--cache_teacher",
-        str(Path(args.output_dir) / "teacher.npy"),
-    ]
-    ways = {"no teacher, train.py": ["train.py"]} | {
-        name: teacher + OBJECTIVES[name] for name in args.objectives
-    }
-    ways = {
-        name: [*way, "--preset", "small", "--arch", args.arch, "--data_path", args.data_path]
-        for name, way in ways.items()
-    }
+    cache = str(Path(args.output_dir) / "teacher.npy")
+    distill = ["distill.py", "--teacher", args.teacher, "--cache_teacher", cache]
+    ways = {"no teacher, train.py": ["train.py"]}
+    ways |= {name: distill + OBJECTIVES[name] for name in args.objectives}
+    common = ["--preset", "small", "--arch", args.arch, "--data_path", args.data_path]
+    ways = {name: way + common for name, way in ways.items()}
     compare(ways, args.seeds, args.output_dir, *args.flags)
 
 

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,17 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Why a test is not run, where a few words for all such tests say it.
+SLOW, CUDA = "slow (give --slow)", "cuda (no CUDA device)"
+CIFAR10 = "CIFAR-10 (LOWDINO_CIFAR10 is not set)"
+
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; run with --slow")
+    for line in (
+        "slow: takes more than a few seconds; run with --slow",
+        "cuda: needs a CUDA device; skips itself where there is none",
+    ):
+        config.addinivalue_line("markers", line)
 
 
 def pytest_addoption(parser):
@@ -23,58 +32,78 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="long; run with --slow"))
+    missing = {"slow": None if config.getoption("--slow") else SLOW}
+    missing["cuda"] = None if torch.cuda.is_available() else CUDA
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line at the end: how many tests were not run, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    terminalreporter.write_line("not run: " + not_run([r.longrepr[2] for r in skipped]))
+
+
+def not_run(reasons):
+    """What pytest says of each skipped test, counted by reason in one line."""
+    counts, packages = Counter(), Counter()
+    for reason in reasons:
+        reason = reason.removeprefix("Skipped: ")
+        if reason.startswith("could not import "):
+            packages[reason.split("'")[1]] += 1
+        else:
+            counts[reason] += 1
+    parts = [f"{counts.pop(known)} {known}" for known in (SLOW, CUDA, CIFAR10) if known in counts]
+    if packages:
+        parts.append(f"{packages.total()} optional packages ({', '.join(sorted(packages))})")
+    if counts:
+        more = f"; {len(counts) - 3} more reasons" if len(counts) > 3 else ""
+        parts.append(f"{counts.total()} other ({'; '.join(sorted(counts)[:3])}{more})")
+    return ", ".join(parts) or "nothing was skipped"
 
 
 @pytest.fixture
 def run_script():
-    """Run a script of the project from outside: run_script("train.py", "--flag", ..., ranks=1) -> CompletedProcess."""
+    """Run a script of the project from outside.
+
+    run_script("train.py", "--flag", ..., ranks=1) -> CompletedProcess
+    """
 
     def run(script, *flags, ranks=1, check=True, cwd=None, timeout=280):
-        command = [sys.executable, str(ROOT / script)]
+        command = [sys.executable]
         if ranks > 1:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                f"--nproc_per_node={ranks}",
-                "--standalone",
-                str(ROOT / script),
-            ]
-        environment = {
-            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
-        environment["OMP_NUM_THREADS"] = "1" if ranks > 1 else "2"
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+        own = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        env = {name: value for name, value in os.environ.items() if name not in own}
+        env["OMP_NUM_THREADS"] = "1" if ranks > 1 else "2"
+        command += [str(ROOT / script), *map(str, flags)]
         done = subprocess.run(
-            command + [str(f) for f in flags],
-            cwd=cwd,
-            env=environment,
-            text=True,
-            timeout=timeout,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            command, cwd=cwd, env=env, text=True, timeout=timeout, capture_output=True
         )
         if check and done.returncode != 0:
-            raise AssertionError(
-                f"{script} {flags} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
-            )
+            raise failure(script, flags, done)
         return done
 
     return run
+
+
+def failure(script, flags, done):
+    said = f"{done.stdout}\n{done.stderr}"
+    return AssertionError(f"{script} {flags} gave {done.returncode}\n{said}")
 
 
 def restore_signals():
     """As they are in a new process; a script that ends leaves them ignored."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def as_in_a_new_process():
-    """The same random numbers whichever tests came before, and no signal that one of them left ignored."""
+    """The same random numbers whichever tests came before, and no signal that one left ignored."""
     torch.manual_seed(0)
     yield
     restore_signals()
@@ -82,7 +111,7 @@ def as_in_a_new_process():
 
 @pytest.fixture
 def call_script(capfd, monkeypatch):
-    """As run_script, but by main() in this process, without the seconds that a new one spends on importing torch."""
+    """As run_script, but by main() in this process: a new one takes seconds to import torch."""
 
     def call(script, *flags, check=True, cwd=None):
         monkeypatch.chdir(cwd or ROOT)
@@ -96,7 +125,7 @@ def call_script(capfd, monkeypatch):
         restore_signals()
         done = subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
         if check and code:
-            raise AssertionError(f"{script} {flags} gave {code}\n{done.stdout}\n{done.stderr}")
+            raise failure(script, flags, done)
         return done
 
     return call
@@ -110,7 +139,7 @@ def stopped_after_a_checkpoint(call_script, monkeypatch):
 
     def save_and_stop(folder, state):
         save(folder, state)
-        raise OSError("stopped")
+        raise checkpoint.UserError("stopped")
 
     def call(script, *flags):
         with monkeypatch.context() as patch:
@@ -122,7 +151,10 @@ def stopped_after_a_checkpoint(call_script, monkeypatch):
 
 @pytest.fixture(scope="session")
 def photos():
-    """Natural-looking images that need no file: sums of random waves and edges, (12, 3, 48, 48) uint8."""
+    """Natural-looking images that need no file: sums of random waves and edges.
+
+    (12, 3, 48, 48) uint8
+    """
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:48, 0:48]
     images = []
@@ -139,12 +171,10 @@ def photos():
 
 @pytest.fixture(scope="session")
 def cifar10():
-    """The folder of CIFAR-10 as JPEG files, train/<class>/ and test/<class>/."""
+    """The folder of CIFAR-10 as JPEG files, train/<class>/*.jpg and test/<class>/*.jpg."""
     folder = os.environ.get("LOWDINO_CIFAR10")
     if not folder:
-        pytest.skip(
-            "LOWDINO_CIFAR10 does not name a folder with train/<class>/*.jpg and test/<class>/*.jpg"
-        )
+        pytest.skip(CIFAR10)
     return Path(folder)
 
 
@@ -166,11 +196,38 @@ def draw_pictures(top):
     return top
 
 
+@pytest.fixture
+def one_thread():
+    """This process computes with one thread, as those do that tests of whole runs start."""
+    runs = importlib.import_module("runs")
+    with runs.one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Images, and the output folder of an unhurt run on them by one thread."""
+    runs = importlib.import_module("runs")
+    folder = tmp_path_factory.mktemp("whole")
+    pictures = draw_pictures(folder / "pictures")
+    with runs.one_thread():
+        runs.train_here(runs.stepwise(pictures, folder / "out"))
+    return pictures, folder / "out"
+
+
+def demo_array(indices):
+    """Demo images as a data set."""
+    from lowdino import data, demo
+
+    return data.ImageArray(*demo.demo_images(indices), view_side=demo.SIDE // 2)
+
+
 def losses_on_a_batch(method, views, batch):
     """The losses of twelve steps of Adam on one batch and its views."""
-    optimizer, losses = torch.optim.Adam(method.network.parameters(), lr=2e-3), []
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(parameters, lr=2e-3), []
     for step in range(12):
-        loss, _ = method.objective(method.network, views, batch, step, False)
+        loss = method(views, batch, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,13 +1,16 @@
-"""The comparisons behind the README's tables run through, small: each trains and prints a table with a row for each way."""
+"""The comparisons behind the README's tables run through, small: each trains and prints a table, a
+row for each way."""
 
 import re
 import sys
 
+import bench_speed
 import bench_start
 import pytest
-from test_scripts import SMALL
+import torch
+from runs import options, small
 
-from lowdino import data
+from lowdino import demo
 
 
 def rows(printed):
@@ -15,30 +18,48 @@ def rows(printed):
 
 
 def test_what_starts_it(capsys, monkeypatch):
-    monkeypatch.setattr(data, "DEMO_TRAIN", 256)
-    monkeypatch.setattr(data, "DEMO_TEST", 20)
+    monkeypatch.setattr(demo, "TRAIN", 256)
+    monkeypatch.setattr(demo, "TEST", 20)
     monkeypatch.setattr(bench_start, "VARIANTS", [bench_start.VARIANTS[0], bench_start.VARIANTS[4]])
     monkeypatch.setattr(sys, "argv", ["bench_start.py", "--epochs", "1"])
     bench_start.main()
-    assert rows(capsys.readouterr().out)[-2:] == [
-        "as it is",
-        "... and depthwise filters near the mean",
-    ]
+    expected = ["as it is", "... and depthwise filters near the mean"]
+    assert rows(capsys.readouterr().out)[-2:] == expected
+
+
+def test_a_training_is_timed_between_bare_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TRAIN", 8 * 24)
+    cpu = torch.device("cpu")
+    row = bench_speed.measure_train("mobilevit_xxs", 32, 8, 24, tmp_path, cpu)
+    assert [record["step"] for record in bench_speed.logged(tmp_path)] == [10, 20, 24]
+    assert 0 < row["train_images_per_s"] and 0 < row["floor_images_per_s"]
+    # A step is more than its passes; other programs may have slowed either.
+    assert 0.2 < row["train_over_floor"] < 1.5
+
+
+@pytest.mark.slow
+def test_where_the_time_goes(tmp_path, run_script):
+    flags = "--archs mobilevit_xxs --sizes 32 --batch 64 --repeats 1 --steps 60 --device cpu"
+    flags = options(flags, output_dir=tmp_path)
+    printed = run_script("tests/bench_speed.py", *flags, timeout=900).stdout
+    headings = re.findall(r"^\| (.*) \|\n\|(?:---\|)+$", printed, re.MULTILINE)
+    assert len(headings) == 6 and "k-NN, 50,000 x 10,000 x 640: " in printed
+    assert (tmp_path / "speed.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script, flags, expected",
     [
-        ("bench_recipe.py", ["--archs", "mobilevit_xxs"], ["`mobilevit_xxs`", "raw pixels"]),
+        ("bench_recipe.py", "--archs mobilevit_xxs", ["`mobilevit_xxs`", "raw pixels"]),
         (
             "bench_mvmr.py",
-            ["--arch", "mobilevit_xxs"],
+            "--arch mobilevit_xxs",
             ["L1", "L1 + L2 + L3", "all terms, hog alone"],
         ),
         (
             "bench_distill.py",
-            ["--arch", "mobilevit_xxs", "--objectives", "similarity"],
+            "--arch mobilevit_xxs --objectives similarity",
             ["no teacher, train.py", "similarity"],
         ),
     ],
@@ -46,33 +67,11 @@ def test_what_starts_it(capsys, monkeypatch):
 def test_a_table_has_a_row_for_each_way(
     script, flags, expected, picture_folder, tmp_path, run_script
 ):
+    flags = options(flags, data_path=picture_folder, output_dir=tmp_path / "runs")
     if script == "bench_distill.py":
-        run_script(
-            "train.py",
-            *SMALL,
-            "--data_path",
-            picture_folder,
-            "--epochs",
-            1,
-            "--output_dir",
-            tmp_path / "teacher",
-        )
-        flags = [*flags, "--teacher", tmp_path / "teacher" / "backbone.pth"]
-    done = run_script(
-        f"tests/{script}",
-        *flags,
-        "--seeds",
-        0,
-        "--data_path",
-        picture_folder,
-        "--output_dir",
-        tmp_path / "runs",
-        "--",
-        "--epochs",
-        1,
-        "--batch_size_per_gpu",
-        8,
-        "--device",
-        "cpu",
-    )
+        teacher = tmp_path / "teacher"
+        run_script("train.py", *small("--epochs 1", data_path=picture_folder, output_dir=teacher))
+        flags += options(teacher=teacher / "backbone.pth")
+    common = options("-- --epochs 1 --batch_size_per_gpu 8 --device cpu")
+    done = run_script(f"tests/{script}", *flags, "--seeds", 0, *common)
     assert set(expected) <= set(rows(done.stdout)), done.stdout

@@ -1,11 +1,12 @@
-"""Reading any picture, any folder; the order of batches; the demo images."""
+"""Reading any image, any folder; the order of batches; the copy to the device; demo images."""
 
 import numpy as np
 import pytest
 import torch
+from conftest import demo_array
 from PIL import Image
 
-from lowdino import data, evaluate
+from lowdino import augment, data, demo, evaluate
 
 
 def gradient(dtype=np.uint8, top=255):
@@ -69,15 +70,50 @@ def test_large_images_are_reduced(tmp_path, size, ending):
 def test_collate_puts_images_in_the_corner_of_one_canvas():
     images = [torch.full((3, h, w), 9, dtype=torch.uint8) for h, w in ((4, 7), (6, 2))]
     batch = data.collate([(images[0], 1, 5, []), (images[1], 0, 8, ["a.png", "b.png"])])
-    assert batch.images.shape == (2, 3, 7, 7)
-    assert (
-        batch.sizes.tolist() == [[4, 7], [6, 2]]
-        and batch.labels.tolist() == [1, 0]
-        and batch.indices.tolist() == [5, 8]
-    )
+    assert batch.images.shape == (2, 3, 6, 7)
+    assert batch.sizes.tolist() == [[4, 7], [6, 2]]
+    assert batch.labels.tolist() == [1, 0] and batch.indices.tolist() == [5, 8]
     assert list(batch.bad) == ["a.png", "b.png"]
     assert batch.images[0, :, :4].min() == 9 and batch.images[0, :, 4:].max() == 0
     assert batch.images[1, :, :6, :2].min() == 9 and batch.images.sum() == 9 * 3 * (28 + 12)
+
+
+def test_one_panorama_does_not_quadruple_a_batch():
+    """The canvas is the smallest rectangle, and views do not depend on the canvas."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(40, 160), (60, 40), (40, 40)]  # one wide, one tall
+    images = [torch.randint(256, (3, *s), dtype=torch.uint8, generator=generator) for s in sizes]
+    batch = data.collate([(image, 0, i, []) for i, image in enumerate(images)])
+    assert batch.images.shape == (3, 3, 60, 160) and batch.sizes.tolist() == list(map(list, sizes))
+    square = torch.zeros(3, 3, 160, 160, dtype=torch.uint8)
+    square[:, :, :60] = batch.images
+    for i, image in enumerate(images):
+        alone = augment.central_view(image[None], batch.sizes[i : i + 1], 32)
+        for canvas in (batch.images, square):
+            view = augment.central_view(canvas, batch.sizes, 32)[i : i + 1]
+            torch.testing.assert_close(view, alone, rtol=0, atol=0.04)  # 2 of 255 steps
+    same = data.collate([(images[0], 0, 0, []), (images[0], 0, 1, [])])
+    assert same.images.shape == (2, 3, 40, 160) and torch.equal(same.images[1], images[0])
+
+
+def test_only_an_unreadable_image_is_replaced(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for path in paths[1:]:
+        Image.new("RGB", (8, 8)).save(path)
+    files = data.ImageFiles(paths)
+    with pytest.raises(data.UserError, match="cannot read image .*0.png"):
+        files[0]
+    files.replace_bad = True
+    pixels, _, index, bad = files[0]
+    assert index != 0 and len(bad) >= 1 and "0.png" in bad[0] and pixels.shape == (3, 8, 8)
+
+    def bug(*_):
+        raise ValueError("too many values to unpack (expected 2)")
+
+    monkeypatch.setattr(data, "read_image", bug)
+    with pytest.raises(ValueError, match="too many values") as caught:
+        files[1]
+    assert not isinstance(caught.value, data.UserError)  # a bug is no unreadable image
 
 
 def test_folders_with_and_without_classes(picture_folder):
@@ -121,8 +157,8 @@ def test_nothing_to_read_is_said(tmp_path, picture_folder):
     with pytest.raises(ValueError, match="image.png is not a text file"):
         data.load(str(tmp_path / "image.png"))
     with pytest.raises(ValueError, match="3 images to evaluate are fewer than the 4 ranks"):
-        data.evaluation_loader(data.demo_images(range(3)), 2, 0, 0, 4)
-    with pytest.raises(ValueError, match="no data at nowhere: give a folder"):
+        data.evaluation_loader(demo_array(range(3)), 2, 0, 0, 4)
+    with pytest.raises(data.UserError, match="no data at nowhere: give a folder.* demo, cifar10"):
         data.load("nowhere")
     (picture_folder / "val" / "grey").mkdir()
     Image.new("RGB", (32, 32)).save(picture_folder / "val" / "grey" / "0.png")
@@ -141,7 +177,7 @@ def test_size_that_suits_the_images(tmp_path):
 
     assert data.suitable_size(folder("small", [(20, 30)])) == 32
     assert data.suitable_size(folder("middle", [(100, 99), (40, 40), (130, 97)])) == 96
-    assert data.suitable_size(data.demo_images(range(3))) == 32
+    assert data.suitable_size(demo_array(range(3))) == 32
     assert data.suitable_size(folder("large", [(640, 480)] * 3)) == 224
 
 
@@ -186,11 +222,10 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
         data.collate([cached[i] for i in indices]),
         strict=True,
     ):
-        assert (
-            torch.equal(torch.as_tensor(expected), torch.as_tensor(found))
-            if isinstance(expected, torch.Tensor)
-            else expected == found
-        )
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(expected, found)
+        else:
+            assert expected == found
     for loader in (
         data.evaluation_loader(cached, 4, 2),
         data.training_loader(cached, [[0]], 2, False),
@@ -199,11 +234,57 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
 
 
 def test_images_on_a_gpu_have_no_other_processes():
-    array = data.demo_images(range(3))
-    assert (
-        data.processes(array, 2) == 2
-        and data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
-    )
+    array = demo_array(range(3))
+    assert data.processes(array, 2) == 2
+    assert data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
+
+
+def device_batches(device, picture_folder):
+    """Compare the batches of `on_device`, during long work, with those of the loader itself."""
+    Image.new("RGB", (50, 20), (10, 200, 30)).save(picture_folder / "train" / "dark" / "wide.png")
+    images = data.load(str(picture_folder)).pretrain
+    batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=14)
+    expected = list(data.training_loader(images, batches, 0, pin_memory=False))
+    loader = data.training_loader(images, batches, 0, pin_memory=device.type == "cuda")
+    work = torch.randn(2000, 2000, device=device) if device.type == "cuda" else torch.eye(2)
+    found = []
+    for batch in data.on_device(loader, device):
+        assert batch.images.device.type == batch.sizes.device.type == device.type
+        for _ in range(20):
+            work = (work @ work).clamp(-1, 1)
+        sums = batch.images.sum(dim=(1, 2, 3))
+        found.append((batch.images.clone(), sums, batch.sizes, batch.labels, batch.indices))
+    assert len(found) == len(expected) == 12
+    for ours, theirs in zip(found, expected):
+        copy, sums, sizes, labels, indices = (tensor.cpu() for tensor in ours)
+        assert torch.equal(copy, theirs.images) and torch.equal(sizes, theirs.sizes)
+        assert torch.equal(sums, theirs.images.sum(dim=(1, 2, 3)))
+        assert torch.equal(labels, theirs.labels) and torch.equal(indices, theirs.indices)
+    assert list(data.on_device([], device)) == []
+
+
+def test_batches_reach_the_cpu_in_order(picture_folder):
+    device_batches(torch.device("cpu"), picture_folder)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_copied_ahead_to_cuda_in_order(picture_folder):
+    device_batches(torch.device("cuda", 0), picture_folder)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_cached_on_cuda_give_the_batches_of_the_files(picture_folder):
+    device = torch.device("cuda", 0)
+    files = data.load(str(picture_folder)).pretrain
+    batches = data.TrainingBatches(len(files), 5, seed=0, start=0, stop=6)
+    expected = data.training_loader(files, batches, 0, pin_memory=False)
+    cached = data.cached(files, "device", device, 0)
+    loader = data.training_loader(cached, batches, 2, pin_memory=False)
+    for batch, theirs in zip(data.on_device(loader, device), expected, strict=True):
+        assert batch.images.device == device and batch.indices.tolist() == theirs.indices.tolist()
+        assert torch.equal(batch.images.cpu(), theirs.images)
 
 
 def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
@@ -217,7 +298,7 @@ def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
 
 
 def test_a_path_of_no_name_is_not_this_folder():
-    with pytest.raises(ValueError, match="no data at a path of no name: give a folder"):
+    with pytest.raises(ValueError, match="no data at an empty path: give a folder"):
         data.load("")
 
 
@@ -230,7 +311,7 @@ def test_where_auto_caches_follows_from_the_decoded_size(picture_folder, monkeyp
     monkeypatch.setattr(data, "CACHE_BYTES", size - 1)
     assert data.where_to_cache(files, cpu) == "none"
     assert data.cached(files, "none", cpu, 0) is files
-    array = data.demo_images(range(3))
+    array = demo_array(range(3))
     assert array.decoded_bytes() == 3 * 3 * 64 * 64 and data.cached(array, "host", cpu, 0) is array
     assert torch.equal(
         data.cached(array, "device", cpu, 0).__getitems__([2, 0]).images, array.images[[2, 0]]
@@ -238,23 +319,23 @@ def test_where_auto_caches_follows_from_the_decoded_size(picture_folder, monkeyp
 
 
 def test_demo_is_deterministic_by_index_and_balanced():
-    several, one = data.demo_images([3, 14, 1_000_007]), data.demo_images([14])
-    assert several.images.shape == (3, 3, 64, 64) and several.labels.tolist() == [3, 4, 7]
-    assert torch.equal(several.images[1], one.images[0])
-    assert not torch.equal(data.demo_images([4]).images[0], one.images[0])
+    (several, labels), (one, _) = demo.demo_images([3, 14, 1_000_007]), demo.demo_images([14])
+    assert several.shape == (3, 3, 64, 64) and several.dtype == torch.uint8
+    assert labels.tolist() == [3, 4, 7] and labels.dtype == torch.int64
+    assert torch.equal(several[1], one[0])
+    assert not torch.equal(demo.demo_images([4])[0][0], one[0])
 
 
 def test_demo_is_not_solved_by_pixels():
-    train, test = data.demo_images(range(1000)), data.demo_images(range(10**6, 10**6 + 500))
-    pixels = [images.images.flatten(1).float() for images in (train, test)]
-    assert (
-        evaluate.accuracy(evaluate.knn_classify(pixels[0], train.labels, pixels[1]), test.labels)
-        < 0.35
-    )
+    splits = range(1000), range(demo.TEST_START, demo.TEST_START + 500)
+    (train, train_labels), (test, labels) = map(demo.demo_images, splits)
+    pixels = [images.flatten(1).float() for images in (train, test)]
+    scores = evaluate.knn_classify(pixels[0], train_labels, pixels[1])
+    assert evaluate.accuracy(scores, labels) < 0.35
 
 
 def test_evaluation_loader_shares_images_among_ranks():
-    images = data.demo_images(range(7))
+    images = demo_array(range(7))
     parts = [
         torch.cat([b.indices for b in data.evaluation_loader(images, 2, 0, rank, 2)]).tolist()
         for rank in (0, 1)
@@ -263,7 +344,7 @@ def test_evaluation_loader_shares_images_among_ranks():
 
 
 class FakeSet:
-    """As torchvision's CIFAR10 and STL10: red is the image's number, in the layout that each has."""
+    """As torchvision's CIFAR10 and STL10, each in its layout; red is the image's number."""
 
     def __init__(self, root, download=False, train=None, split=None):
         count = 6 if train or split == "unlabeled" else 4
@@ -285,8 +366,7 @@ class FakeSet:
 def test_torchvisions_sets(name, side, train_labels, monkeypatch):
     monkeypatch.setattr(data.datasets, name.upper(), FakeSet)
     found = data.load(name)
-    assert found.train.labels.tolist() == list(train_labels) and found.test.labels.tolist() == list(
-        range(4)
-    )
+    assert found.train.labels.tolist() == list(train_labels)
+    assert found.test.labels.tolist() == list(range(4))
     assert len(found.pretrain) == 6 and found.pretrain.images.shape[1:] == (3, side, side)
     assert found.pretrain.images[:, :, 5, 7].tolist() == [[i, 200, 5] for i in range(6)]

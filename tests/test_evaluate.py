@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import demo_array
 from torch import nn
 
 from lowdino import augment, data, evaluate
@@ -15,17 +16,14 @@ def loop_knn(train, labels, test, k, temperature, classes):
         similarity = train @ x
         for j in np.argsort(-similarity)[:k]:
             scores[i, labels[j]] += np.exp(similarity[j] / temperature)
-    return scores
+    return np.where(scores > 0, scores, -np.inf)  # a class without a vote
 
 
 @pytest.mark.parametrize("k, classes", [(1, 3), (20, 3), (20, 40), (1000, 7)])
 def test_knn_is_the_loop(k, classes):
     rng = np.random.default_rng(k + classes)
-    train, test, labels = (
-        rng.normal(size=(150, 8)),
-        rng.normal(size=(40, 8)),
-        rng.integers(0, classes, 150),
-    )
+    train, test = rng.normal(size=(150, 8)), rng.normal(size=(40, 8))
+    labels = rng.integers(0, classes, 150)
     ours = evaluate.knn_classify(
         torch.tensor(train), torch.tensor(labels), torch.tensor(test), k, 0.07, classes
     )
@@ -50,8 +48,62 @@ def test_accuracy_counts_the_first_ranks():
     )
 
 
+def test_a_class_without_a_vote_is_no_hit():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 6, generator=generator) for n in (60, 200))
+    labels = torch.arange(60) % 10
+    truth = torch.randint(10, (200,), generator=generator)
+    nearest = evaluate.knn_classify(train, labels, test, k=1)
+    top1, top5 = (evaluate.accuracy(nearest, truth, top) for top in (1, 5))
+    assert 0 < top1 == top5 < 0.5
+    everyone = evaluate.knn_classify(train, labels, test, k=60)
+    assert evaluate.accuracy(everyone, truth, 10) == 1
+
+
+def test_negative_logits_count_like_others():
+    logits = torch.tensor([[-3.0, -1.0, -2.0], [0.0, 0.0, -1.0]])
+    labels = torch.tensor([2, 2])
+    assert [evaluate.accuracy(logits, labels, top) for top in (1, 2, 3)] == [0, 0.5, 1]
+
+
+class Recorder(nn.Module):
+    """Channel means, and the dtype of a convolution's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dtypes = nn.Conv2d(3, 4, 3), []
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.dtypes.append((x.dtype, y.dtype))
+        return y.mean(dim=(2, 3))
+
+
+def recorded(device):
+    model = Recorder().to(device)
+    features, _ = evaluate.extract_features(
+        model,
+        data.evaluation_loader(demo_array(range(6)), 3, 0),
+        lambda x, s: augment.central_view(x, s, 32),
+        device,
+    )
+    assert features.dtype == torch.float32 and features.device.type == torch.device(device).type
+    assert not features.requires_grad and features.shape == (6, 4)
+    return set(model.dtypes)
+
+
+def test_features_on_a_cpu_are_computed_in_float32():
+    assert recorded("cpu") == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_on_cuda_are_computed_in_bfloat16():
+    assert recorded("cuda") == {(torch.float32, torch.bfloat16)}
+
+
 def test_features_are_those_of_each_image_in_eval_mode():
-    images = data.demo_images(range(10))
+    images = demo_array(range(10))
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten()
     ).train()

@@ -48,7 +48,7 @@ def test_dino_loss_and_centre(views, alpha):
     student, teacher = logits(views, seed=1), logits(2, seed=2)
     loss = DINOLoss(7, student_temp=0.1, center_momentum=0.9, alpha=alpha)
     center = np.zeros(7)
-    for step in range(3):
+    for _ in range(3):
         ours = loss(tensors(student), tensors(teacher), 0.05)
         assert ours.item() == pytest.approx(
             loop_loss(student, teacher, center, 0.05, 0.1, alpha), rel=1e-5
@@ -84,10 +84,25 @@ def test_evaluation_mode_leaves_the_centre():
     assert loss.center.abs().sum() == 0
 
 
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_forward_is_targets_pairs_and_update_center(centering):
+    student, teacher = tensors(logits(4, seed=1)), tensors(logits(2, seed=2))
+    whole, steps = (DINOLoss(7, centering=centering, alpha=0.4) for _ in range(2))
+    for _ in range(3):
+        t = torch.cat(teacher)
+        P_t = steps.targets(t, 0.05)
+        assert P_t.dtype == torch.float32 and not P_t.requires_grad
+        torch.testing.assert_close(P_t.sum(dim=1), torch.ones(10))
+        loss = steps.pairs(student, P_t.chunk(2))
+        steps.update_center(t)
+        assert loss.item() == whole(student, teacher, 0.05).item()
+        assert torch.equal(whole.center, steps.center)
+    assert (steps.center.abs().sum() > 0) == (centering == "softmax")
+
+
 def test_uniform_logits_give_ln_k():
-    assert DINOLoss(100)(
-        [torch.zeros(3, 100)] * 4, [torch.zeros(3, 100)] * 2, 0.04
-    ).item() == pytest.approx(math.log(100))
+    loss = DINOLoss(100)([torch.zeros(3, 100)] * 4, [torch.zeros(3, 100)] * 2, 0.04)
+    assert loss.item() == pytest.approx(math.log(100))
 
 
 def test_sinkhorn_is_the_alternating_normalisation():
@@ -123,10 +138,23 @@ def test_loss_is_float32_under_autocast():
         spread = KoLeoLoss()(tensors(student)[0])
         contrast = InfoNCELoss()(*tensors(student)[:2])
     assert contrast.item() == InfoNCELoss()(*tensors(student)[:2]).item()
-    assert (
-        ours.dtype == spread.dtype == contrast.dtype == torch.float32
-        and ours.item() == exact.item()
+    assert ours.dtype == spread.dtype == contrast.dtype == torch.float32
+    assert ours.item() == exact.item()
+
+
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_the_steps_are_float32_for_bfloat16_logits_under_autocast(centering):
+    loss = DINOLoss(7, centering=centering)
+    student, teacher = (
+        [v.bfloat16() for v in tensors(x)] for x in (logits(3, seed=1), logits(2, seed=2))
     )
+    t = torch.cat(teacher)
+    exact = loss.targets(t.float(), 0.04)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        P_t = loss.targets(t, 0.04)
+        value = loss.pairs(student, P_t.chunk(2))
+    assert value.dtype == P_t.dtype == torch.float32 and torch.equal(P_t, exact)
+    assert value.item() == loss.pairs([s.float() for s in student], exact.chunk(2)).item()
 
 
 def test_koleo_is_the_nearest_neighbours_log_distance():
@@ -187,28 +215,34 @@ RANKS = textwrap.dedent("""
     from torch.nn.parallel import DistributedDataParallel
     sys.path.insert(0, {root!r})
     from lowdino import distributed
-    from lowdino.losses import DINOLoss, DistanceCorrelation, InfoNCELoss, KoLeoLoss, MVMRLoss, SimilarityLoss
+    from lowdino.losses import DINOLoss, DistanceCorrelation, InfoNCELoss
+    from lowdino.losses import KoLeoLoss, MVMRLoss, SimilarityLoss
 
-    ranks = distributed.start("cpu")
-    rank, world = ranks.rank, ranks.world
-    torch.manual_seed(0)
-    x, t = torch.randn(3, 8, 6), torch.randn(2, 8, 10)  # views, images, width
-    model = nn.Linear(6, 10)
-    own = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
-    result = {{}}
-    for centering in ("softmax", "sinkhorn"):
-        loss, similarity = DINOLoss(10, centering=centering, alpha=0.4), SimilarityLoss(10, queue_size=16)
-        model.zero_grad()
-        for step in range(2):
-            logits = wrapped(x[:, own].flatten(0, 1)).chunk(3)
-            (loss(logits, list(t[:, own]), 0.05) + KoLeoLoss()(logits[0]) + InfoNCELoss()(*logits[:2])
-             + similarity(logits[2], t[1, own]) + sum(MVMRLoss()(*logits[:2], [t[0, own]]))
-             + DistanceCorrelation()(logits[1], t[1, own])).backward()
-        result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
-    if rank == 0:
-        torch.save(result, {out!r})
-    distributed.stop()
+    def main(ranks):
+        rank, world = ranks.rank, ranks.world
+        torch.manual_seed(0)
+        x, t = torch.randn(3, 8, 6), torch.randn(2, 8, 10)  # views, images, width
+        model = nn.Linear(6, 10)
+        own = slice(rank * 8 // world, (rank + 1) * 8 // world)
+        wrapped = DistributedDataParallel(model) if world > 1 else model
+        result = {{}}
+        for centering in ("softmax", "sinkhorn"):
+            loss = DINOLoss(10, centering=centering, alpha=0.4)
+            similarity = SimilarityLoss(10, queue_size=16)
+            model.zero_grad()
+            for step in range(2):
+                logits = wrapped(x[:, own].flatten(0, 1)).chunk(3)
+                (loss(logits, list(t[:, own]), 0.05)
+                 + KoLeoLoss()(logits[0])
+                 + InfoNCELoss()(*logits[:2])
+                 + similarity(logits[2], t[1, own])
+                 + sum(MVMRLoss()(*logits[:2], [t[0, own]]))
+                 + DistanceCorrelation()(logits[1], t[1, own])).backward()
+            result[centering] = [loss.center, model.weight.grad.clone(), model.bias.grad.clone()]
+        if rank == 0:
+            torch.save(result, {out!r})
+
+    distributed.launch("ranks", None, "cpu", main)  # as the scripts start and end
 """)
 
 

@@ -1,4 +1,7 @@
-"""Backbones against timm: recorded values without it, and the package itself where it is installed."""
+"""Backbones against the official code and timm.
+
+Recorded values stand for both. timm itself is compared where it is installed.
+"""
 
 import hashlib
 
@@ -11,9 +14,9 @@ from lowdino import ema, models, vit
 
 SIZES = (256, 256), (224, 320), (96, 96), (33, 47)
 
-# From timm 1.0.31 in float64, num_classes=0: the first 16 digits of the SHA-256 over the sorted names and shapes of the
-# state dict; then for weights and images of `fill` and `picture`, at each of SIZES, the features 0, 1 and -1 and the
-# standard deviation over all.
+# From timm 1.0.31 in float64, num_classes=0. First 16 digits of the SHA-256 over the sorted names
+# and shapes of the state dict. Then, for the weights of `fill` and the image of `picture` at each
+# of SIZES, features 0, 1 and -1 and the standard deviation over all features.
 TIMM = {
     "mobilevit_xxs": (
         "fa8c4596dcb9aabb",
@@ -44,7 +47,7 @@ TIMM = {
     ),
 }
 
-PARAMETERS = {  # parameters, width; torchvision's from its documentation, less the classifier
+PARAMETERS = {  # parameters, width; torchvision's from its documentation, without the classifier
     "mobilevit_xxs": (951_024, 320),
     "mobilevit_xs": (1_932_848, 384),
     "mobilevit_s": (4_937_632, 640),
@@ -90,7 +93,7 @@ def test_mobilevit_weights_go_both_ways_with_timm(arch):
         timm.create_model(arch, num_classes=0).eval(),
         lowdino.build_backbone(arch).eval(),
     )
-    for value in theirs.state_dict().values():  # off its initialisation, where some norms are zero
+    for value in theirs.state_dict().values():  # at initialisation some norms' weights are zero
         if value.is_floating_point() and value.ndim == 1:
             value.uniform_(0.5, 1.5)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -101,35 +104,109 @@ def test_mobilevit_weights_go_both_ways_with_timm(arch):
             torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
-# As above, of the class token at (224, 224) and (98, 126), or (96, 128) for patches of 16; timm's names are the authors'
-# but for the registers (`reg_token`) and the class token's position, which timm adds to the token where there are some.
-TIMM_VIT = {
-    "vit_small_patch16_224.dino": (
+DINOV2 = dict(patch_size=14, image_size=518, layer_scale=True)
+
+# From the official code of DINO and DINOv2 (models dinov2_vits14 and dinov2_vits14_reg) in float64,
+# for the weights of `fill` and the image of `picture`. At each size: features 0, 1 and -1 of the
+# class token and their standard deviation; the first feature of the first patch token, the last of
+# the last, and the standard deviation over all patch tokens. Some sizes are smaller or larger than
+# the network's own; two have as many patches but are not square (224 x 230, 112 x 448).
+OFFICIAL_VIT = {
+    "dino_vits16": (
         dict(patch_size=16),
-        ((224, 224), (96, 128)),
-        [[-0.4200497, 1.300849, 0.6545481, 1.011308], [0.7023283, 0.6241422, -0.1520678, 1.004767]],
+        {
+            (224, 224): [
+                -0.4200497,
+                1.300849,
+                0.6545481,
+                1.011308,
+                -0.3312162,
+                0.3854915,
+                1.010104,
+            ],
+            (96, 96): [-0.9017416, 2.632414, -0.416698, 1.014988, 0.18809, -0.3048382, 1.010045],
+            (96, 128): [0.7011385, 0.6266768, -0.152482, 1.004755, 0.5464955, -0.0399425, 1.008784],
+            (224, 230): [
+                -0.01680148,
+                1.699291,
+                0.4362755,
+                1.002064,
+                0.2791214,
+                0.03453781,
+                1.004708,
+            ],
+            (112, 448): [
+                0.2196669,
+                1.066649,
+                -0.2748301,
+                1.003647,
+                0.8370455,
+                -0.2513796,
+                1.007972,
+            ],
+            (240, 208): [0.9755872, 1.943329, 0.5437088, 1.010384, 0.7460102, 0.3542555, 1.008488],
+            (33, 47): [-0.9291662, 1.717025, -1.445416, 1.007236, -0.9001514, -1.423744, 1.008798],
+        },
     ),
-    "vit_small_patch14_dinov2": (
-        dict(patch_size=14, image_size=518, layer_scale=True),
-        ((224, 224), (98, 126)),
-        [
-            [-1.558593, -0.4735123, 0.2011121, 1.005905],
-            [-1.389929, -0.9084808, -0.09380808, 1.003212],
-        ],
+    "dino_vits8": (
+        dict(patch_size=8),
+        {
+            (96, 96): [1.012195, 2.262666, -0.8255554, 1.015105, 0.5679399, -0.04347086, 1.007849],
+            (100, 60): [-0.5778051, 2.27228, -0.2758856, 1.007279, 0.4409, 0.3261387, 1.009956],
+        },
     ),
-    "vit_small_patch14_reg4_dinov2": (
-        dict(patch_size=14, image_size=518, layer_scale=True, registers=4),
-        ((224, 224), (98, 126)),
-        [
-            [-1.483703, -0.4615688, 0.1878222, 1.00603],
-            [-1.226083, -0.7741002, -0.1922568, 1.004009],
-        ],
+    "dinov2_vits14": (
+        DINOV2,
+        {
+            (224, 224): [
+                -1.559565,
+                -0.4742716,
+                0.2014133,
+                1.005906,
+                -1.197624,
+                0.5425251,
+                1.007895,
+            ],
+            (98, 126): [
+                -1.391308,
+                -0.9072002,
+                -0.09361583,
+                1.0032,
+                -1.392301,
+                0.04983289,
+                1.003804,
+            ],
+        },
     ),
+    "dinov2_vits14_reg": (
+        DINOV2 | dict(registers=4),
+        {
+            (224, 224): [-1.483703, -0.4615688, 0.1878222, 1.00603, -1.207248, 0.5159301, 1.007868],
+            (98, 126): [
+                -1.226083,
+                -0.7741002,
+                -0.1922568,
+                1.004009,
+                -1.164849,
+                -0.07072833,
+                1.004803,
+            ],
+        },
+    ),
+}
+
+# timm's networks, at the sizes where timm resizes the position embedding as the official code: it
+# always antialiases. Its names are the official ones but for the registers (`reg_token`) and the
+# class token's position, which timm adds to the token where there are registers.
+TIMM_VIT = {
+    "vit_small_patch16_224.dino": [(224, 224)],
+    "vit_small_patch14_dinov2": [(518, 518)],
+    "vit_small_patch14_reg4_dinov2": [(224, 224), (98, 126)],
 }
 
 
 def official_names(dim, grid, patch, registers=0, layer_scale=False):
-    """Parameters of the authors' files, names and shapes, for 12 blocks."""
+    """Names and shapes of the parameters of the official files, for 12 blocks."""
     shapes = {
         "cls_token": (1, 1, dim),
         "pos_embed": (1, 1 + grid**2, dim),
@@ -155,34 +232,33 @@ def official_names(dim, grid, patch, registers=0, layer_scale=False):
     return shapes
 
 
-def test_vit_has_the_names_of_the_authors_files():
+def test_vit_has_the_names_of_the_official_files():
     with torch.device("meta"):  # shapes, no values
         models = [
             (vit.vit_tiny(patch_size=16), official_names(192, 14, 16)),
             (vit.vit_small(patch_size=8), official_names(384, 28, 8)),
             (vit.vit_base(patch_size=16), official_names(768, 14, 16)),
-            (
-                vit.vit_small(patch_size=14, image_size=518, layer_scale=True),
-                official_names(384, 37, 14, 0, True),
-            ),
-            (
-                vit.vit_base(patch_size=14, image_size=518, layer_scale=True, registers=4),
-                official_names(768, 37, 14, 4, True),
-            ),
+            (vit.vit_small(**DINOV2), official_names(384, 37, 14, 0, True)),
+            (vit.vit_base(**DINOV2, registers=4), official_names(768, 37, 14, 4, True)),
         ]
     for model, expected in models:
         assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("name", TIMM_VIT)
-def test_vit_is_timms(name):
-    options, sizes, expected = TIMM_VIT[name]
-    model = vit.vit_small(**options).double().eval()
+@pytest.mark.parametrize("name", OFFICIAL_VIT)
+def test_vit_is_the_official_codes_at_every_size(name):
+    """Class and patch tokens of the network that `like` builds, so a file alone tells the way."""
+    options, expected = OFFICIAL_VIT[name]
+    with torch.device("meta"):
+        weights = vit.vit_small(**options).state_dict()
+    model = vit.like(weights).double().eval()
     fill(model)
-    for (height, width), values in zip(sizes, expected):
+    for (height, width), values in expected.items():
         with torch.no_grad():
-            f = model(picture(height, width))[0]
-        np.testing.assert_allclose([f[0], f[1], f[-1], f.std()], values, rtol=1e-5, atol=1e-6)
+            (f,), (patches,) = model.forward_tokens(picture(height, width))
+        first, last = patches[0, 0, 0], patches[-1, -1, -1]
+        actual = [f[0], f[1], f[-1], f.std(), first, last, patches.std()]
+        np.testing.assert_allclose(actual, values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TIMM_VIT)
@@ -190,9 +266,10 @@ def test_timms_vit_weights_load(name, tmp_path):
     timm = pytest.importorskip("timm")
     theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
     for key, value in theirs.named_parameters():
-        value.data.uniform_(0.5, 1.5) if "gamma" in key else value.data.add_(
-            torch.randn_like(value) * 0.02
-        )
+        if "gamma" in key:
+            value.data.uniform_(0.5, 1.5)
+        else:
+            value.data.add_(torch.randn_like(value) * 0.02)
     weights = theirs.state_dict()
     if "reg_token" in weights:
         weights["register_tokens"] = weights.pop("reg_token")
@@ -203,8 +280,8 @@ def test_timms_vit_weights_load(name, tmp_path):
     ours = lowdino.load_backbone(str(tmp_path / "official.pth"))
     assert ours.arch == "vit_small"
     ours.load_state_dict(weights, strict=True)
-    for height, width in TIMM_VIT[name][1]:
-        x = torch.randn(2, 3, height, width)
+    for height, width in TIMM_VIT[name]:
+        x = torch.randn(1, 3, height, width)
         with torch.no_grad():
             tokens, (own, patches) = theirs.forward_features(x), ours.forward_tokens(x)
         torch.testing.assert_close(own, tokens[:, 0], atol=1e-5, rtol=1e-5)
@@ -226,22 +303,25 @@ def test_vit_contract():
     for height, width in ((32, 32), (33, 47), (64, 96)):
         x = torch.randn(2, 3, height, width)
         with torch.no_grad():
-            features, feature_map, attention = (
-                model(x),
-                model.forward_features(x),
-                model.get_last_selfattention(x),
-            )
-        assert features.shape == (2, 192) and feature_map.shape == (
-            2,
-            192,
-            height // 14,
-            width // 14,
-        )
+            features, feature_map = model(x), model.forward_features(x)
+            attention = model.get_last_selfattention(x)
+        assert features.shape == (2, 192)
+        assert feature_map.shape == (2, 192, height // 14, width // 14)
         tokens = 1 + (height // 14) * (width // 14)
         assert attention.shape == (2, 3, tokens, tokens)
         torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, tokens))
     with pytest.raises(ValueError, match="one whole patch at least, 14 x 14 pixels"):
         model(torch.randn(1, 3, 13, 64))
+
+
+@pytest.mark.parametrize("arch", lowdino.ARCHS)
+def test_every_backbone_says_its_normalisation(arch):
+    with torch.device("meta"):
+        one, other = lowdino.build_backbone(arch), lowdino.build_backbone(arch)
+    one.mean, one.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # weights that expect another
+    assert other.mean == (0.485, 0.456, 0.406) and other.std == (0.229, 0.224, 0.225)
+    teacher = ema.make_teacher(one)
+    assert teacher.mean == (0.0, 0.0, 0.0) and teacher.std == (1.0, 1.0, 1.0)
 
 
 def test_last_selfattention_is_what_the_last_block_uses():
@@ -326,14 +406,13 @@ def test_unknown_architecture_is_named():
 
 @pytest.mark.parametrize("arch", ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s"])
 def test_features_of_a_shifted_image_agree_at_initialisation(arch):
-    """What self-distillation bootstraps from: 0.57 to 0.70 here, where He's initialisation alone has 0.01 to 0.04."""
+    """What self-distillation bootstraps from: 0.57 to 0.70 here, He's alone 0.01 to 0.04."""
     torch.manual_seed(0)
     model = lowdino.build_backbone(arch).train()
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.normal(size=(64, 3, 17, 17))).float()
-    images = torch.nn.functional.interpolate(
-        images, size=(68, 68), mode="bicubic"
-    )  # smooth, as photographs are
+    # Smooth, as photographs are.
+    images = torch.nn.functional.interpolate(images, size=(68, 68), mode="bicubic")
     with torch.no_grad():
         a, b = model(images[:, :, :64, :64]), model(images[:, :, 4:, 4:])
     assert torch.cosine_similarity(a - a.mean(0), b - b.mean(0)).mean() > 0.5

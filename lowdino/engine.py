@@ -1,0 +1,559 @@
+"""The training loop, and what surrounds a step: resume, guard, log, save, evaluate, stop."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lowdino
+from lowdino import (
+    augment,
+    checkpoint,
+    data,
+    distributed,
+    evaluate,
+    frozen,
+    health,
+    monitor,
+    optim,
+    schedules,
+    settings,
+    vit,
+)
+from lowdino.methods import Method
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+
+# GradScaler starts from 2^16 and halves its scale where gradients overflow in float16.
+LEAST_SCALE = 2.0**-10
+
+# Streams of random numbers, functions of (stream, seed, step, rank), see augment.derived_seed.
+# 0 is the order of the images and 4 what stands in for bad ones, both in data.py.
+VIEWS, DROP_PATH = 1, 3
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+class Diverged(UserError, FloatingPointError):
+    """A loss or gradients that are not finite."""
+
+
+def train(
+    args,
+    ranks: distributed.Ranks,
+    source: data.Data,
+    build: Callable[..., Method],
+    more_settings: dict | None = None,
+    knn_note: Callable[[], str] = str,
+) -> Method:
+    """Train a method, from its checkpoint in --output_dir if there is one, and return it.
+
+    Args:
+        args: resolved by `settings.settle`. build: makes the method of (backbone, args,
+            total_steps=, epoch_steps=). more_settings: what a resumed run must share beside the
+            flags. knn_note: words to print after a k-NN accuracy.
+
+    Raises:
+        UserError: where settings and checkpoint do not fit, or too many images are bad; `Diverged`.
+        SystemExit: after a signal; the same call resumes the run.
+    """
+    run = Run(args, ranks, source, build, more_settings or {}, knn_note)
+    method, optimizer, scaler, device = run.method, run.optimizer, run.scaler, ranks.device
+    model = distributed.data_parallel(method, device)
+    multicrop = run.multicrop.to(device)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+
+    for batch in data.on_device(run.start(), device):
+        run.clock.waited()
+        step = run.step
+
+        set_schedules(optimizer, args, step, run.total_steps, run.epoch_steps, run.peak_lr)
+
+        generator = augment.seeded_generator(device, VIEWS, args.seed, step, ranks.rank)
+        views = multicrop(batch.images, batch.sizes, generator)
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+        run.show(views)
+
+        run.remember_buffers()
+        loss = forward(model, views, batch, step, args, ranks)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        method.before_step(step)
+        norms = optim.clip_gradients_by_parameter(parameters, args.clip_grad)
+
+        if run.all_finite(loss, norms, batch):
+            scaler.step(optimizer)
+            scaler.update()
+            method.after_step(step)
+            run.add_loss(loss)
+        else:
+            run.leave_out(model, views, batch)
+
+        run.step += 1
+        run.log_step()
+        run.save_if_due()
+        run.stop_if_signalled()
+        run.evaluate_if_due()
+    return run.finish()
+
+
+def set_schedules(optimizer, args, step: int, total: int, epoch_steps: int, peak_lr: float) -> None:
+    """Learning rate and weight decay of every group, as functions of the step."""
+    warmup = round(args.warmup_epochs * epoch_steps)
+    lr = schedules.cosine(step, total, peak_lr, args.min_lr, warmup)
+    weight_decay = schedules.cosine(step, total, args.weight_decay, args.weight_decay_end)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def forward(model: nn.Module, views: list[Tensor], batch: data.Batch, step: int, args, ranks):
+    """The loss under autocast, stochastic depth drawn from the step alone."""
+    device = ranks.device.type
+    # On a CPU its generator alone: to look for every other kind takes half a millisecond.
+    seed = torch.default_generator.manual_seed if device == "cpu" else torch.manual_seed
+    seed(augment.derived_seed(DROP_PATH, args.seed, step, ranks.rank))
+    with torch.autocast(device, AUTOCAST[args.amp], enabled=args.amp != "none"):
+        return model(views, batch, step)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run is made of
+# ---------------------------------------------------------------------------------------------
+
+
+def build_backbone(args) -> nn.Module:
+    """The backbone to train, from random weights or from --init, the same on every rank."""
+    torch.manual_seed(args.seed)
+    is_vit = args.arch in vit.ARCHS
+    if args.init:
+        backbone = lowdino.load_backbone(args.init, args.arch).train()
+        if is_vit and backbone.patch_size != args.patch_size:
+            size = backbone.patch_size
+            raise UserError(
+                f"--init {args.init} has patches of {size} pixels; give --patch_size {size}"
+            )
+    else:
+        options = dict(patch_size=args.patch_size, image_size=args.global_crops_size)
+        backbone = lowdino.build_backbone(args.arch, **(options if is_vit else {}))
+    if is_vit:
+        backbone.set_drop_path_rate(args.drop_path_rate)
+    return backbone
+
+
+def build_views(args, backbone: nn.Module | None = None) -> augment.MultiCrop:
+    """The views that the flags ask for, normalised as the backbone expects."""
+    mean, std = frozen.normalisation(backbone)
+    return augment.MultiCrop(
+        args.global_crops_size,
+        args.local_crops_size,
+        args.local_crops_number,
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.vertical_flip,
+        # DINO blurs by up to 2 pixels at 224. Smaller views get less in proportion, or the blur
+        # would erase them.
+        blur_sigma=(0.1, 2 * args.global_crops_size / 224),
+        mean=mean,
+        std=std,
+    )
+
+
+def build_optimizer(args, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    groups = optim.parameter_groups(model)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return optim.LARS(groups)
+
+
+class Run:
+    """A training on one rank: its parts and its state, and what is done around a step.
+
+    The state is `step`, `first_knn`, `skipped` (steps left out in a row), and the sum of the losses
+    since the last log line, with that of the method, the optimizer and the scaler.
+    """
+
+    def __init__(self, args, ranks, source, build, more_settings, knn_note):
+        self.args, self.ranks, self.source, self.knn_note = args, ranks, source, knn_note
+        self.signals = distributed.StopSignals()
+        self.output = Path(args.output_dir)
+        self.log = monitor.Log(self.output, active=ranks.first)
+
+        self.total_batch = args.batch_size_per_gpu * ranks.world
+        self.epoch_steps = len(source.pretrain) // self.total_batch
+        self.total_steps = args.epochs * self.epoch_steps
+        reference = args.lr_reference_batch
+        self.peak_lr = args.lr * (self.total_batch / reference if reference else 1)
+
+        # Compared before a method is built, which may work for hours.
+        self.settings = settings.compared(args, source.pretrain, ranks.world) | more_settings
+        saved = checkpoint.load_checkpoint(self.output, warn=self.warn)
+        if saved:
+            self.compare_settings(saved)
+
+        backbone = build_backbone(args)
+        self.multicrop = build_views(args, backbone)
+        images = f"{source.name}, {len(source.pretrain)} images"
+        self.log.say(f"data: {images}; {self.multicrop.describe()}")
+        steps = dict(total_steps=self.total_steps, epoch_steps=self.epoch_steps)
+        self.method = distributed.on_device(build(backbone, args, **steps), ranks)
+        self.optimizer = build_optimizer(args, self.method, ranks.device)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
+        self.parts = {
+            "method": self.method,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
+
+        self.step, self.first_knn, self.last_knn, self.skipped = 0, None, None, 0
+        self.loss_sum, self.loss_steps = torch.zeros((), device=ranks.device), 0
+        self.buffers_before: list[Tensor] = []
+        self.stopping = False
+        if saved:
+            self.load(saved)
+        self.agree_on_step()
+        self.write_settings()
+        self.clock = monitor.Clock()
+        self.health = health.Health(self.method.out_dim)
+        self.bad_images = monitor.BadImages(
+            self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
+        )
+
+    # -- Resume ---------------------------------------------------------------------------------
+
+    def warn(self, text: str) -> None:
+        self.log.say(f"{'!' * 80}\nWARNING: {text}\n{'!' * 80}")
+
+    def compare_settings(self, saved: dict) -> None:
+        """Refuse a checkpoint of other settings, or with --accept_changes name them in the log.
+
+        Only settings that the checkpoint knows are compared: a flag that is newer than it has its
+        default.
+        """
+        if "settings" not in saved or "method" not in saved:
+            raise UserError(
+                f"{self.output}/checkpoint.pth is not a checkpoint of this version's training; "
+                "give another --output_dir"
+            )
+        theirs = saved["settings"]
+        changed = [
+            f"{name} {theirs[name]}, not {value}"
+            for name, value in self.settings.items()
+            if name in theirs and theirs[name] != value
+        ]
+        if changed and not self.args.accept_changes:
+            raise UserError(
+                f"{self.output} holds a run with {'; '.join(changed)}: give the same settings to "
+                "go on with it, another --output_dir, or --accept_changes"
+            )
+        if changed:
+            self.log.say(f"accepted: {self.output} held a run with {'; '.join(changed)}")
+
+    def load(self, saved: dict) -> None:
+        refuse = f"{self.output} holds a run that these settings cannot go on with: "
+        for name in ("arch", "optimizer"):
+            theirs, own = saved["settings"][name], getattr(self.args, name)
+            if theirs != own:
+                raise UserError(f"{refuse}its --{name} is {theirs}, not {own}")
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise UserError(f"{refuse}its {name} does not fit ({first})") from error
+        self.step, self.first_knn, self.skipped = (
+            saved[name] for name in ("step", "first_knn", "skipped")
+        )
+        if self.step > self.total_steps:
+            raise UserError(
+                f"{self.output} holds a run that has made {self.step} steps, and now "
+                f"{self.total_steps} are asked for"
+            )
+        if len(saved["loss_sums"]) == self.ranks.world:
+            self.loss_sum = saved["loss_sums"][self.ranks.rank].to(self.ranks.device)
+            self.loss_steps = saved["loss_steps"]
+        self.log.say(f"going on from {self.output} after step {self.step}")
+
+    def agree_on_step(self) -> None:
+        """Ranks that resume from different steps would wait for each other for ever."""
+        steps = distributed.gather_objects(self.step)
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"the ranks found checkpoints of different steps in --output_dir {self.output} "
+                f"({', '.join(map(str, steps))}): every machine needs to see the same folder"
+            )
+
+    def write_settings(self) -> None:
+        if not self.ranks.first:
+            return
+        self.log.rewind(self.step)
+        values = vars(self.args)
+        with checkpoint.atomic(self.output / "args.json") as file:
+            known = values | {"world": self.ranks.world}
+            file.write(json.dumps(known, indent=2).encode() + b"\n")
+        self.log.say("settings: " + " ".join(f"{k}={v}" for k, v in values.items()))
+
+    # -- Start ----------------------------------------------------------------------------------
+
+    def start(self) -> torch.utils.data.DataLoader:
+        """Prepare the images, make up for a missed evaluation; the batches still to do."""
+        args, ranks, source = self.args, self.ranks, self.source
+        if args.compile:
+            # In place, so that names stay; an evaluation calls the backbone alone, uncompiled.
+            for name in ("student", "teacher"):
+                part = getattr(self.method, name, None)
+                if isinstance(part, nn.Module):
+                    part.compile(dynamic=False)
+        images = self.cached_images()
+        if source.train is source.pretrain:
+            self.source = replace(source, train=images)
+        batches = data.TrainingBatches(
+            len(source.pretrain),
+            args.batch_size_per_gpu,
+            args.seed,
+            self.step,
+            self.total_steps,
+            ranks.rank,
+            ranks.world,
+        )
+        pin = ranks.device.type == "cuda" and args.cache != "device"
+        loader = data.training_loader(images, batches, args.num_workers, pin_memory=pin)
+        if self.step == self.total_steps:
+            done = f"already finished: {args.epochs} epochs"
+            self.log.say(f"{done}; give another --output_dir to train anew")
+        # A run that was stopped while it evaluated has this to do yet.
+        recorded = distributed.gather_objects(self.log.find("knn", self.step))[0]
+        if self.step % self.epoch_steps == 0 and recorded is None:
+            self.evaluate()
+            if self.step == 0:
+                self.first_knn = self.last_knn
+        self.method.train()
+        self.clock = monitor.Clock()
+        self.signals.held = True
+        return loader
+
+    def cached_images(self):
+        """The images to train on, decoded once where --cache says so."""
+        args, device, images = self.args, self.ranks.device, self.source.pretrain
+        where, start = args.cache, time.perf_counter()
+        if self.step == self.total_steps:
+            where = "none"
+        elif where == "auto":
+            where = data.where_to_cache(images, device)
+        found = data.cached(images, where, device, args.num_workers)
+        if found is not images:
+            seconds = time.perf_counter() - start
+            self.log.say(f"images decoded and kept on the {where} in {seconds:.1f} s")
+        return found
+
+    def show(self, views: list[Tensor]) -> None:
+        """The first step's views as a picture."""
+        if self.step == 0 and self.ranks.first:
+            mean, std = frozen.normalisation(self.method.backbone)
+            with checkpoint.atomic(self.output / "crops.png") as file:
+                monitor.save_views(file, views, mean, std)
+
+    # -- Guard ----------------------------------------------------------------------------------
+
+    def remember_buffers(self) -> None:
+        """What a forward pass changes by itself, batch norm's statistics and centres, is to be
+        undone where a step may be left out."""
+        if self.args.skip_nonfinite:
+            buffers = list(self.method.buffers())
+            if not self.buffers_before:
+                self.buffers_before = [b.clone() for b in buffers]
+            torch._foreach_copy_(self.buffers_before, buffers)
+
+    def all_finite(self, loss: Tensor, norms: Tensor, batch: data.Batch) -> bool:
+        """Whether loss and gradients are finite on all ranks; the one exchange of a step.
+
+        It also settles on all ranks whether to stop after this step, and which images are bad.
+        Gradients that float16 cannot hold are GradScaler's to deal with.
+        """
+        finite = (loss if self.scaler.is_enabled() else loss + norms.sum()).isfinite()
+        flags = [~finite, self.signals.seen, bool(self.bad_images.unknown(batch.bad))]
+        nonfinite, self.stopping, bad = distributed.any_rank(flags, self.ranks.device)
+        if bad:
+            self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
+        if not nonfinite:
+            self.skipped = 0
+        return not nonfinite
+
+    def leave_out(self, model: nn.Module, views: list[Tensor], batch: data.Batch) -> None:
+        """Undo a step whose loss or gradients are not finite, or end the run."""
+        found = self.culprits(model, views, batch)
+        self.skipped += 1
+        said = f"diverging loss at step {self.step + 1}: {found}"
+        if self.skipped > self.args.skip_nonfinite:
+            raise Diverged(
+                f"{said}; a lower --lr or a longer --warmup_epochs may help, --skip_nonfinite "
+                f"leaves such steps out; {self.output} keeps what was saved before"
+            )
+        self.log.say(f"{said}; left out, {self.skipped} in a row")
+        torch._foreach_copy_(list(self.method.buffers()), self.buffers_before)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(self.scaler.get_scale())  # which is not to blame
+
+    def culprits(self, model: nn.Module, views: list[Tensor], batch: data.Batch) -> str:
+        """On which ranks a step's loss or gradients are not finite, and for which images.
+
+        The step is computed again, for what its backward pass left is a mean over all ranks.
+        """
+        model.zero_grad(set_to_none=True)
+        no_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+        with no_sync():
+            loss = forward(model, views, batch, self.step, self.args, self.ranks)
+            loss.backward()
+        files = getattr(self.source.pretrain, "paths", None)
+        names = [files[i] if files else f"number {i}" for i in batch.indices[:8].tolist()]
+        more = " and others" if len(batch.indices) > 8 else ""
+        where = f"on rank {self.ranks.rank} for images {', '.join(names)}{more}"
+        losses = gradients = None
+        if not loss.isfinite():
+            losses = f"it is {loss.item():.4g} {where}"
+        elif not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            gradients = f"it is {loss.item():.4g}, but its gradients are not finite {where}"
+        # A loss over the images of all ranks spreads bad gradients: they count where every loss is
+        # finite.
+        for found in zip(*distributed.gather_objects((losses, gradients))):
+            if any(found):
+                return "; ".join(filter(None, found))
+        return "it was finite when it was computed again"
+
+    # -- Log, save, evaluate, stop ----------------------------------------------------------------
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.loss_sum, self.loss_steps = self.loss_sum + loss.detach(), self.loss_steps + 1
+
+    @property
+    def epoch_ended(self) -> bool:
+        return self.step % self.epoch_steps == 0
+
+    def log_step(self) -> None:
+        """A log line where one is due: mean loss since the last, metrics of this step, speed."""
+        self.clock.stepped(self.total_batch)
+        if self.step % self.args.log_freq and not self.epoch_ended:
+            return
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise Diverged(
+                f"diverging gradients at step {self.step}: at no scale does float16 hold them; "
+                "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
+                f"{self.output} keeps what was saved before"
+            )
+        if self.skipped:
+            return
+        mean_loss = distributed.mean_over_ranks(self.loss_sum / self.loss_steps).item()
+        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
+        metrics, speed = self.method.metrics(), self.clock.read(self.total_steps - self.step)
+        weights = self.optimizer.param_groups[0]
+        values = {
+            "loss": mean_loss,
+            **metrics,
+            "lr": weights["lr"],
+            "weight_decay": weights["weight_decay"],
+            "memory_mb": monitor.memory_mb(self.ranks.device),
+        }
+        epoch = (self.step - 1) // self.epoch_steps
+        self.log.say(
+            f"epoch {epoch} step {self.step}/{self.total_steps} "
+            + " ".join(f"{name} {value:.5g}" for name, value in values.items())
+            + f" {speed['images_per_s']:.0f} images/s wait {speed['data_wait']:.0%}"
+            + f" eta {monitor.duration(speed['eta_s'])}"
+        )
+        self.log.record(step=self.step, epoch=epoch, **values, **speed)
+        for text in self.health.read(self.step, **metrics):
+            self.log.say(f"health: {text}")
+
+    def save_if_due(self) -> None:
+        every = self.args.save_every_steps
+        if self.epoch_ended or self.stopping or (every and self.step % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Checkpoint and, at the end of an epoch, the backbone alone."""
+        args, backbone = self.args, self.method.backbone
+        loss_sums = distributed.gather_strided(self.loss_sum[None], self.ranks.world)
+        if not self.ranks.first:
+            return
+        content = {name: part.state_dict() for name, part in self.parts.items()} | {
+            "step": self.step,
+            "first_knn": self.first_knn,
+            "skipped": self.skipped,
+            "loss_sums": loss_sums,
+            "loss_steps": self.loss_steps,
+            "settings": self.settings,
+            "normalisation": [list(values) for values in frozen.normalisation(backbone)],
+        }
+        if self.epoch_ended:
+            epoch, size = self.step // self.epoch_steps, args.global_crops_size
+            path = self.output / "backbone.pth"
+            checkpoint.save_backbone(path, backbone, args.arch, size, epoch)
+            if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                checkpoint.save_atomic(self.output / f"checkpoint{epoch:04}.pth", content)
+        self.log.sync()
+        # Last: a run that is killed before it does these steps again.
+        checkpoint.save_checkpoint(self.output, content)
+
+    def stop_if_signalled(self) -> None:
+        if self.stopping:
+            self.log.say(
+                f"stopped by a signal after step {self.step}, which is saved: the same command "
+                "goes on from there"
+            )
+            sys.exit(self.signals.status)
+
+    def evaluate_if_due(self) -> None:
+        if self.epoch_ended:
+            with self.signals.at_once():
+                self.evaluate()
+            self.clock.restart()
+
+    def evaluate(self) -> None:
+        """The k-NN accuracy where it is due: every --knn_freq epochs and at the end."""
+        args, source, ranks = self.args, self.source, self.ranks
+        epoch, backbone = self.step // self.epoch_steps, self.method.backbone
+        due = args.knn_freq and (epoch % args.knn_freq == 0 or self.step == self.total_steps)
+        self.last_knn = None
+        if source.test is None or not due:
+            return
+        distributed.broadcast_buffers(backbone)
+        train, test = (
+            frozen.features(
+                backbone, images, args.global_crops_size, ranks, workers=args.num_workers
+            )
+            for images in (source.train, source.test)
+        )
+        self.last_knn = evaluate.knn_accuracy(train, test, args.nb_knn, source.classes)
+        said = f"k-NN (k={args.nb_knn}) of the {self.method.evaluated} {self.last_knn:.4f}"
+        self.log.say(f"epoch {epoch}: {said}{self.knn_note()}")
+        self.log.record(step=self.step, epoch=epoch, knn=self.last_knn)
+
+    def finish(self) -> Method:
+        """What is said at the end."""
+        self.signals.held = False
+        args = self.args
+        if self.last_knn is not None:
+            before = "" if self.first_knn is None else f", {self.first_knn:.4f} before the first"
+            said = (
+                f"k-NN (k={args.nb_knn}) accuracy: {self.last_knn:.4f} after {args.epochs} epochs"
+            )
+            self.log.say(f"{said}{before}{self.knn_note()}")
+        if self.clock.steps:
+            self.log.say(f"health: {self.health.verdict()}")
+            if known := self.bad_images.known:
+                self.log.say(f"{len(known)} images could not be read; see {self.bad_images.path}")
+        self.log.say(f"backbone: {self.output / 'backbone.pth'}")
+        return self.method

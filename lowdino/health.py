@@ -1,0 +1,162 @@
+"""Does self-distillation learn, or does it collapse? Told without labels, from numbers of the log.
+
+A training loop uses it so:
+
+    health = Health(out_dim)
+    for line in health.read(step, feature_std=..., effective_rank=..., cross_entropy=..., ...):
+        print(line)          # a symptom that has lasted, or one that is over
+    print(health.verdict())  # one sentence at the end
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def mean_entropy(probabilities: Tensor) -> Tensor:
+    """Mean entropy of the rows of (n, K), in nats."""
+    return torch.special.entr(probabilities).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> tuple[Tensor, Tensor]:
+    """How far unit features (n, D) scatter about their mean, and over how many directions.
+
+    Returns the root mean square distance from the mean, in [0, 1], and the effective rank
+    (sum l)^2 / sum l^2 of the eigenvalues l of their covariance (the participation ratio), from 1
+    to min(n - 1, D). Both are 0 where all features are equal.
+    """
+    z = F.normalize(features.float(), dim=1)
+    z = z - z.mean(dim=0)
+    gram = z @ z.T  # (n, n), with the covariance's non-zero eigenvalues times n
+    total = gram.trace()
+    return (total / len(z)).clamp_min(0).sqrt(), total**2 / gram.square().sum().clamp_min(1e-20)
+
+
+class Health:
+    """Judges without labels whether self-distillation is learning, and names the flag to change.
+
+    A symptom counts once it has held at every reading for `PATIENCE` steps, because a healthy run
+    starts near some of them. The symptoms follow DINO (Caron et al., 2021, section 5.3 and
+    figure 7): entropy and KL divergence tell the two kinds of collapse apart. All entropies are in
+    nats, and ln K is the entropy of the uniform distribution over K prototypes.
+
+    Args:
+        out_dim: K; None for a method without prototypes, of which only the features are judged.
+
+    read(step, **metrics): the sentences that are new at this step.
+    verdict(): one sentence on the state at the last reading.
+    """
+
+    PATIENCE = 200
+
+    def __init__(self, out_dim: int | None):
+        self.uniform = math.log(out_dim) if out_dim else math.inf  # ln K
+        self.steps = 0  # from the first reading to the last, both counted
+        self.first_step: int | None = None
+        self.current: dict[str, str] = {}  # symptoms of the last reading
+        self.since: dict[str, int] = {}  # the step of the reading at which each of them began
+        self.told: dict[str, str] = {}  # those of them that have lasted
+
+    def symptoms(
+        self,
+        feature_std: float,
+        effective_rank: float,
+        cross_entropy: float | None = None,
+        entropy: float | None = None,
+        entropy_of_mean: float | None = None,
+        teacher_moved: bool = True,
+        **others: float,
+    ) -> dict[str, str]:
+        """The symptoms of one reading, name and sentence.
+
+        Args:
+            feature_std, effective_rank: of the backbone's features; see `spread`.
+            cross_entropy: of the student to the teacher, which is DINO's loss.
+            entropy: mean entropy of the teacher's distributions.
+            entropy_of_mean: entropy of their mean.
+            teacher_moved: whether the teacher's parameters have changed since the last reading.
+            others: metrics that say nothing of health.
+        """
+        if cross_entropy is not None and cross_entropy > 1.05 * self.uniform:
+            # Whatever else is wrong follows from it.
+            return {
+                "diverging loss": f"the cross-entropy {cross_entropy:.2f} is above that of a "
+                f"uniform distribution, ln K = {self.uniform:.2f}: lower --lr, or lengthen "
+                "--warmup_epochs"
+            }
+        found = {}
+        if not teacher_moved:
+            found["teacher stands still"] = (
+                "its parameters are those of the reading before: lower --momentum_teacher, "
+                "or raise --lr"
+            )
+        if feature_std < 0.01 or effective_rank < 1.5:
+            found["dead features"] = (
+                f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
+                f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where "
+                "there is one, and look at crops.png, whether the pictures differ at all"
+            )
+        if entropy is not None:
+            found |= self.collapse(cross_entropy, entropy, entropy_of_mean)
+        return found
+
+    def collapse(
+        self, cross_entropy: float | None, entropy: float, entropy_of_mean: float
+    ) -> dict[str, str]:
+        """What the teacher's distributions tell: one symptom, or none."""
+        entropies = (
+            f"(entropy {entropy:.2f}, of the mean distribution {entropy_of_mean:.2f}, "
+            f"ln K {self.uniform:.2f})"
+        )
+        if entropy > 0.99 * self.uniform:
+            return {
+                "uniform collapse": "the teacher gives every image the same distribution, uniform "
+                f"over the prototypes {entropies}: raise --infonce_weight, or lower --teacher_temp"
+            }
+        # The difference is the mutual information of image and prototype.
+        if entropy_of_mean < 0.1 * self.uniform or entropy_of_mean - entropy < 0.01 * self.uniform:
+            return {
+                "one-cluster collapse": "the teacher gives every image the same distribution, "
+                f"over few prototypes {entropies}: lower --center_momentum, raise --teacher_temp, "
+                "or use --centering sinkhorn"
+            }
+        if cross_entropy is not None and cross_entropy - entropy < 0.02 * self.uniform:
+            return {
+                "nothing left to learn": "the student already predicts what the teacher does (KL "
+                f"{cross_entropy - entropy:.3f}): raise --out_dim, widen --global_crops_scale, or "
+                "add local views"
+            }
+        return {}
+
+    def read(self, step: int, **metrics: float | bool) -> list[str]:
+        """The sentences that are new at this step; `metrics` are those of `symptoms`."""
+        if self.first_step is None:
+            self.first_step = step
+        self.steps = step - self.first_step + 1
+        found = self.current = self.symptoms(**metrics)
+        self.since = {name: self.since.get(name, step) for name in found}
+        lasting = {
+            name: text
+            for name, text in found.items()
+            if step - self.since[name] + 1 >= self.PATIENCE
+        }
+        news = [f"{name}: {text}" for name, text in lasting.items() if name not in self.told]
+        news += [f"{name}: over" for name in self.told if name not in found]
+        self.told = {name: text for name, text in (self.told | lasting).items() if name in found}
+        return news
+
+    def verdict(self) -> str:
+        """The symptoms that have lasted, or that there are none, or that it is too early to say."""
+        if self.steps < self.PATIENCE:
+            steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
+            so_far = f"; seen so far: {joined(self.current)}" if self.current else ""
+            return f"too short to tell: {steps}, a verdict needs {self.PATIENCE}{so_far}"
+        return joined(self.told) or "no sign of collapse"
+
+
+def joined(symptoms: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in symptoms.items())

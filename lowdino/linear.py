@@ -1,0 +1,378 @@
+"""What labels add to a backbone: a linear classifier on its frozen features, or a fine-tuning of
+the whole network, and what the network costs."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowdino import (
+    augment,
+    checkpoint,
+    data,
+    distributed,
+    evaluate,
+    frozen,
+    optim,
+    probe,
+    schedules,
+)
+
+# The probe's grids. `probe.Scaler` brings all features to one scale, so they suit every network.
+PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
+PROBE_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]
+LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7]
+
+# The stream of random numbers of the training views, see augment.derived_seed. 0 is the order of
+# the images, in data.py.
+VIEWS = 2
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+class Diverged(UserError, FloatingPointError):
+    """A loss that is not finite."""
+
+
+@dataclass
+class Subject:
+    """A backbone, the images it is measured on, and how they are read."""
+
+    backbone: nn.Module
+    source: data.Data
+    size: int
+    workers: int
+    ranks: distributed.Ranks
+
+
+@dataclass
+class ProbeInputs:
+    """Training features of a frozen network, scaled for the probe, and their labels."""
+
+    scaler: probe.Scaler
+    x: Tensor  # (N, D + 1)
+    labels: Tensor  # (N,)
+    classes: int
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches of random views, for every training that needs the images
+# ---------------------------------------------------------------------------------------------
+
+
+def batch_and_steps(args, indices: Tensor, world: int) -> tuple[int, int]:
+    """Images a rank and step, and steps, of --epochs on the training images at `indices`."""
+    if len(indices) < world:
+        raise UserError(
+            f"{len(indices)} labelled images are fewer than the {world} ranks; start fewer"
+        )
+    batch = min(args.batch_size_per_gpu, len(indices) // world)
+    return batch, args.epochs * (len(indices) // (batch * world))
+
+
+def training_batches(
+    subject: Subject, indices: Tensor, batch: int, steps: int, seed: int
+) -> DataLoader:
+    """The loader of a training on the images at `indices`, `batch` images a rank and step."""
+    ranks = subject.ranks
+    batches = data.TrainingBatches(len(indices), batch, seed, 0, steps, ranks.rank, ranks.world)
+    chosen = Subset(subject.source.train, indices.tolist())
+    return data.training_loader(chosen, batches, subject.workers, ranks.device.type == "cuda")
+
+
+def training_view(batch: data.Batch, subject: Subject, seed: int, step: int) -> Tensor:
+    """A random-resized crop (area 0.08 to 1) and a flip of each image: (B, 3, size, size).
+
+    Supervised training on ImageNet has them so.
+    """
+    device = subject.ranks.device
+    images, sizes = batch.images.to(device), batch.sizes.to(device)
+    generator = augment.seeded_generator(device, VIEWS, seed, step, subject.ranks.rank)
+    boxes = augment.random_boxes(sizes, (0.08, 1.0), generator)
+    flip = torch.rand(len(images), generator=generator, device=device) < 0.5
+    x = augment.resized_crop(images, boxes, subject.size, flip)
+    x = augment.normalize(x, *frozen.normalisation(subject.backbone))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------
+# A linear classifier on frozen features
+# ---------------------------------------------------------------------------------------------
+
+
+def choose_and_fit(
+    args, subject: Subject | None, inputs: ProbeInputs, indices: Tensor, seed: int
+) -> tuple[Tensor, str]:
+    """The classifier of the best setting of the grid, (D + 1, C), and that setting in words.
+
+    Settings are compared on --val_fraction of the labels at `indices`. The best one is then fitted
+    to all of them.
+    """
+    grid = list(itertools.product(args.lr, args.weight_decay))
+    if len(grid) > 1:
+        parts = probe.hold_out(inputs.labels[indices], args.val_fraction, seed)
+        inner, held = (indices[part] for part in parts)
+        weights = fit(args, subject, inputs, inner, grid, seed, choosing=True)
+        errors = probe.brier_scores(inputs.x[held], inputs.labels[held], weights)
+        grid = [grid[int(errors.argmin())]]
+    weights = fit(args, subject, inputs, indices, grid, seed)[:, 0]
+    ((lr, decay),) = grid
+    rate = "" if args.solver == "lbfgs" else f"lr {lr:g}, "
+    return weights, f"{rate}weight decay {decay:g}"
+
+
+def fit(
+    args,
+    subject: Subject | None,
+    inputs: ProbeInputs,
+    indices: Tensor,
+    grid: list[tuple[float, float]],
+    seed: int,
+    choosing: bool = False,
+) -> Tensor:
+    """Classifiers of all settings of `grid` on the training images at `indices`: (D + 1, G, C).
+
+    Args:
+        subject: is needed for --augment alone.
+        grid: (learning rate per 256 images, weight decay) of each.
+        choosing: trains on a sixteenth of the batch, in as many steps at the same learning rates.
+            This follows the path of whole batches, with more noise. tests/bench_probe.py measures
+            what it saves and what it loses.
+    """
+    x, labels, classes = inputs.x[indices], inputs.labels[indices], inputs.classes
+    if args.solver == "lbfgs":
+        return probe.logistic_regression(x, labels, classes, [decay for _, decay in grid])
+    # On features at hand every rank trains the whole.
+    world = subject.ranks.world if args.augment else 1
+    batch, steps = batch_and_steps(args, indices, world)
+    settings = [(lr * batch * world / 256, decay) for lr, decay in grid]
+    if choosing:
+        batch = math.ceil(batch / 16)
+    if not args.augment:
+        return probe.train_probes(x, labels, classes, settings, steps, batch, seed)
+    return fit_on_views(args, subject, inputs, indices, settings, batch, steps, seed)
+
+
+@torch.no_grad()
+def fit_on_views(
+    args,
+    subject: Subject,
+    inputs: ProbeInputs,
+    indices: Tensor,
+    settings: list[tuple[float, float]],
+    batch: int,
+    steps: int,
+    seed: int,
+) -> Tensor:
+    """As `fit`, on the features of new random views in every step."""
+    ranks = subject.ranks
+    probes = probe.Probes(settings, inputs.x.shape[1], inputs.classes, ranks.device)
+    network = frozen.pooled(subject.backbone, args.pool).eval()
+    for step, images in enumerate(training_batches(subject, indices, batch, steps, seed)):
+        features = network(training_view(images, subject, seed, step)).float()
+        # All ranks take the same step on the features of all.
+        x, labels = (
+            distributed.gather_strided(own, batch * ranks.world)
+            for own in (features, images.labels.to(ranks.device))
+        )
+        probes.step(inputs.scaler(x), labels, schedules.cosine(step, steps, 1.0, 0.0))
+    return probes.classifiers()
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole network
+# ---------------------------------------------------------------------------------------------
+
+
+def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> nn.Sequential:
+    """Backbone and classifier, trained together from the network `name` on.
+
+    Raises:
+        UserError: where there are too few labels for the ranks or for batch norm; `Diverged`.
+    """
+    ranks = subject.ranks
+    network = distributed.on_device(with_classifier(name, subject.source.classes, seed), ranks)
+    groups = optim.layerwise_groups(*network, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
+    batch, steps = batch_and_steps(args, indices, ranks.world)
+    if batch == 1:
+        raise UserError(
+            "batch norm needs two images a rank or more: give a larger --batch_size_per_gpu, or "
+            "more labels"
+        )
+    loader = training_batches(subject, indices, batch, steps, seed)
+    model = distributed.data_parallel(network, ranks.device).train()
+    for step, images in enumerate(loader):
+        lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+
+        view = training_view(images, subject, seed, step)
+        # Named "cuda" on every device: torch 2.4 knows no autocast on MPS, not even one turned off.
+        with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
+            logits = model(view)
+        loss = F.cross_entropy(logits.float(), images.labels.to(ranks.device))
+        if (step + 1) % max(steps // 5, 1) == 0:
+            report(loss.item(), step + 1, steps, ranks)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    views = (training_view(images, subject, seed, steps + i) for i, images in enumerate(loader))
+    settle_batch_norm(network, views)
+    distributed.broadcast_buffers(network)
+    return network
+
+
+def with_classifier(name: str, classes: int, seed: int) -> nn.Sequential:
+    """A network by name and a linear classifier of zeros, with the network's normalisation."""
+    _, backbone = frozen.open_network(name, seed)
+    torch.manual_seed(seed)
+    head = nn.Linear(backbone.embed_dim, classes)
+    nn.init.zeros_(head.weight)
+    network = nn.Sequential(backbone, head)
+    network.mean, network.std = frozen.normalisation(backbone)
+    return network
+
+
+def report(loss: float, step: int, steps: int, ranks: distributed.Ranks) -> None:
+    """Print the loss, or refuse one that is not finite."""
+    if not math.isfinite(loss):
+        raise Diverged(f"diverging loss: it is {loss} at step {step}; a lower --lr may help")
+    if ranks.first:
+        print(f"  step {step}/{steps} loss {loss:.4f}", flush=True)
+
+
+@torch.no_grad()
+def settle_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
+    """Replace batch norm's moving averages by the mean over some batches.
+
+    The averages lag behind where steps are few.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average
+    for view in itertools.islice(views, batches):
+        network(view)
+
+
+def save_network(path: Path, network: nn.Sequential, image_size: int, epochs: int) -> None:
+    """A backbone file that also holds its classifier: logits = features @ weight.T + bias."""
+    backbone, head = network
+    classifier = {name: value.cpu() for name, value in head.state_dict().items()}
+    checkpoint.save_backbone(
+        path, backbone, backbone.arch, image_size, epochs, classifier=classifier
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracies at fractions of the labels
+# ---------------------------------------------------------------------------------------------
+
+
+def results(
+    args,
+    learn: Callable[[Tensor, int, str], tuple[Tensor, str]],
+    labels: Tensor,
+    test_labels: Tensor,
+    ranks: distributed.Ranks,
+) -> list[dict]:
+    """Learn from each fraction of the labels (N,) by each seed: a cell of the table a fraction.
+
+    Args:
+        learn: (indices, seed, name of the subset) -> logits of the test images (M, C), and what
+            was chosen.
+    """
+    # All subsets first: one that cannot be is said before anything is trained.
+    subsets = [
+        [probe.label_subset(labels, fraction, seed) for seed in args.seeds]
+        for fraction in args.label_fraction
+    ]
+    cells = []
+    for fraction, own in zip(args.label_fraction, subsets):
+        top1, top5, settings = [], [], []
+        for seed, indices in zip(args.seeds, own):
+            subset = f"{fraction:g}_seed{seed}"
+            if ranks.first:
+                listed = "".join(f"{i}\n" for i in indices.tolist())
+                (Path(args.output_dir) / f"labels_{subset}.txt").write_text(listed)
+            logits, chosen = learn(indices.to(ranks.device), seed, subset)
+            settings.append(chosen)
+            top1.append(evaluate.accuracy(logits, test_labels))
+            said = f"top-1 {top1[-1]:.4f}"
+            if logits.shape[1] > 5:
+                top5.append(evaluate.accuracy(logits, test_labels, top=5))
+                said += f" top-5 {top5[-1]:.4f}"
+            if ranks.first:
+                trained = f"{fraction:g} of the labels ({len(indices)} images), seed {seed}"
+                print(f"  {trained}: {said}{chosen and f', {chosen}'}", flush=True)
+        cell = {"label_fraction": fraction, "seeds": args.seeds}
+        cells.append(cell | {"top1": top1, "top5": top5, "chosen": settings})
+    return cells
+
+
+def learn_whole(
+    args, subject: Subject, name: str, number: int, indices: Tensor, seed: int, subset: str
+) -> tuple[Tensor, str]:
+    """Train and save the whole network: its logits of the test images, and no choice of settings.
+
+    Args:
+        subset: fraction and seed, for the file's name.
+    """
+    network = finetuned(args, subject, name, indices, seed)
+    test, size, ranks = subject.source.test, subject.size, subject.ranks
+    logits = frozen.features(network, test, size, ranks, workers=subject.workers).features
+    if ranks.first:
+        path = Path(args.output_dir) / f"network{number}_{subset}.pth"
+        save_network(path, network, size, args.epochs)
+    return logits, ""
+
+
+def learn_probe(
+    args, subject, inputs: ProbeInputs, test: Tensor, indices: Tensor, seed: int, _: str
+) -> tuple[Tensor, str]:
+    """Train the linear classifier: its logits of `test` (N, D + 1), and the settings chosen."""
+    weights, chosen = choose_and_fit(args, subject, inputs, indices, seed)
+    return test @ weights, chosen
+
+
+# ---------------------------------------------------------------------------------------------
+# What a network costs
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cost(
+    backbone: nn.Module, size: int, device: torch.device, batch: int = 64, repeats: int = 5
+) -> dict[str, float]:
+    """Millions of parameters and of multiply-adds an image, both counted, and milliseconds an
+    image in batches of `batch`."""
+    backbone.eval()
+    x = torch.randn(batch, 3, size, size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    # The plain form of attention is matrix products, which the counter knows on every device.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        backbone(x[:1])
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        backbone(x).sum().item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return {
+        "parameters_M": sum(p.numel() for p in backbone.parameters()) / 1e6,
+        "multiply_adds_M": counter.get_total_flops() / 2e6,
+        "ms_an_image": statistics.median(seconds) / batch * 1e3,
+    }

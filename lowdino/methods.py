@@ -1,0 +1,495 @@
+"""Every way to learn, one class a method. Each is a module that fits any training loop:
+
+    method = DINO(backbone, options("dino", out_dim=1024), total_steps=1000)
+    optimizer = torch.optim.AdamW(method.parameters())
+    for step, views in enumerate(loader):  # a list of (B, 3, H, W), the global views first
+        loss = method(views, step=step)
+        optimizer.zero_grad()
+        loss.backward()
+        method.before_step(step)
+        optimizer.step()
+        method.after_step(step)
+
+A new method is one class, the function that adds its flags, and one line in METHODS.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowdino import augment, data, descriptors, distributed, ema, health, losses, schedules
+from lowdino.flags import bool_flag, number_or_none, out_of_range
+from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
+
+
+class Method(nn.Module):
+    """Base of all methods. Its `state_dict()` is all that a checkpoint needs of it.
+
+    Subclasses are built of (backbone, args, total_steps, epoch_steps). Without the number of steps
+    their schedules stay at the start; without that of an epoch there is no warm-up in epochs.
+    """
+
+    evaluated = "student"  # the network whose backbone is evaluated and kept
+    out_dim: int | None = None  # K, where outputs are distributions over K prototypes
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self, self.evaluated).backbone
+
+    def forward(
+        self, views: list[Tensor], batch: data.Batch | None = None, step: int = 0
+    ) -> Tensor:
+        """The loss, a scalar, of V views (B, 3, H, W), global ones first, cut from a batch."""
+        raise NotImplementedError
+
+    def before_step(self, step: int = 0) -> None:
+        """What comes between the backward pass and the optimizer: gradients to drop."""
+
+    def after_step(self, step: int = 0) -> None:
+        """What follows the optimizer: a momentum teacher."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last forward pass, over all ranks, for the log and for `health.Health`."""
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------
+# DINO
+# ---------------------------------------------------------------------------------------------
+
+
+class DINO(Method):
+    """Self-distillation with no labels (Caron et al., 2021, algorithm 1).
+
+    The student's distribution P_s over K prototypes, of every view, is to be the momentum teacher's
+    P_t of another, global, view of the same image.
+    """
+
+    evaluated = "teacher"
+
+    def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
+        super().__init__()
+        self.args, self.out_dim = args, args.out_dim
+        self.total_steps, self.epoch_steps = total_steps, epoch_steps
+        self.student = MultiViewNetwork(backbone, dino_head(backbone.embed_dim, args))
+        self.teacher = ema.make_teacher(self.student)  # a copy without gradients
+        self.weights = ema.paired_parameters(self.teacher, self.student)  # theta_t, theta_s
+        self.loss = losses.DINOLoss(
+            args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha
+        )
+
+    def forward(self, views, batch=None, step=0):
+        with torch.no_grad():
+            _, _, t = self.teacher(views[:2])  # logits (2 B, K)
+            P_t = self.loss.targets(t, teacher_temperature(self, step))  # centred and sharpened
+        features, z, s = self.student(views)  # (V B, D), unit (V B, 256), logits (V B, K)
+        loss = self.loss.pairs(s.chunk(len(views)), P_t.chunk(2))  # equation 3
+        self.loss.update_center(t)  # equation 4
+        self.last = step, features.detach().chunk(len(views))[0], P_t, loss.detach()
+        return loss + regularizers(self, features.chunk(len(views)), z.chunk(len(views)), step)
+
+    def before_step(self, step=0):
+        if step < self.args.freeze_last_layer * self.epoch_steps:
+            self.student.head.last_layer.zero_grad()
+
+    def after_step(self, step=0):
+        ema.update(*self.weights, teacher_momentum(self, step))  # theta_t follows theta_s
+
+    def metrics(self):
+        return dino_metrics(self, *self.last)
+
+
+def dino_head(in_dim: int, args: argparse.Namespace) -> DINOHead:
+    return DINOHead(
+        in_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim
+    )
+
+
+def teacher_temperature(method: Method, step: int) -> float:
+    """T_t, linear over its warm-up."""
+    args = method.args
+    warmup = round(args.warmup_teacher_temp_epochs * method.epoch_steps)
+    return schedules.linear(step, warmup, args.warmup_teacher_temp, args.teacher_temp)
+
+
+def teacher_momentum(method: Method, step: int) -> float:
+    """The EMA's momentum, lambda in DINO, on a cosine from --momentum_teacher to 1."""
+    start = method.args.momentum_teacher
+    if start is None:  # in one's own loop; the scripts have filled it in before
+        start = default_momentum(method.total_steps)
+    return schedules.cosine(step, method.total_steps, start, 1.0)
+
+
+def default_momentum(total_steps: float) -> float:
+    """1 - 1 / (2 sqrt(steps)): 0.98 at 600 steps, 0.99 at 2,500, as runs on the demo images and
+    CIFAR-10 wanted it. It is DINO's 0.996 at 16,000, and where the number is not known."""
+    if total_steps == math.inf:
+        return 0.996
+    return 1 - 0.5 / math.sqrt(total_steps)
+
+
+def regularizers(method: Method, features: tuple, z: tuple, step: int) -> Tensor | float:
+    """InfoNCE between the global views, which fades, and KoLeo; by default there is neither."""
+    args, total = method.args, 0.0
+    if args.infonce_weight:
+        weight = schedules.cosine(step, method.total_steps, args.infonce_weight, 0.0)
+        total = weight * losses.InfoNCELoss()(z[0], z[1])
+    if args.koleo_weight:
+        koleo = losses.KoLeoLoss()
+        total = total + args.koleo_weight * (koleo(features[0]) + koleo(features[1]))
+    return total
+
+
+def dino_metrics(
+    method: Method, step: int, features: Tensor, P_t: Tensor, cross_entropy: Tensor
+) -> dict[str, float]:
+    """Entropies of the teacher's distributions, spread of one view's features, state of the EMA."""
+    momentum = teacher_momentum(method, step)
+    theta_t, theta_s = (weights[0] for weights in method.weights)
+    # One weight tells whether any moves. Towards the end of a long run the schedule lets none.
+    held = momentum > 1 - 1e-6 > teacher_momentum(method, 0)
+    moves = held or not torch.equal(theta_t, theta_t.lerp(theta_s.detach(), 1 - momentum))
+    return {
+        **prototype_metrics(P_t, cross_entropy),
+        **feature_metrics(features),
+        "momentum": momentum,
+        "teacher_temp": teacher_temperature(method, step),
+        "teacher_moved": moves,
+    }
+
+
+def prototype_metrics(P_t: Tensor, cross_entropy: Tensor) -> dict[str, float]:
+    """Of the teacher's distributions (n, K) and their cross-entropy with the student's, in nats."""
+    mean = distributed.mean_over_ranks(P_t.mean(dim=0))
+    loss = distributed.mean_over_ranks(cross_entropy.clone()).item()
+    return {
+        "loss_over_lnk": loss / math.log(P_t.shape[1]),
+        "cross_entropy": loss,
+        "entropy": distributed.mean_over_ranks(health.mean_entropy(P_t)).item(),
+        "entropy_of_mean": health.mean_entropy(mean[None]).item(),
+    }
+
+
+def feature_metrics(features: Tensor) -> dict[str, float]:
+    """Spread and effective rank of one view's features (B, D) on this rank."""
+    std, rank = health.spread(features)
+    return {"feature_std": std.item(), "effective_rank": rank.item()}
+
+
+def add_dino_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("self-distillation").add_argument
+    add("--out_dim", type=int, default=1024, help="number of prototypes K, the width of the logits")
+    add("--hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
+    add("--use_bn_in_head", type=bool_flag, default=False, metavar="BOOL", help="batch norm there")
+    help = "keep all prototypes at length 1: steadier; without it often a little better"
+    add("--norm_last_layer", type=bool_flag, default=True, metavar="BOOL", help=help)
+    help = "epochs during which the prototypes stay as they are"
+    add("--freeze_last_layer", type=int, default=1, help=help)
+    help = (
+        "EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as "
+        "0.9995; none: 1 - 1/(2 sqrt(steps))"
+    )
+    add("--momentum_teacher", type=number_or_none, default=0.996, help=help)
+    add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
+    add("--teacher_temp", type=float, default=0.04, help="teacher's temperature after its warm-up")
+    help = "teacher's temperature at the start of its warm-up, if it has one"
+    add("--warmup_teacher_temp", type=float, default=0.04, help=help)
+    add("--warmup_teacher_temp_epochs", type=float, default=0, help="epochs of that warm-up")
+    help = "what keeps the teacher's distribution over the prototypes even"
+    add("--centering", choices=["softmax", "sinkhorn"], default="softmax", help=help)
+    help = "EMA momentum of the centre, with softmax centering"
+    add("--center_momentum", type=float, default=0.9, help=help)
+    help = "weight of the global against the local views (SSLight); none: mean over all pairs"
+    add("--alpha", type=number_or_none, help=help)
+    help = "weight of the KoLeo regulariser (DINOv2 uses 0.1)"
+    add("--koleo_weight", type=float, default=0.0, help=help)
+    help = (
+        "weight of InfoNCE between the global views at the start, falling to 0 on a cosine: it "
+        "teaches a network whose own teacher knows nothing yet; 1 with random weights and few steps"
+    )
+    add("--infonce_weight", type=float, default=0.0, help=help)
+
+
+def check_dino(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of DINO, in one sentence, or None."""
+    if args.out_dim < 2:
+        return f"--out_dim must be at least 2, not {args.out_dim}"
+    if args.alpha is not None and args.local_crops_number == 0:
+        return "--alpha balances global against local views, and --local_crops_number is 0"
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        return (
+            f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs:g} is longer than the "
+            f"training, --epochs {args.epochs}"
+        )
+    return out_of_range(
+        args,
+        not_negative=(
+            "warmup_teacher_temp_epochs",
+            "freeze_last_layer",
+            "koleo_weight",
+            "infonce_weight",
+        ),
+        above_zero=("student_temp", "warmup_teacher_temp", "teacher_temp"),
+        fractions=("momentum_teacher", "center_momentum", "alpha"),
+        at_least_one=("hidden_dim",),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# MV-MR
+# ---------------------------------------------------------------------------------------------
+
+
+class MVMR(Method):
+    """Multi-view, multi-representation learning (Kinakh et al.), without a teacher or contrast.
+
+    The embedding z' of an augmented view is to depend, by distance correlation, on z of the plain
+    image and on fixed descriptors r_m of it. The second augmented view is one, "augmented".
+    """
+
+    def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
+        super().__init__()
+        self.args = args
+        projector = Projector(backbone.embed_dim, *args.projector)
+        self.student = ManyHeads(backbone, {"projector": projector})
+        self.loss = losses.MVMRLoss(
+            args.invariance_weight,
+            args.variance_weight,
+            args.dependence_weight,
+            args.representation_weight,
+        )
+        if "scattering" in args.descriptors:
+            size = args.global_crops_size
+            self.scattering = descriptors.Scattering(size, size)
+
+    def forward(self, views, batch=None, step=0):
+        plain = plain_view(batch, views[0].shape[-1], self.backbone)
+        features, outputs = self.student([plain, views[0]])  # (2 B, D)
+        z, z_augmented = outputs["projector"].chunk(2)  # (B, E)
+        r = self.representations(plain, views[1]) if self.args.representation_weight else []
+        terms = self.loss(z, z_augmented, r)  # L1, L2 and L3, equations 4 to 9
+        self.last = features.detach().chunk(2)[0], [term.detach() for term in terms]
+        return sum(terms)  # equation 10
+
+    def representations(self, plain: Tensor, augmented: Tensor) -> list[Tensor]:
+        describe = {
+            "pixels": lambda: descriptors.pixels(plain),
+            "augmented": lambda: descriptors.pixels(augmented),
+            "local_std": lambda: descriptors.local_std(plain),
+            "hog": lambda: descriptors.hog(plain),
+            "scattering": lambda: self.scattering(plain),
+        }
+        return [describe[name]() for name in self.args.descriptors]
+
+    def metrics(self):
+        features, terms = self.last
+        values = {f"L{i}": term.item() for i, term in enumerate(terms, start=1)}
+        return values | feature_metrics(features)
+
+
+def plain_view(batch: data.Batch, size: int, backbone: nn.Module) -> Tensor:
+    """The whole images of a batch, resized and normalised: (B, 3, size, size)."""
+    x = augment.central_view(batch.images, batch.sizes, size, backbone.mean, backbone.std)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
+MVMR_WEIGHTS = (
+    "invariance_weight",
+    "variance_weight",
+    "dependence_weight",
+    "representation_weight",
+)
+
+
+def add_mvmr_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("MV-MR").add_argument
+    help = "widths of the projector's layers"
+    add("--projector", type=int, nargs="+", default=[8192] * 3, metavar="WIDTH", help=help)
+    help = "fixed representations of the plain image"
+    add("--descriptors", nargs="+", choices=DESCRIPTORS, default=list(DESCRIPTORS), help=help)
+    help = "of the mean square between the embeddings, in L1"
+    add("--invariance_weight", type=float, default=1.0, help=help)
+    help = "of the hinge on their standard deviation, in L1"
+    add("--variance_weight", type=float, default=1.0, help=help)
+    help = "of L2, 1 - distance correlation between the embeddings"
+    add("--dependence_weight", type=float, default=1.0, help=help)
+    help = "of L3, the same between embedding and each descriptor"
+    add("--representation_weight", type=float, default=1.0, help=help)
+
+
+def check_mvmr(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of MV-MR, in one sentence, or None."""
+    if args.local_crops_number:
+        return (
+            "--method mvmr has one augmented view: give --local_crops_number 0, not "
+            f"{args.local_crops_number}, or --preset mvmr"
+        )
+    if min(args.projector) < 1:
+        return f"--projector needs widths of at least 1, not {args.projector}"
+    if len(set(args.descriptors)) < len(args.descriptors):
+        return f"--descriptors names one twice: {' '.join(args.descriptors)}"
+    if wrong := out_of_range(args, not_negative=MVMR_WEIGHTS):
+        return wrong
+    if not any(getattr(args, name) for name in MVMR_WEIGHTS):
+        return "--method mvmr has nothing to learn: all four of its weights are 0"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Distillation
+# ---------------------------------------------------------------------------------------------
+
+
+class Distillation(Method):
+    """A student learns from a frozen teacher (LowDINO, figure 3), by a sum of objectives.
+
+    The teacher sees the student's global views, and its mean over them stands for the local ones;
+    or, from a cache or a file, it saw the whole image, which then stands for all views. `mvmr` is
+    about the plain image, which the student then sees too.
+
+    Args:
+        teacher: `teachers.Teacher`. It is no sub-module: no checkpoint holds it.
+    """
+
+    def __init__(
+        self, backbone, args, teacher, total_steps: float = math.inf, epoch_steps: int = 0
+    ):
+        super().__init__()
+        self.args, self.teacher, self.total_steps = args, teacher, total_steps
+        weights = args.objective_weight or [1.0] * len(args.objective)
+        self.objectives = dict(zip(args.objective, weights))
+        heads = distillation_heads(backbone.embed_dim, args, teacher)
+        self.student = ManyHeads(backbone, heads)
+        self.losses = nn.ModuleDict(distillation_losses(args, teacher))
+        if "dino" in self.objectives:  # as in DINOv2, the student's moving average is kept
+            self.evaluated = "average"
+            self.average = ema.make_teacher(self.student)
+            self.weights = ema.paired_parameters(self.average, self.student)
+
+    def forward(self, views, batch=None, step=0):
+        seen = views
+        if "mvmr" in self.objectives:
+            seen = [*views, plain_view(batch, views[0].shape[-1], self.backbone)]
+        features, outputs = self.student(seen)  # (V B, D), and of each head (V B, ...)
+        t = self.teacher.targets(views, batch.indices, self.backbone)  # (V B, D_t)
+        terms = {name: self.term(name, s, t, seen, batch) for name, s in outputs.items()}
+        self.last = features.detach()[: len(views[0])], {k: v.detach() for k, v in terms.items()}
+        return sum(self.objectives[name] * term for name, term in terms.items())
+
+    def term(self, name: str, s: Tensor, t: Tensor, views: list[Tensor], batch) -> Tensor:
+        """One objective, of the student's outputs s (V B, ...) and the teacher's features t."""
+        loss, B = self.losses[name], len(views[0])
+        once = t if self.teacher.features is None else t[:B]  # one row for each that it saw
+        s, s_plain = s[: len(t)], s[len(t) :]
+        if name == "kd":
+            return kd_term(self, s, t, batch.labels.repeat(len(t) // B))
+        if name == "dino":
+            with torch.no_grad():
+                logits = self.teacher.head(t[: 2 * B])
+                P_t = loss.targets(logits, self.args.teacher_temp).chunk(2)
+            value = loss.pairs(s.split(B), P_t)
+            loss.update_center(logits)
+            return value
+        if name == "mvmr":
+            if self.teacher.features is None:
+                once = self.teacher(views[-1], self.backbone)
+            return sum(loss(s_plain, s[:B], [once]))
+        return loss(s, once if name == "similarity" else t)
+
+    def after_step(self, step=0):
+        if self.evaluated == "average":
+            momentum = teacher_momentum(self, step)
+            ema.update(*self.weights, momentum)
+            ema.update(*ema.paired_buffers(self.average, self.student), momentum)
+
+    def metrics(self):
+        features, terms = self.last
+        values = {k: distributed.mean_over_ranks(v.clone()).item() for k, v in terms.items()}
+        return (values if len(values) > 1 else {}) | feature_metrics(features)
+
+
+def kd_term(method: Distillation, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """KL between softened logits (LowDINO, equation 4), perhaps with the labels' cross-entropy."""
+    if method.teacher.classifier:
+        with torch.no_grad():
+            t = method.teacher.classifier(t)
+    elif t.shape[1] > s.shape[1]:  # --match pool
+        t = F.adaptive_avg_pool1d(t, s.shape[1])
+    loss, weight = method.losses["kd"](s, t), method.args.kd_weight
+    if weight == 1:
+        return loss
+    return weight * loss + (1 - weight) * F.cross_entropy(s.float(), labels.to(s.device))
+
+
+def distillation_heads(own: int, args: argparse.Namespace, teacher) -> dict[str, nn.Module]:
+    """What the student's features (B, own) pass through for each objective, in one order always."""
+    heads: dict[str, nn.Module] = {}
+    width = teacher.width
+    if "kd" in args.objective:
+        if teacher.classifier:
+            heads["kd"] = nn.Linear(own, teacher.classifier.out_features)
+        elif args.match == "pool":
+            heads["kd"] = nn.AdaptiveAvgPool1d(min(own, width))
+        else:
+            heads["kd"] = nn.Linear(own, width)
+    for name in ("simkd", "similarity"):
+        if name in args.objective:
+            heads[name] = Projector(own, max(own, width), width)
+    if "mvmr" in args.objective:
+        heads["mvmr"] = Projector(own, *args.projector)
+    if "dino" in args.objective:
+        mlp, last = teacher.head.mlp, teacher.head.last_layer
+        heads["dino"] = DINOHead(
+            own,
+            len(last.weight),
+            use_bn=any(isinstance(module, nn.BatchNorm1d) for module in mlp),
+            norm_last_layer=last.gain is None,
+            hidden_dim=mlp[0].out_features,
+        )
+    return heads
+
+
+def distillation_losses(args: argparse.Namespace, teacher) -> dict[str, nn.Module]:
+    build = {
+        "kd": lambda: losses.KDLoss(args.temperature),
+        "simkd": losses.SimKDLoss,
+        "similarity": lambda: losses.SimilarityLoss(teacher.width, args.queue_size),
+        "mvmr": losses.MVMRLoss,
+        "dino": lambda: losses.DINOLoss(len(teacher.head.last_layer.weight), args.student_temp),
+    }
+    found = {name: build[name]() for name in args.objective}
+    if "dino" in found:
+        found["dino"].center.copy_(teacher.center)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# The table of train.py --method
+# ---------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A method's class, the function that adds its flags, and the one that checks them."""
+
+    build: Callable[..., Method]
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], str | None]
+
+
+METHODS = {
+    "dino": Entry(DINO, add_dino_flags, check_dino),
+    "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr),
+}
+
+
+def options(method: str, **given) -> argparse.Namespace:
+    """Settings of a method for one's own loop: the defaults of its flags, but for those given."""
+    parser = argparse.ArgumentParser()
+    METHODS[method].add_flags(parser)
+    return argparse.Namespace(**vars(parser.parse_args([])) | given)

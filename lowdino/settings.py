@@ -1,0 +1,402 @@
+"""Settings of a run: presets, flags and checks that scripts share, what follows from the data."""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+
+import lowdino
+from lowdino import data, demo, distributed, vit
+from lowdino.flags import out_of_range
+from lowdino.methods import default_momentum
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets: each replaces the defaults of the flags that it names; a flag given by hand wins
+# ---------------------------------------------------------------------------------------------
+
+PRESETS = {
+    # One small machine, thousands of pictures, random weights: two views, a head of LowDINO's size
+    # with batch norm, and InfoNCE beside DINO's loss, fading. Chosen by runs of minutes on the demo
+    # images and CIFAR-10. AdamW's rate is one for batches of 64 to 256.
+    "small": dict(
+        epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=0, min_lr=1e-6,
+        warmup_epochs=0.3, optimizer="adamw", weight_decay=0.04, weight_decay_end=0.04,
+        clip_grad=3.0, out_dim=1024, hidden_dim=512, norm_last_layer=True, use_bn_in_head=True,
+        momentum_teacher=None, teacher_temp=0.04, warmup_teacher_temp=0.04,
+        warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0, infonce_weight=1.0,
+        global_crops_scale=[0.2, 1.0], local_crops_number=0,
+    ),
+    # Table 2 of Prathapaneni and Shashank (2023); resnet5m takes 10 crops, see LOWDINO_RESNET5M.
+    # hidden_dim is that of the authors' code, the flip's probability ours; blur, solarisation and a
+    # warm-up from 0 are DINO's, where their text blurs local views by up to 0.5 pixels and warms up
+    # from min_lr.
+    "lowdino": dict(
+        epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=64, min_lr=1e-6,
+        warmup_epochs=10, optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4,
+        clip_grad=2.0, out_dim=1024, hidden_dim=512, norm_last_layer=False, use_bn_in_head=False,
+        momentum_teacher=0.9995, teacher_temp=0.04, warmup_teacher_temp=0.04,
+        warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0,
+        global_crops_size=224, global_crops_scale=[0.4, 1.0], local_crops_number=2,
+        local_crops_size=224, local_crops_scale=[0.05, 0.4], vertical_flip=0.5,
+    ),
+    # Caron et al. (2021): the defaults of the authors' main_dino.py.
+    "dino": dict(
+        epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=256, min_lr=1e-6,
+        warmup_epochs=10, optimizer="adamw", weight_decay=0.04, weight_decay_end=0.4,
+        clip_grad=3.0, out_dim=65536, hidden_dim=2048, norm_last_layer=True,
+        use_bn_in_head=False, momentum_teacher=0.996, teacher_temp=0.04,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1,
+        freeze_last_layer=1, global_crops_size=224, global_crops_scale=[0.4, 1.0],
+        local_crops_number=8, local_crops_size=96, local_crops_scale=[0.05, 0.4],
+        vertical_flip=0.0,
+    ),
+    # Kinakh et al., MV-MR on STL-10: learning rate, decay, batch and projector of the authors'
+    # configuration, the epochs of their paper; AdamW for Adam, a warm-up from 0, and DINO's
+    # augmentation of both views.
+    "mvmr": dict(
+        method="mvmr", epochs=1000, batch_size_per_gpu=64, lr=1e-4, lr_reference_batch=0,
+        min_lr=0.0, warmup_epochs=10, optimizer="adamw", weight_decay=1e-6,
+        weight_decay_end=1e-6, clip_grad=0.0, projector=[8192, 8192, 8192],
+        global_crops_scale=[0.08, 1.0], local_crops_number=0, vertical_flip=0.0,
+    ),
+    # The same for one small machine: the projector and AdamW's settings of "small".
+    "mvmr_small": dict(
+        method="mvmr", epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=0,
+        min_lr=1e-6, warmup_epochs=0.3, optimizer="adamw", weight_decay=0.04,
+        weight_decay_end=0.04, clip_grad=3.0, projector=[512, 512, 512],
+        global_crops_scale=[0.2, 1.0], local_crops_number=0,
+    ),
+    # Tan et al. (2023), DINO with balanced views on ConvNets: the authors' configuration;
+    # SSLIGHT_VIT has that of ViTs.
+    "sslight": dict(
+        epochs=200, batch_size_per_gpu=128, lr=0.48, lr_reference_batch=256, min_lr=4.8e-3,
+        warmup_epochs=10, optimizer="lars", weight_decay=1e-6, weight_decay_end=1e-6,
+        clip_grad=0.0, out_dim=4096, hidden_dim=2048, norm_last_layer=True, use_bn_in_head=True,
+        momentum_teacher=0.996, teacher_temp=0.07, warmup_teacher_temp=0.04,
+        warmup_teacher_temp_epochs=50, student_temp=0.1, freeze_last_layer=1, alpha=0.4,
+        global_crops_size=224, global_crops_scale=[0.3, 1.0], local_crops_number=6,
+        local_crops_size=128, local_crops_scale=[0.05, 0.3], vertical_flip=0.0,
+    ),
+}  # fmt: skip
+LOWDINO_RESNET5M = dict(local_crops_number=8)
+SSLIGHT_VIT = dict(
+    optimizer="adamw", lr=5e-4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4,
+    out_dim=65536, norm_last_layer=False, use_bn_in_head=False, warmup_teacher_temp_epochs=30,
+    local_crops_number=10,
+)  # fmt: skip
+
+
+def preset(name: str, arch: str) -> dict:
+    """The settings of a preset for an architecture."""
+    found = dict(PRESETS[name])
+    if name == "lowdino" and arch == "resnet5m":
+        found |= LOWDINO_RESNET5M
+    if name == "sslight" and arch in vit.ARCHS:
+        found |= SSLIGHT_VIT
+    return found
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags by hand, over those settings of the preset that the parser knows, over the defaults.
+
+    A warm-up that is not given by hand never outlasts the training that is: where it would take
+    more than a tenth of the epochs and more than its own share of the preset's, it is cut to that.
+    """
+    args = parser.parse_known_args(argv)[0]
+    settings = preset(args.preset, args.arch) if args.preset else {}
+    settings = {name: value for name, value in settings.items() if hasattr(args, name)}
+    usual = settings.get("epochs", parser.get_default("epochs"))
+    parser.set_defaults(**settings)
+    epochs = max(parser.parse_args(argv).epochs, 0)
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        if hasattr(args, name):
+            value = parser.get_default(name)
+            parser.set_defaults(**{name: min(value, epochs * max(value / usual, 0.1))})
+    args = parser.parse_args(argv)
+    del args.local_rank
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags of every training, whatever its method
+# ---------------------------------------------------------------------------------------------
+
+# What a resumed run may change, because it does not change what is computed. A teacher of
+# distill.py and an --init are compared by their weights, wherever their files lie.
+FREE = {
+    "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device",
+    "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq", "save_every_steps",
+    "accept_changes", "skip_nonfinite", "max_bad_fraction",
+}  # fmt: skip
+
+
+def compared(args: argparse.Namespace, images: data.ImageArray | data.ImageFiles, world: int):
+    """The settings that a resumed run must share with the one that stopped."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    if args.init:
+        settings["init"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:16]
+    return settings | {"world": world, "images": images.fingerprint()}
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Network, optimisation, views, data and output."""
+    help = "settings of a paper; flags given by hand win over it"
+    parser.add_argument("--preset", choices=PRESETS, help=help)
+    # torch.distributed.launch passes it; the environment has it too.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    add_network_flags(parser.add_argument_group("network").add_argument)
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    add_view_flags(parser.add_argument_group("views").add_argument)
+    add_output_flags(parser.add_argument_group("data and output").add_argument)
+
+
+def add_network_flags(add) -> None:
+    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(lowdino.ARCHS)}")
+    add("--patch_size", type=int, default=16, help="side of a ViT's patches in pixels")
+    help = (
+        "share of images for which a ViT's last block drops a branch; the first drops none, the "
+        "others between"
+    )
+    add("--drop_path_rate", type=float, default=0.1, help=help)
+    help = "backbone file to start from: ours, or a state dict such as timm's MobileViT"
+    add("--init", metavar="FILE", help=help)
+
+
+def add_optimisation_flags(add) -> None:
+    add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw")
+    add("--epochs", type=int, default=100)
+    add("--batch_size_per_gpu", type=int, default=64, help="images a process and step")
+    help = "peak learning rate, for a total batch of --lr_reference_batch"
+    add("--lr", type=float, default=5e-4, help=help)
+    help = "--lr scales in proportion to total batch / this; 0: never"
+    add("--lr_reference_batch", type=int, default=256, help=help)
+    help = "epochs over which the learning rate rises, perhaps a part of one"
+    add("--warmup_epochs", type=float, default=10, help=help)
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end of its cosine")
+    add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
+    help = "weight decay at the end of its cosine"
+    add("--weight_decay_end", type=float, default=0.4, help=help)
+    help = "limit of each parameter's gradient norm; 0: none"
+    add("--clip_grad", type=float, default=3.0, help=help)
+    help = "autocast type; default: bf16 on CUDA, none elsewhere"
+    add("--amp", choices=["bf16", "fp16", "none"], help=help)
+
+
+def add_view_flags(add) -> None:
+    help = "side of global views; default: suits the images, 224 at most"
+    add("--global_crops_size", type=int, help=help)
+    area, both = dict(type=float, nargs=2, metavar=("MIN", "MAX")), "as a fraction of the image's"
+    help = f"area of global crops {both}"
+    add("--global_crops_scale", default=[0.4, 1.0], help=help, **area)
+    add("--local_crops_number", type=int, default=8, help="local views an image")
+    help = "side of local views; default: 3/7 of the global ones, 32 at least"
+    add("--local_crops_size", type=int, help=help)
+    add("--local_crops_scale", default=[0.05, 0.4], help=f"area of local crops {both}", **area)
+    add("--vertical_flip", type=float, default=0.0, help="probability of a top-bottom flip")
+
+
+def add_source_flags(add) -> None:
+    """Where a named data set lies."""
+    add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
+    help = "fetch cifar10, cifar100 or stl10 where --data_root lacks it"
+    add("--download", action="store_true", help=help)
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+
+
+def add_output_flags(add) -> None:
+    help = (
+        "folder (with or without sub-folders), text file with one path a line, cifar10, cifar100, "
+        "stl10 or demo"
+    )
+    add("--data_path", default="demo", help=help)
+    add_source_flags(add)
+    help = "where all is written; a run that was stopped goes on from here"
+    add("--output_dir", default="output", help=help)
+    help = "keep a numbered checkpoint every so many epochs; 0: none"
+    add("--saveckp_freq", type=int, default=20, help=help)
+    help = "also save a checkpoint every so many steps; 0: at the end of an epoch"
+    add("--save_every_steps", type=int, default=0, help=help)
+    help = "go on with the run in --output_dir though the settings have changed"
+    add("--accept_changes", action="store_true", help=help)
+    help = "leave out up to N steps in a row whose loss or gradients are not finite, and go on"
+    add("--skip_nonfinite", type=int, default=0, metavar="N", help=help)
+    help = "of images that may be unreadable, others standing in for them; see bad_images.txt"
+    add("--max_bad_fraction", type=float, default=0.01, help=help)
+    help = "k-NN accuracy every so many epochs, where there are labels; 0: never"
+    add("--knn_freq", type=int, default=10, help=help)
+    add("--nb_knn", type=int, default=20, help="neighbours of that k-NN")
+    add("--log_freq", type=int, default=10, help="a log line every so many steps")
+    add("--seed", type=int, default=0)
+    help = "loader processes a rank; default: 0 for images in memory, else up to 10"
+    add("--num_workers", type=int, help=help)
+    help = (
+        "decode each image once and keep it there; none: in every epoch; auto: on a GPU, if a "
+        "quarter of it is enough, else on the host, if 2 GiB a rank are, else not"
+    )
+    add("--cache", choices=["auto", "device", "host", "none"], default="auto", help=help)
+    help = "compile student and teacher by torch.compile: a slow start, faster steps"
+    add("--compile", action="store_true", help=help)
+
+
+def check_training(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of `add_training_flags`, in one sentence, or None."""
+    if args.batch_size_per_gpu < 2:
+        batch = args.batch_size_per_gpu
+        return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {batch}"
+    if args.seed >= 2**63:
+        return f"--seed must be below 2^63, not {args.seed}"
+    if wrong := out_of_range(
+        args,
+        at_least_one=("epochs", "log_freq", "nb_knn"),
+        not_negative=(
+            "local_crops_number", "lr_reference_batch", "warmup_epochs", "min_lr", "weight_decay",
+            "weight_decay_end", "clip_grad", "saveckp_freq", "save_every_steps", "skip_nonfinite",
+            "knn_freq", "seed", "lr", "num_workers",
+        ),
+        fractions=("vertical_flip", "drop_path_rate", "max_bad_fraction"),
+    ):  # fmt: skip
+        return wrong
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            wanted = "0 < MIN <= MAX <= 1, fractions of the image's area"
+            return f"--{name} needs {wanted}, not {low} {high}"
+    for name in ("global_crops_size", "local_crops_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 32:
+            return f"--{name} must be at least 32 pixels, not {getattr(args, name)}"
+    if args.arch not in lowdino.ARCHS:
+        return f"--arch {args.arch} is unknown; choose from {', '.join(lowdino.ARCHS)}"
+    if not 1 <= args.patch_size <= 32:
+        size = args.patch_size
+        return f"--patch_size must lie between 1 and 32 pixels, the smallest view, not {size}"
+    if args.warmup_epochs > args.epochs:
+        return (
+            f"--warmup_epochs {args.warmup_epochs:g} is longer than the training, "
+            f"--epochs {args.epochs}"
+        )
+    if args.init is not None and not os.path.isfile(args.init):
+        return f"--init {args.init} does not exist"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags of every evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+def add_evaluation_flags(add) -> None:
+    help = (
+        "folder with train/ and val/ (or test/) of class sub-folders, cifar10, cifar100, stl10 or "
+        "demo"
+    )
+    add("--data_path", default="demo", help=help)
+    add_source_flags(add)
+    help = "side of the network's input; default: the backbone file's, or what suits the images"
+    add("--image_size", type=int, help=help)
+    help = (
+        "default: the backbone's own, a ConvNet's mean or a ViT's class token; mean, max: over the "
+        "last feature map; or two side by side"
+    )
+    pools = ["default", "mean", "max", "default+mean", "default+max"]
+    add("--pool", choices=pools, default="default", help=help)
+    help = "loader processes; default: 0 for images in memory, else up to 10"
+    add("--num_workers", type=int, help=help)
+
+
+def check_evaluation(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of `add_evaluation_flags`, in one sentence, or None."""
+    if args.from_features and (args.pool != "default" or args.image_size):
+        return "--pool and --image_size need the images, which --from_features does without"
+    if args.image_size is not None and args.image_size < 32:
+        return f"--image_size must be at least 32 pixels, not {args.image_size}"
+    return out_of_range(args, not_negative=("num_workers",))
+
+
+# ---------------------------------------------------------------------------------------------
+# What follows from the data and the machine
+# ---------------------------------------------------------------------------------------------
+
+
+def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
+    """What --data_path names; of a set to be fetched the first rank fetches it.
+
+    Raises:
+        UserError: in one sentence, where there is nothing to read.
+    """
+    if args.data_path != "demo":
+        return data.load_on_ranks(args.data_path, args.data_root, args.download, ranks.rank)
+    splits = range(demo.TRAIN), range(demo.TEST_START, demo.TEST_START + demo.TEST)
+    # Half the side shows the glyphs as well, at a quarter of the cost.
+    train, test = (
+        data.ImageArray(*demo.demo_images(indices), view_side=demo.SIDE // 2) for indices in splits
+    )
+    return data.Data("the built-in demo images", train, train, test, classes=10)
+
+
+def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
+    """Open the data of a training, and fill in what depends on it and on the machine.
+
+    Raises:
+        UserError: in one sentence, where data and settings do not go together.
+    """
+    if args.amp == "fp16" and ranks.device.type != "cuda":
+        device = ranks.device.type
+        raise UserError(f"--amp fp16 needs a CUDA device, and this is {device}; use bf16 or none")
+    if args.amp is None:
+        args.amp = "bf16" if ranks.device.type == "cuda" else "none"
+
+    source = load_data(args, ranks)
+    if args.global_crops_size is None:
+        args.global_crops_size = data.suitable_size(source.pretrain)
+    if args.local_crops_size is None:
+        args.local_crops_size = max(round(args.global_crops_size * 3 / 7 / 16) * 16, 32)
+    source.pretrain.replace_bad = True
+    # A crop of a quarter of the area still fills its view.
+    source.limit_side(2 * args.global_crops_size)
+    if args.num_workers is None:
+        args.num_workers = data.default_workers(source.pretrain)
+
+    total = args.batch_size_per_gpu * ranks.world
+    if len(source.pretrain) < total:
+        raise UserError(
+            f"{source.name}: {len(source.pretrain)} images are fewer than one batch of {total} "
+            f"({ranks.world} x --batch_size_per_gpu {args.batch_size_per_gpu})"
+        )
+    if getattr(args, "momentum_teacher", 0) is None:
+        args.momentum_teacher = default_momentum(args.epochs * (len(source.pretrain) // total))
+    make_output_folder(args.output_dir)
+    return source
+
+
+def make_output_folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be made: {error.strerror}") from error
+    return Path(path)
+
+
+def open_data(
+    args: argparse.Namespace, backbone, ranks: distributed.Ranks, labelled: bool = True
+) -> tuple[data.Data, int, int]:
+    """The images of an evaluation, the side of the network's input, and the number of workers.
+
+    Raises:
+        UserError: where `labelled` and there are no labels to test on.
+    """
+    source = load_data(args, ranks)
+    if labelled and source.test is None:
+        raise UserError(
+            f"{source.name} has no labels to test on: that needs train/ and val/ (or test/), each "
+            "with class sub-folders"
+        )
+    size = args.image_size or getattr(backbone, "image_size", None)
+    size = size or data.suitable_size(source.pretrain)
+    source.limit_side(2 * size)
+    workers = args.num_workers
+    return source, size, data.default_workers(source.pretrain) if workers is None else workers

@@ -1,0 +1,197 @@
+"""Flags: what is refused, presets, defaults and help."""
+
+import argparse
+import subprocess
+import sys
+
+import conftest
+import pytest
+import torch
+from conftest import ROOT
+from runs import options
+
+import eval_knn
+import train
+from lowdino import distributed, engine, methods, settings
+
+
+def parsed(text="", **named):
+    return settings.parse(train.get_parser(), options(text, **named))
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--global_crops_scale 0.4 1.4", "--global_crops_scale needs 0 < MIN <= MAX <= 1"),
+        ("--local_crops_scale 0.4 0.05", "--local_crops_scale needs 0 < MIN <= MAX <= 1"),
+        (
+            "--epochs 5 --warmup_epochs 10",
+            "--warmup_epochs 10 is longer than the training, --epochs 5",
+        ),
+        (
+            "--warmup_teacher_temp_epochs 101",
+            "--warmup_teacher_temp_epochs 101 is longer than the training",
+        ),
+        ("--arch vit_huge", "--arch vit_huge is unknown; choose from mobilevit_xxs"),
+        ("--batch_size_per_gpu 1", "--batch_size_per_gpu must be at least 2"),
+        ("--epochs 0", "--epochs must be at least 1, not 0"),
+        ("--epochs -3", "--epochs must be at least 1, not -3"),
+        ("--out_dim 1", "--out_dim must be at least 2, not 1"),
+        ("--seed 99999999999999999999", "--seed must be below 2^63"),
+        ("--teacher_temp 0", "--teacher_temp must be above 0, not 0.0"),
+        ("--momentum_teacher 1.5", "--momentum_teacher must lie between 0 and 1, not 1.5"),
+        ("--lr -1", "--lr must be 0 or more, not -1.0"),
+        ("--lr nan", "--lr must be 0 or more, not nan"),
+        ("--global_crops_size 16", "--global_crops_size must be at least 32 pixels, not 16"),
+        ("--alpha 0.4 --local_crops_number 0", "--alpha balances global against local views"),
+        ("--init /no/such/file", "--init /no/such/file does not exist"),
+        ("--init=", "--init  does not exist"),
+        ("--num_workers -1", "--num_workers must be 0 or more, not -1"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_sentence(flags, message):
+    said = train.check(parsed(flags))
+    assert said.startswith(message) and "\n" not in said
+
+
+def test_knn_flags_are_checked():
+    def said(text):
+        return eval_knn.check(eval_knn.get_parser().parse_args(text.split()))
+
+    assert said("--pixels") is None and said("--arch resnet5m") is None
+    assert said("--pixels --neighbours out.PNG") is None
+    for text, message in (
+        ("--pixels --arch resnet5m", "give a backbone"),
+        ("--weights= --arch resnet5m", "--weights names no file"),
+        ("--pixels --neighbours out", "--neighbours out should end as a picture's name does"),
+        ("--pixels --nb_knn 0", "--nb_knn must be at least 1"),
+        ("--pixels --temperature 0.001", "--temperature must be at least 0.013"),
+        ("--pixels --image_size 8", "--image_size must be at least 32"),
+    ):
+        assert said(text).startswith(message)
+
+
+# --------------------------------------------------------------------------------------------------
+# Presets and defaults
+# --------------------------------------------------------------------------------------------------
+
+TABLE_2 = dict(
+    epochs=100,
+    batch_size_per_gpu=64,
+    optimizer="sgd",
+    lr=5e-4,
+    min_lr=1e-6,
+    warmup_epochs=10,
+    weight_decay=0.04,
+    weight_decay_end=0.4,
+    out_dim=1024,
+    momentum_teacher=0.9995,
+    teacher_temp=0.04,
+    student_temp=0.1,
+    global_crops_scale=[0.4, 1.0],
+    local_crops_scale=[0.05, 0.4],
+    freeze_last_layer=0,
+)
+
+
+def test_presets_are_the_papers_and_flags_win():
+    def has(text, **expected):
+        return expected.items() <= vars(parsed(f"--preset {text}")).items()
+
+    assert has("lowdino", **TABLE_2)
+    more = dict(clip_grad=2.0, local_crops_number=2, norm_last_layer=False)
+    assert has("lowdino --lr 0.1", **TABLE_2 | more | dict(lr=0.1))
+    assert has("lowdino --arch resnet5m", local_crops_number=8)
+    assert has("lowdino --arch resnet5m --local_crops_number 3", local_crops_number=3)
+    cnn = dict(optimizer="lars", out_dim=4096, local_crops_number=6, use_bn_in_head=True)
+    assert has("sslight --arch resnet18", **cnn, alpha=0.4, local_crops_size=128, lr=0.48)
+    vit = dict(optimizer="adamw", out_dim=65536, local_crops_number=10, use_bn_in_head=False)
+    assert has("sslight --arch vit_tiny", **vit, alpha=0.4)
+    assert has("dino", out_dim=65536, local_crops_size=96)
+
+
+@pytest.mark.parametrize("preset", settings.PRESETS)
+@pytest.mark.parametrize("more", ["", "--epochs 1", "--epochs 1000"])
+def test_presets_pass_their_own_checks(preset, more):
+    assert train.check(parsed(f"--preset {preset} {more}")) is None
+
+
+def test_a_default_warm_up_never_outlasts_the_training():
+    args = parsed("--epochs 5")
+    assert train.check(args) is None and args.warmup_epochs == 0.5
+    assert parsed("--epochs 50").warmup_epochs == 5 and parsed().warmup_epochs == 10
+    assert parsed("--epochs 1000").warmup_epochs == 10
+    assert parsed("--epochs 5 --warmup_epochs 2").warmup_epochs == 2
+    # A preset's own share of the epochs, where it is longer: 50 of 200.
+    assert parsed("--preset sslight --epochs 20").warmup_teacher_temp_epochs == 5
+    assert parsed("--preset sslight --epochs 20").warmup_epochs == 2
+    assert parsed("--preset small --epochs 2").warmup_epochs == 0.2
+
+
+def test_teacher_momentum_follows_from_the_number_of_steps(picture_folder, tmp_path):
+    named = dict(data_path=picture_folder, output_dir=tmp_path / "o")
+    args = parsed("--preset small --batch_size_per_gpu 4 --epochs 4", **named)
+    settings.settle(args, distributed.Ranks(0, 1, torch.device("cpu")))
+    # 24 images, 6 steps an epoch
+    assert args.momentum_teacher == pytest.approx(1 - 1 / (2 * 24**0.5))
+
+
+def test_views_are_those_that_the_flags_ask_for():
+    views = engine.build_views(
+        parsed(
+            "--global_crops_size 64 --global_crops_scale 0.3 0.9 --local_crops_size 48 "
+            "--local_crops_scale 0.1 0.2 --local_crops_number 3 --vertical_flip 0.25"
+        )
+    )
+    groups = [(size, *scale, len(blur)) for size, scale, blur, _ in views.groups]
+    assert groups == [(64, 0.3, 0.9, 2), (48, 0.1, 0.2, 3)]
+    assert views.vertical_flip == 0.25 and views.blur_sigma == pytest.approx((0.1, 2 * 64 / 224))
+
+
+def test_a_parser_of_ones_own_has_the_flags_of_a_method_alone():
+    """A preset, and warm-ups, are cut to what the parser knows."""
+    parser = argparse.ArgumentParser()
+    settings.add_training_flags(parser)
+    args = settings.parse(parser, ["--preset", "sslight"])
+    assert args.lr == 0.48 and not hasattr(args, "out_dim")
+    assert methods.options("dino", out_dim=7).out_dim == 7
+
+
+# --------------------------------------------------------------------------------------------------
+# Help
+# --------------------------------------------------------------------------------------------------
+
+HELP = f"""
+import socket, sys, runpy
+def refuse(*a, **k): raise SystemExit("network touched")
+socket.socket.connect = socket.getaddrinfo = refuse
+sys.path.insert(0, {str(ROOT)!r})
+for script in ("train", "distill", "eval_knn", "eval_linear"):
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_module(script, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+"""
+
+
+def test_help_shows_defaults_and_touches_no_network():
+    command = [sys.executable, "-c", HELP]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("usage: ") == 4, done.stderr
+    assert "default: None" not in done.stdout and done.stdout.count("(default: ") > 60
+
+
+def test_the_suite_says_what_it_did_not_run():
+    reasons = [conftest.SLOW] * 2 + [conftest.CUDA, "could not import 'timm': No module", *"acdb"]
+    assert conftest.not_run(["Skipped: " + reason for reason in reasons]) == (
+        "2 slow (give --slow), 1 cuda (no CUDA device), 1 optional packages (timm), "
+        "4 other (a; b; c; 1 more reasons)"
+    )
+    assert conftest.not_run([]) == "nothing was skipped"
