@@ -193,8 +193,9 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
     def build(backbone, args, **steps) -> methods.Distillation:
         if args.cache_teacher:
+            path, teacher.images = Path(args.cache_teacher), source.pretrain
             teacher.features = teachers.cached_features(
-                teacher, source.pretrain, Path(args.cache_teacher), args.num_workers, ranks
+                teacher, teacher.images, path, args.num_workers, ranks
             )
         teachers.add_classifier(teacher, args, source, ranks)
         return methods.Distillation(backbone, args, teacher, **steps)

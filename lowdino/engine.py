@@ -1,6 +1,7 @@
 """The training loop, and what surrounds a step: resume, guard, log, save, evaluate, stop."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -182,8 +183,8 @@ def build_optimizer(args, model: nn.Module, device: torch.device) -> torch.optim
 class Run:
     """A training on one rank: its parts and its state, and what is done around a step.
 
-    The state is `step`, `first_knn`, `skipped` (steps left out in a row), and the sum of the losses
-    since the last log line, with that of the method, the optimizer and the scaler.
+    The state is `step`, `first_knn`, `skipped` (steps left out in a row), and the sums of the loss
+    and its terms since the last log line, with that of the method, the optimizer and the scaler.
     """
 
     def __init__(self, args, ranks, source, build, more_settings, knn_note):
@@ -205,6 +206,8 @@ class Run:
             self.compare_settings(saved)
 
         backbone = build_backbone(args)
+        if saved:
+            backbone.mean, backbone.std = map(tuple, saved["normalisation"])
         self.multicrop = build_views(args, backbone)
         images = f"{source.name}, {len(source.pretrain)} images"
         self.log.say(f"data: {images}; {self.multicrop.describe()}")
@@ -259,21 +262,24 @@ class Run:
                 f"{self.output} holds a run with {'; '.join(changed)}: give the same settings to "
                 "go on with it, another --output_dir, or --accept_changes"
             )
+        for name in ("arch", "optimizer"):  # whose state fits no other, whatever is accepted
+            own = self.settings[name]
+            if theirs[name] != own:
+                raise UserError(f"{self.cannot_go_on()}its --{name} is {theirs[name]}, not {own}")
         if changed:
             self.log.say(f"accepted: {self.output} held a run with {'; '.join(changed)}")
 
+    def cannot_go_on(self) -> str:
+        return f"{self.output} holds a run that these settings cannot go on with: "
+
     def load(self, saved: dict) -> None:
-        refuse = f"{self.output} holds a run that these settings cannot go on with: "
-        for name in ("arch", "optimizer"):
-            theirs, own = saved["settings"][name], getattr(self.args, name)
-            if theirs != own:
-                raise UserError(f"{refuse}its --{name} is {theirs}, not {own}")
+        """Take up the state of a checkpoint."""
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
         except (KeyError, RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
-            raise UserError(f"{refuse}its {name} does not fit ({first})") from error
+            raise UserError(f"{self.cannot_go_on()}its {name} does not fit ({first})") from error
         self.step, self.first_knn, self.skipped = (
             saved[name] for name in ("step", "first_knn", "skipped")
         )
@@ -436,7 +442,17 @@ class Run:
     # -- Log, save, evaluate, stop ----------------------------------------------------------------
 
     def add_loss(self, loss: Tensor) -> None:
-        self.loss_sum, self.loss_steps = self.loss_sum + loss.detach(), self.loss_steps + 1
+        values = torch.stack([loss.detach(), *self.method.terms.values()]).float()
+        self.loss_sum, self.loss_steps = self.loss_sum + values, self.loss_steps + 1
+
+    def mean_losses(self) -> dict[str, float]:
+        """Loss and its terms as means since the last call, and the metrics of this step."""
+        means = distributed.mean_over_ranks(self.loss_sum / self.loss_steps).tolist()
+        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
+        means = dict(zip(["loss", *self.method.terms], means))
+        if self.method.out_dim:
+            means["loss_over_lnk"] = means["cross_entropy"] / math.log(self.method.out_dim)
+        return means | {k: v for k, v in self.method.metrics().items() if k not in means}
 
     @property
     def epoch_ended(self) -> bool:
@@ -455,12 +471,9 @@ class Run:
             )
         if self.skipped:
             return
-        mean_loss = distributed.mean_over_ranks(self.loss_sum / self.loss_steps).item()
-        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
-        metrics, speed = self.method.metrics(), self.clock.read(self.total_steps - self.step)
+        metrics, speed = self.mean_losses(), self.clock.read(self.total_steps - self.step)
         weights = self.optimizer.param_groups[0]
         values = {
-            "loss": mean_loss,
             **metrics,
             "lr": weights["lr"],
             "weight_decay": weights["weight_decay"],
@@ -537,7 +550,8 @@ class Run:
             for images in (source.train, source.test)
         )
         self.last_knn = evaluate.knn_accuracy(train, test, args.nb_knn, source.classes)
-        said = f"k-NN (k={args.nb_knn}) of the {self.method.evaluated} {self.last_knn:.4f}"
+        network = self.method.evaluated.replace("_", " ")
+        said = f"k-NN (k={args.nb_knn}) of the {network} {self.last_knn:.4f}"
         self.log.say(f"epoch {epoch}: {said}{self.knn_note()}")
         self.log.record(step=self.step, epoch=epoch, knn=self.last_knn)
 

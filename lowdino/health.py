@@ -60,6 +60,7 @@ class Health:
         self.current: dict[str, str] = {}  # symptoms of the last reading
         self.since: dict[str, int] = {}  # the step of the reading at which each of them began
         self.told: dict[str, str] = {}  # those of them that have lasted
+        self.ill_since: int | None = None  # the step since when no reading was without one
 
     def symptoms(
         self,
@@ -138,6 +139,10 @@ class Health:
             self.first_step = step
         self.steps = step - self.first_step + 1
         found = self.current = self.symptoms(**metrics)
+        if not found:
+            self.ill_since = None
+        elif self.ill_since is None:
+            self.ill_since = step
         self.since = {name: self.since.get(name, step) for name in found}
         lasting = {
             name: text
@@ -150,12 +155,17 @@ class Health:
         return news
 
     def verdict(self) -> str:
-        """The symptoms that have lasted, or that there are none, or that it is too early to say."""
+        """The symptoms that have lasted, or that there are none, or that it is too early to say.
+
+        Symptoms that take turns, none of which has lasted, count together.
+        """
         if self.steps < self.PATIENCE:
             steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
             so_far = f"; seen so far: {joined(self.current)}" if self.current else ""
             return f"too short to tell: {steps}, a verdict needs {self.PATIENCE}{so_far}"
-        return joined(self.told) or "no sign of collapse"
+        always = self.ill_since is not None
+        ill = always and self.first_step + self.steps - self.ill_since >= self.PATIENCE
+        return joined(self.told) or (joined(self.current) if ill else "no sign of collapse")
 
 
 def joined(symptoms: dict[str, str]) -> str:

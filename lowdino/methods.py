@@ -36,6 +36,7 @@ class Method(nn.Module):
 
     evaluated = "student"  # the network whose backbone is evaluated and kept
     out_dim: int | None = None  # K, where outputs are distributions over K prototypes
+    terms: dict[str, Tensor] = {}  # scalars in the last loss, for metrics() and the log
 
     @property
     def backbone(self) -> nn.Module:
@@ -66,8 +67,8 @@ class Method(nn.Module):
 class DINO(Method):
     """Self-distillation with no labels (Caron et al., 2021, algorithm 1).
 
-    The student's distribution P_s over K prototypes, of every view, is to be the momentum teacher's
-    P_t of another, global, view of the same image.
+    The student's distribution over K prototypes, of every view, is to be the momentum teacher's P_t
+    of another, global, view of the same image.
     """
 
     evaluated = "teacher"
@@ -90,7 +91,7 @@ class DINO(Method):
         features, z, s = self.student(views)  # (V B, D), unit (V B, 256), logits (V B, K)
         loss = self.loss.pairs(s.chunk(len(views)), P_t.chunk(2))  # equation 3
         self.loss.update_center(t)  # equation 4
-        self.last = step, features.detach().chunk(len(views))[0], P_t, loss.detach()
+        self.terms, self.last = {"cross_entropy": loss.detach()}, (step, features.detach(), P_t)
         return loss + regularizers(self, features.chunk(len(views)), z.chunk(len(views)), step)
 
     def before_step(self, step=0):
@@ -145,9 +146,7 @@ def regularizers(method: Method, features: tuple, z: tuple, step: int) -> Tensor
     return total
 
 
-def dino_metrics(
-    method: Method, step: int, features: Tensor, P_t: Tensor, cross_entropy: Tensor
-) -> dict[str, float]:
+def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> dict[str, float]:
     """Entropies of the teacher's distributions, spread of one view's features, state of the EMA."""
     momentum = teacher_momentum(method, step)
     theta_t, theta_s = (weights[0] for weights in method.weights)
@@ -155,21 +154,25 @@ def dino_metrics(
     held = momentum > 1 - 1e-6 > teacher_momentum(method, 0)
     moves = held or not torch.equal(theta_t, theta_t.lerp(theta_s.detach(), 1 - momentum))
     return {
-        **prototype_metrics(P_t, cross_entropy),
-        **feature_metrics(features),
+        **mean_terms(method),
+        **prototype_metrics(P_t),
+        **feature_metrics(features[: len(P_t) // 2]),
         "momentum": momentum,
         "teacher_temp": teacher_temperature(method, step),
         "teacher_moved": moves,
     }
 
 
-def prototype_metrics(P_t: Tensor, cross_entropy: Tensor) -> dict[str, float]:
-    """Of the teacher's distributions (n, K) and their cross-entropy with the student's, in nats."""
+def mean_terms(method: Method) -> dict[str, float]:
+    """The terms of the last loss, over all ranks."""
+    means = {k: distributed.mean_over_ranks(v.clone()) for k, v in method.terms.items()}
+    return {name: value.item() for name, value in means.items()}
+
+
+def prototype_metrics(P_t: Tensor) -> dict[str, float]:
+    """Entropies of the teacher's distributions (n, K), in nats."""
     mean = distributed.mean_over_ranks(P_t.mean(dim=0))
-    loss = distributed.mean_over_ranks(cross_entropy.clone()).item()
     return {
-        "loss_over_lnk": loss / math.log(P_t.shape[1]),
-        "cross_entropy": loss,
         "entropy": distributed.mean_over_ranks(health.mean_entropy(P_t)).item(),
         "entropy_of_mean": health.mean_entropy(mean[None]).item(),
     }
@@ -273,7 +276,8 @@ class MVMR(Method):
         z, z_augmented = outputs["projector"].chunk(2)  # (B, E)
         r = self.representations(plain, views[1]) if self.args.representation_weight else []
         terms = self.loss(z, z_augmented, r)  # L1, L2 and L3, equations 4 to 9
-        self.last = features.detach().chunk(2)[0], [term.detach() for term in terms]
+        self.terms = {f"L{i}": term.detach() for i, term in enumerate(terms, start=1)}
+        self.last = features.detach().chunk(2)[0]
         return sum(terms)  # equation 10
 
     def representations(self, plain: Tensor, augmented: Tensor) -> list[Tensor]:
@@ -287,9 +291,7 @@ class MVMR(Method):
         return [describe[name]() for name in self.args.descriptors]
 
     def metrics(self):
-        features, terms = self.last
-        values = {f"L{i}": term.item() for i, term in enumerate(terms, start=1)}
-        return values | feature_metrics(features)
+        return mean_terms(self) | feature_metrics(self.last)
 
 
 def plain_view(batch: data.Batch, size: int, backbone: nn.Module) -> Tensor:
@@ -368,9 +370,9 @@ class Distillation(Method):
         self.student = ManyHeads(backbone, heads)
         self.losses = nn.ModuleDict(distillation_losses(args, teacher))
         if "dino" in self.objectives:  # as in DINOv2, the student's moving average is kept
-            self.evaluated = "average"
-            self.average = ema.make_teacher(self.student)
-            self.weights = ema.paired_parameters(self.average, self.student)
+            self.evaluated = "average_student"
+            self.average_student = ema.make_teacher(self.student)
+            self.weights = ema.paired_parameters(self.average_student, self.student)
 
     def forward(self, views, batch=None, step=0):
         seen = views
@@ -379,7 +381,8 @@ class Distillation(Method):
         features, outputs = self.student(seen)  # (V B, D), and of each head (V B, ...)
         t = self.teacher.targets(views, batch.indices, self.backbone)  # (V B, D_t)
         terms = {name: self.term(name, s, t, seen, batch) for name, s in outputs.items()}
-        self.last = features.detach()[: len(views[0])], {k: v.detach() for k, v in terms.items()}
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        self.last = features.detach()[: len(views[0])]
         return sum(self.objectives[name] * term for name, term in terms.items())
 
     def term(self, name: str, s: Tensor, t: Tensor, views: list[Tensor], batch) -> Tensor:
@@ -403,15 +406,13 @@ class Distillation(Method):
         return loss(s, once if name == "similarity" else t)
 
     def after_step(self, step=0):
-        if self.evaluated == "average":
+        if self.evaluated == "average_student":
             momentum = teacher_momentum(self, step)
             ema.update(*self.weights, momentum)
-            ema.update(*ema.paired_buffers(self.average, self.student), momentum)
+            ema.update(*ema.paired_buffers(self.average_student, self.student), momentum)
 
     def metrics(self):
-        features, terms = self.last
-        values = {k: distributed.mean_over_ranks(v.clone()).item() for k, v in terms.items()}
-        return (values if len(values) > 1 else {}) | feature_metrics(features)
+        return mean_terms(self) | feature_metrics(self.last)
 
 
 def kd_term(method: Distillation, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:

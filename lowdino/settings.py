@@ -250,13 +250,15 @@ def check_training(args: argparse.Namespace) -> str | None:
         return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {batch}"
     if args.seed >= 2**63:
         return f"--seed must be below 2^63, not {args.seed}"
+    if wrong := check_workers(args):
+        return wrong
     if wrong := out_of_range(
         args,
         at_least_one=("epochs", "log_freq", "nb_knn"),
         not_negative=(
             "local_crops_number", "lr_reference_batch", "warmup_epochs", "min_lr", "weight_decay",
             "weight_decay_end", "clip_grad", "saveckp_freq", "save_every_steps", "skip_nonfinite",
-            "knn_freq", "seed", "lr", "num_workers",
+            "knn_freq", "seed", "lr",
         ),
         fractions=("vertical_flip", "drop_path_rate", "max_bad_fraction"),
     ):  # fmt: skip
@@ -282,6 +284,12 @@ def check_training(args: argparse.Namespace) -> str | None:
     if args.init is not None and not os.path.isfile(args.init):
         return f"--init {args.init} does not exist"
     return None
+
+
+def check_workers(args: argparse.Namespace) -> str | None:
+    if args.num_workers is not None and args.num_workers > 1000:
+        return f"--num_workers must be at most 1000, not {args.num_workers}"
+    return out_of_range(args, not_negative=("num_workers",))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,7 +322,7 @@ def check_evaluation(args: argparse.Namespace) -> str | None:
         return "--pool and --image_size need the images, which --from_features does without"
     if args.image_size is not None and args.image_size < 32:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    return out_of_range(args, not_negative=("num_workers",))
+    return check_workers(args)
 
 
 # ---------------------------------------------------------------------------------------------

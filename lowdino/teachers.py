@@ -39,7 +39,8 @@ class Teacher:
     classifier: nn.Linear | None = None
     head: DINOHead | None = None
     center: Tensor | None = None
-    features: np.ndarray | None = None  # (N, D), of the images to train on, in their order
+    features: np.ndarray | None = None  # (N, D), of these images, in their order
+    images: data.ImageArray | data.ImageFiles | None = None
 
     @torch.no_grad()
     def __call__(self, view: Tensor, student: nn.Module) -> Tensor:
@@ -69,11 +70,15 @@ class Teacher:
     def features_of(
         self, images: data.ImageArray | data.ImageFiles, workers: int, ranks: distributed.Ranks
     ) -> evaluate.Features:
-        """Features of whole images, computed over all ranks.
+        """Features of whole images, looked up or computed over all ranks.
 
         Raises:
-            UserError: where the teacher is a file of features, and knows no other image.
+            UserError: where the teacher is a file of features, of other images.
         """
+        if self.features is not None and images is self.images:
+            rows = torch.from_numpy(np.asarray(self.features, dtype=np.float32))
+            labels = torch.as_tensor(images.labels)
+            return evaluate.Features(rows.to(self.device), labels.to(self.device), [])
         if self.backbone is None:
             raise UserError(
                 f"{self.name} holds features of the images to train on alone, and others are needed"
@@ -260,7 +265,8 @@ def features_of_file(path: str, source: data.Data, ranks: distributed.Ranks) -> 
         while block := file.read(2**24):
             digest.update(block)
     key = digest.hexdigest()[:16]
-    return Teacher(path, key, arrays.shape[1], ranks.device, features=arrays)
+    images = source.pretrain
+    return Teacher(path, key, arrays.shape[1], ranks.device, features=arrays, images=images)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,11 +434,7 @@ def add_classifier(teacher: Teacher, args, source: data.Data, ranks: distributed
     if args.teacher_head == "train":
         if source.train is None:
             raise UserError(f"--teacher_head train needs labels, and {source.name} has none")
-        if teacher.features is not None and source.train is source.pretrain:
-            x = torch.from_numpy(np.asarray(teacher.features, dtype=np.float32)).to(ranks.device)
-            y = torch.as_tensor(source.train.labels).to(ranks.device)
-        else:
-            x, y, _ = teacher.features_of(source.train, args.num_workers, ranks)
+        x, y, _ = teacher.features_of(source.train, args.num_workers, ranks)
         teacher.classifier = trained_classifier(x, y, source.classes)
     classifier, classes = teacher.classifier, source.classes
     if classifier and classifier.in_features != teacher.width:

@@ -65,7 +65,7 @@ def distillation(network, text="", **named):
         patch.setattr(teachers, "imported", lambda path: network)
         teacher = teachers.open_teacher(args, source, RANKS)
     if args.cache_teacher:
-        path = Path(args.cache_teacher)
+        path, teacher.images = Path(args.cache_teacher), images
         teacher.features = teachers.cached_features(teacher, images, path, 0, RANKS)
     teachers.add_classifier(teacher, args, source, RANKS)
     return methods.Distillation(engine.build_backbone(args), args, teacher, total_steps=10)

@@ -194,10 +194,10 @@ def test_dino_objective_takes_the_head_of_a_run(
     flags = student(teacher=run / "checkpoint.pth", data_path=picture_folder)
     dino = options(f"--arch {arch} --objective dino --local_crops_number 1", output_dir=out)
     done = call_script("distill.py", *flags, *dino)
-    assert "of the average" in done.stdout and "of the teacher" in done.stdout
+    assert "of the average student" in done.stdout and "of the teacher" in done.stdout
     method = saved(out)["method"]
     kept = lowdino.load_backbone(str(out / "backbone.pth")).state_dict()
-    average = {name: method[f"average.backbone.{name}"] for name in kept}
+    average = {name: method[f"average_student.backbone.{name}"] for name in kept}
     assert all(torch.equal(value, kept[name]) for name, value in average.items())
     trained = {name: method[f"student.backbone.{name}"] for name in kept}
     assert not any(torch.equal(average[n], v) for n, v in trained.items() if v.ndim > 1)

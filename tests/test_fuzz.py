@@ -22,9 +22,9 @@ from runs import SMALL, forked, in_a_new_process, stepwise, wait_for
 
 HUGE = "1000000000000000"
 
-# Flags and values that may run for longer than anybody waits: so many epochs, and so many processes
-# of a loader to start. After so many seconds they are killed; any other run must end by itself.
-LONG = {("--epochs", HUGE), ("--num_workers", HUGE)}
+# Flags and values that run for longer than anybody waits. After so many seconds they are killed;
+# any other run must end by itself.
+LONG = {("--epochs", HUGE)}
 PATIENCE = {True: 3, False: 120}
 
 # --compile takes minutes and has a test of its own, in test_scripts.py.

@@ -119,3 +119,14 @@ def test_without_the_resource_module_the_peak_memory_is_zero(monkeypatch):
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     assert copied.memory_mb(torch.device("cpu")) == 0.0
+
+
+def test_symptoms_that_take_turns_count_together():
+    """A run that diverges jumps between very large and very small losses at single readings."""
+    report = health.Health(64)
+    turns = WELL | dict(cross_entropy=9.0), WELL | dict(feature_std=0.001)
+    for step in range(10, 251, 10):
+        assert report.read(step, **turns[step // 10 % 2]) == []  # neither has lasted
+    assert report.verdict().startswith("dead features: ")
+    report.read(260, **WELL)
+    assert report.verdict() == "no sign of collapse"

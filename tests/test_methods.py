@@ -4,11 +4,12 @@ import argparse
 import copy
 import io
 import itertools
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import demo_array
+from conftest import ROOT, demo_array
 from torch import nn
 
 import distill
@@ -212,21 +213,21 @@ def test_state_dicts_are_enough_to_resume(name, four_batches):
 
 @pytest.mark.parametrize("name", BUILD)
 def test_nothing_hidden_passes_between_calls(name, four_batches):
-    """What a step leaves outside the state dict is `last`, for metrics() alone, without a graph."""
+    """A step leaves outside the state dict `terms` and `last`, for metrics(), without a graph."""
     method = BUILD[name]()
     before = {k: v for k, v in vars(method).items() if k != "training"}
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     steps(method, optimizer, four_batches[:2], 0)
-    assert vars(method).keys() - before.keys() == {"last", "training"}
+    assert vars(method).keys() - before.keys() == {"last", "terms", "training"}
     assert all(vars(method)[k] is v for k, v in before.items())
-    tensors = [x for x in flattened(method.last) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in flattened((method.last, method.terms)) if isinstance(x, torch.Tensor)]
     assert tensors and not any(x.requires_grad for x in tensors)
     metrics = method.metrics()
     assert metrics and all(isinstance(v, float | bool) for v in metrics.values())
     assert metrics == method.metrics()
 
     twin = copy.deepcopy(method)
-    del twin.last
+    del twin.last, twin.terms
     batch, views = four_batches[2]
     loss, its_loss = method(views, batch, 2), twin(views, batch, 2)
     assert torch.equal(loss, its_loss)
@@ -310,3 +311,13 @@ def test_a_new_method_trains_and_resumes(
     assert wrong.returncode == 2 and "--predictor_dim must be at least 1" in wrong.stderr
     other = call_script("train.py", *given, tmp_path / "whole", "--predictor_dim", 9, check=False)
     assert other.returncode == 2 and "predictor_dim 24, not 9" in other.stderr
+
+
+def test_the_readmes_loop_runs():
+    text = (ROOT / "README.md").read_text()
+    (loop,) = (
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DINO(" in code
+    )
+    names = {}
+    exec(loop, names)
+    assert names["loss"].isfinite() and names["method"].metrics()["teacher_moved"]

@@ -580,11 +580,11 @@ def test_the_average_of_the_student_follows_it(in_float64):
     method = methods.Distillation(Tiny(), args, teacher_of(), total_steps=4).double()
     for p in (*method.student.parameters(), method.student.backbone.norm.running_mean):
         p.data += torch.randn_like(p)
-    before = part(method.average.state_dict(), "")
+    before = part(method.average_student.state_dict(), "")
     method.after_step(1)
     momentum = half_cosine(1, 4, 0.6, 1)
-    assert method.backbone is method.average.backbone
-    for name, value in part(method.average.state_dict(), "").items():
+    assert method.backbone is method.average_student.backbone
+    for name, value in part(method.average_student.state_dict(), "").items():
         own = method.student.state_dict()[name]
         expected = momentum * before[name] + (1 - momentum) * own
         torch.testing.assert_close(value, expected, **TOLERANCE)

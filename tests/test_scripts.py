@@ -60,7 +60,7 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, d
     views = "24 images; global views 32 px, 1 local views 32 px"
     assert views in done.stdout.splitlines()[0]
     assert re.search(
-        r"epoch 0 step 2/12 loss \d.\d+ loss_over_lnk \d.\d+ cross_entropy \d.\d+ "
+        r"epoch 0 step 2/12 loss \d.\d+ cross_entropy \d.\d+ loss_over_lnk \d.\d+ "
         r"entropy .* entropy_of_mean .* feature_std .* effective_rank .* momentum .* "
         r"lr .* weight_decay .* memory_mb .* images/s wait .* eta",
         done.stdout,
