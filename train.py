@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Pre-train a small backbone without labels, by self-distillation with a momentum teacher (DINO,
-LowDINO, SSLight) or by MV-MR.
+LowDINO, SSLight), by the coding rate of many views (EMP-SSL) or by MV-MR.
 
     python train.py --preset small --arch mobilevit_xxs --epochs 10         demo images: k-NN 0.900
     torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
@@ -14,7 +14,7 @@ from lowdino.methods import METHODS
 
 def get_parser() -> argparse.ArgumentParser:
     parser = flags.parser_of(__doc__)
-    help = "self-distillation (DINO), or MV-MR"
+    help = "self-distillation (DINO), the coding rate of many views (EMP-SSL), or MV-MR"
     parser.add_argument("--method", choices=METHODS, default="dino", help=help)
     for method in METHODS.values():
         method.add_flags(parser)

@@ -455,7 +455,7 @@ class MultiCrop(nn.Module):
             at SMALLEST_BLUR or below.
         solarize: probability for each global view but the first.
         mean, std: of the normalisation, by channel.
-        global_number: global views per image.
+        global_number: global views per image. grayscale: probability of it.
 
     Raises:
         ValueError: where there is no global view.
@@ -477,13 +477,14 @@ class MultiCrop(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
         *,
         global_number: int = 2,
+        grayscale: float = 0.2,
     ):
         super().__init__()
         if global_number < 1:
             raise ValueError(f"at least one global view is needed, not {global_number}")
         self.global_size, self.local_size = global_size, local_size
         self.local_number = local_number
-        self.vertical_flip = vertical_flip
+        self.vertical_flip, self.grayscale = vertical_flip, grayscale
         self.blur_sigma = blur_sigma
         # Buffers, because copying a constant to a GPU in every step makes the host wait for it.
         self.register_buffer("jitter", torch.tensor(jitter), persistent=False)
@@ -501,7 +502,8 @@ class MultiCrop(nn.Module):
 
     def describe(self) -> str:
         """For the log: the sizes of the views, and whether they are too small for blur."""
-        text = f"global views {self.global_size} px"
+        number = len(self.groups[0][2])
+        text = f"{number} " * (number != 2) + f"global views {self.global_size} px"
         text += f", {self.local_number} local views {self.local_size} px"
         if not self.blurs():
             text += f"; no blur: its largest sigma is {self.blur_sigma[1]:.2g} pixels at this size"
@@ -542,7 +544,7 @@ class MultiCrop(nn.Module):
         amounts = (2 * uniform(N, 4) - 1) * self.jitter * (uniform(N, 1) < 0.8)
         order = uniform(N, 4).argsort(dim=1)
         # Each with its mask and its values.
-        operations = [(uniform(N) < 0.2, lambda x: grayscale(x).expand(-1, 3, -1, -1))]
+        operations = [(uniform(N) < self.grayscale, lambda x: grayscale(x).expand(-1, 3, -1, -1))]
         low, high = self.blur_sigma
         if self.blurs():
             operations.append((chance(*blur), gaussian_blur, low + (high - low) * uniform(N)))

@@ -35,6 +35,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32
 # GradScaler starts from 2^16 and halves its scale where gradients overflow in float16.
 LEAST_SCALE = 2.0**-10
 
+# Peak learning rate of AdamW for the biases and norms beside Muon, as of the preset "small".
+MUON_OTHERS = 2e-3
+
 # Streams of random numbers, functions of (stream, seed, step, rank), see augment.derived_seed.
 # 0 is the order of the images and 4 what stands in for bad ones, both in data.py.
 VIEWS, DROP_PATH = 1, 3
@@ -115,7 +118,7 @@ def set_schedules(optimizer, args, step: int, total: int, epoch_steps: int, peak
     lr = schedules.cosine(step, total, peak_lr, args.min_lr, warmup)
     weight_decay = schedules.cosine(step, total, args.weight_decay, args.weight_decay_end)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
@@ -168,6 +171,8 @@ def build_views(args, backbone: nn.Module | None = None) -> augment.MultiCrop:
         blur_sigma=(0.1, 2 * args.global_crops_size / 224),
         mean=mean,
         std=std,
+        global_number=args.global_crops_number,
+        grayscale=args.grayscale,
     )
 
 
@@ -177,6 +182,9 @@ def build_optimizer(args, model: nn.Module, device: torch.device) -> torch.optim
         return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    if args.optimizer == "muon":
+        groups[1]["scale"] = MUON_OTHERS / args.lr if args.lr else 1.0
+        return optim.Muon(groups)
     return optim.LARS(groups)
 
 

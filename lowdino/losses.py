@@ -186,6 +186,23 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(ranks())[dist.get_rank()]
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, of which all of them then compute the same loss.
+
+    DDP averages the gradients, so each rank's own part of them counts as often as there are ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * ranks()
+
+
 def rows_of_all_ranks(x: Tensor) -> Tensor:
     """`GatherRows` where there are several: (n, D) -> (ranks * n, D)."""
     return GatherRows.apply(x) if ranks() > 1 else x
@@ -247,6 +264,48 @@ class InfoNCELoss(nn.Module):
             a_to_b = a @ all_b.T / self.temperature  # (n, N)
             b_to_a = b @ all_a.T / self.temperature
             return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2
+
+
+class CodingRateLoss(nn.Module):
+    """Views close to their image's mean, and a batch that fills space (EMP-SSL, Tong et al., 2023).
+
+    With unit embeddings z of V views of the n images of all ranks, Z_v (n, d) those of view v:
+        C = mean over views v and images i of cos(z_vi, mean_v z_vi)
+        R = mean over v of 1/2 log det(I + d / (n eps) Z_v^T Z_v)             the total coding rate
+        L = - weight C - R
+    The rate stands where other losses have negatives. It needs no large batch, and of the ranks
+    only the sums Z_v^T Z_v (d, d).
+
+    forward(z): embeddings (V, B, d) of this rank, of any length. Returns C and R, scalars, and
+    `loss(C, R)` is L.
+
+    Args:
+        weight: of C; 200 in the paper. eps: squared precision of the code; 0.2 in the paper's code.
+    """
+
+    def __init__(self, weight: float = 200.0, eps: float = 0.2):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast_off(z):
+            z = F.normalize(z.float(), dim=-1)
+            cosine = F.cosine_similarity(z, z.mean(dim=0, keepdim=True), dim=-1).mean()
+            return cosine, self.coding_rate(z).mean()
+
+    def coding_rate(self, z: Tensor) -> Tensor:
+        """R of each view: (V, B, d) -> (V,)."""
+        n, d = z.shape[1] * ranks(), z.shape[2]
+        if ranks() > 1:
+            gram = SumOverRanks.apply(z.mT @ z)  # (V, d, d)
+        else:  # of the two products, which have the same determinant, the smaller
+            gram = z @ z.mT if n < d else z.mT @ z
+        eye = torch.eye(gram.shape[-1], device=z.device)
+        factor = torch.linalg.cholesky(eye + gram * (d / (n * self.eps)))
+        return factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+
+    def loss(self, cosine: Tensor, rate: Tensor) -> Tensor:
+        return -self.weight * cosine - rate
 
 
 class KDLoss(nn.Module):

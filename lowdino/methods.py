@@ -222,6 +222,8 @@ def check_dino(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of DINO, in one sentence, or None."""
     if args.out_dim < 2:
         return f"--out_dim must be at least 2, not {args.out_dim}"
+    if args.global_crops_number != 2:
+        return f"--method dino takes --global_crops_number 2, not {args.global_crops_number}"
     if args.alpha is not None and args.local_crops_number == 0:
         return "--alpha balances global against local views, and --local_crops_number is 0"
     if args.warmup_teacher_temp_epochs > args.epochs:
@@ -258,7 +260,7 @@ class MVMR(Method):
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__()
         self.args = args
-        projector = Projector(backbone.embed_dim, *args.projector)
+        projector = Projector(backbone.embed_dim, *(args.projector or MVMR_PROJECTOR))
         self.student = ManyHeads(backbone, {"projector": projector})
         self.loss = losses.MVMRLoss(
             args.invariance_weight,
@@ -309,10 +311,11 @@ MVMR_WEIGHTS = (
 )
 
 
+MVMR_PROJECTOR = (8192, 8192, 8192)
+
+
 def add_mvmr_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("MV-MR").add_argument
-    help = "widths of the projector's layers"
-    add("--projector", type=int, nargs="+", default=[8192] * 3, metavar="WIDTH", help=help)
     help = "fixed representations of the plain image"
     add("--descriptors", nargs="+", choices=DESCRIPTORS, default=list(DESCRIPTORS), help=help)
     help = "of the mean square between the embeddings, in L1"
@@ -332,8 +335,8 @@ def check_mvmr(args: argparse.Namespace) -> str | None:
             "--method mvmr has one augmented view: give --local_crops_number 0, not "
             f"{args.local_crops_number}, or --preset mvmr"
         )
-    if min(args.projector) < 1:
-        return f"--projector needs widths of at least 1, not {args.projector}"
+    if args.global_crops_number != 2:
+        return f"--method mvmr takes --global_crops_number 2, not {args.global_crops_number}"
     if len(set(args.descriptors)) < len(args.descriptors):
         return f"--descriptors names one twice: {' '.join(args.descriptors)}"
     if wrong := out_of_range(args, not_negative=MVMR_WEIGHTS):
@@ -341,6 +344,56 @@ def check_mvmr(args: argparse.Namespace) -> str | None:
     if not any(getattr(args, name) for name in MVMR_WEIGHTS):
         return "--method mvmr has nothing to learn: all four of its weights are 0"
     return None
+
+
+# ---------------------------------------------------------------------------------------------
+# EMP
+# ---------------------------------------------------------------------------------------------
+
+
+class EMP(Method):
+    """Extreme multi-patch learning (EMP-SSL; Tong et al., 2023): many views of few images.
+
+    The embeddings of an image's views are to be near their mean, while those of the batch have the
+    largest coding rate. There is no teacher and no contrast.
+    """
+
+    def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
+        super().__init__()
+        projector = Projector(backbone.embed_dim, *(args.projector or EMP_PROJECTOR))
+        self.student = ManyHeads(backbone, {"projector": projector})
+        self.loss = losses.CodingRateLoss(args.cosine_weight, args.rate_eps)
+
+    def forward(self, views, batch=None, step=0):
+        features, outputs = self.student(views)
+        z = outputs["projector"].unflatten(0, (len(views), -1))  # (V, B, d)
+        cosine, rate = self.loss(z)
+        self.terms = {"cosine": cosine.detach(), "coding_rate": rate.detach()}
+        self.last = features.detach().chunk(len(views))[0]
+        return self.loss.loss(cosine, rate)
+
+    def metrics(self):
+        return mean_terms(self) | feature_metrics(self.last)
+
+
+EMP_PROJECTOR = (512, 512, 256)  # of the runs behind the default; the authors' is wider
+
+
+def add_emp_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("EMP").add_argument
+    help = "widths of the projector's layers; default: 512 512 256, of MV-MR 8192 three times"
+    add("--projector", type=int, nargs="+", metavar="WIDTH", help=help)
+    help = "weight of the cosine between an embedding and the mean of its image's"
+    add("--cosine_weight", type=float, default=200.0, help=help)
+    help = "squared precision of the coding rate"
+    add("--rate_eps", type=float, default=0.2, help=help)
+
+
+def check_emp(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of EMP, in one sentence, or None."""
+    if args.global_crops_number + args.local_crops_number < 2:
+        return "--method emp compares views of an image: give --global_crops_number 2 or more"
+    return out_of_range(args, not_negative=("cosine_weight",), above_zero=("rate_eps",))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -485,6 +538,7 @@ class Entry(NamedTuple):
 
 METHODS = {
     "dino": Entry(DINO, add_dino_flags, check_dino),
+    "emp": Entry(EMP, add_emp_flags, check_emp),
     "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr),
 }
 

@@ -1,5 +1,6 @@
-"""What torch.optim lacks: parameter groups, clipping by parameter, LARS."""
+"""What torch.optim lacks: parameter groups, clipping by parameter, LARS, Muon."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -132,3 +133,97 @@ class LARS(torch.optim.Optimizer):
                 state["velocity"].mul_(group["momentum"]).add_(d)
                 p.add_(state["velocity"], alpha=-group["lr"])
         return loss
+
+
+def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
+    """Matrices near the nearest semi-orthogonal ones: (k, m, n) -> (k, m, n) float32.
+
+    Newton and Schulz's iteration X <- (a + b X X^T + c (X X^T)^2) X with Muon's coefficients brings
+    singular values of 0.01 to 1 near 1, between 0.7 and 1.2. Each factor is a polynomial of
+    S = X X^T. So only S (m, m) is iterated, m being the shorter side, and X is multiplied once.
+    """
+    if gradients.shape[1] > gradients.shape[2]:
+        return orthogonalized(gradients.mT, steps).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = gradients.float()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    s, product = x @ x.mT, None  # (k, m, m)
+    for i in range(steps):
+        factor = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if i < steps - 1:
+            s = factor @ s @ factor
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, each matrix of it replaced by a nearly orthogonal one (Jordan et al., 2024).
+
+    A weight W is a matrix (out, rest), with gradient G and rate lr:
+        M <- momentum M + G,   O = orthogonalized(G + momentum M)           (Nesterov's momentum)
+        W <- (1 - lr weight_decay) W - lr max(1, out / rest)^0.5 O
+    Only weights of two dimensions and of convolutions are matrices. All else (biases, norms, a
+    ViT's tokens and positions) takes AdamW's step at `lr`, with decay where the group has it.
+
+    torch 2.9 brought a Muon for weights of two dimensions. Convolutions have four, and most of what
+    is trained here is convolutions, so this one serves every version of torch.
+
+    Args:
+        lr: learning rate. weight_decay: of matrices, decoupled. momentum: of M.
+    """
+
+    BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            shapes = defaultdict(list)
+            for p in parameters:
+                if p.ndim in (2, 4):
+                    shapes[len(p), p.numel() // len(p)].append(p)
+            for weights in shapes.values():
+                self.step_matrices(group, weights)
+            if others := [p for p in parameters if p.ndim not in (2, 4)]:
+                self.step_others(group, others)
+        return loss
+
+    def step_matrices(self, group: dict, weights: list[Tensor]) -> None:
+        """Weights of one shape: a few batched products in place of many small ones."""
+        gradients, momentum = [p.grad for p in weights], self.buffers(weights, "momentum")
+        torch._foreach_mul_(momentum, group["momentum"])
+        torch._foreach_add_(momentum, gradients)
+        nesterov = torch._foreach_add(gradients, momentum, alpha=group["momentum"])
+        updates = orthogonalized(torch.stack([g.flatten(1) for g in nesterov]))  # (k, out, rest)
+        out, rest = updates.shape[1:]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        updates = [u.view(p.shape) for u, p in zip(updates, weights)]
+        torch._foreach_add_(weights, updates, alpha=-group["lr"] * max(1, out / rest) ** 0.5)
+
+    def step_others(self, group: dict, others: list[Tensor]) -> None:
+        gradients, (b1, b2) = [p.grad for p in others], self.BETAS
+        mean, square = self.buffers(others, "mean"), self.buffers(others, "square")
+        t = group["adamw_steps"] = group.get("adamw_steps", 0) + 1
+        torch._foreach_mul_(others, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(mean, gradients, 1 - b1)
+        torch._foreach_mul_(square, b2)
+        torch._foreach_addcmul_(square, gradients, gradients, 1 - b2)
+        root = torch._foreach_sqrt(square)
+        torch._foreach_div_(root, (1 - b2**t) ** 0.5)
+        torch._foreach_add_(root, self.EPS)
+        torch._foreach_addcdiv_(others, mean, root, -group["lr"] / (1 - b1**t))
+
+    def buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        """A state of every parameter, zeros at first."""
+        for p in parameters:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in parameters]
