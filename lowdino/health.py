@@ -79,7 +79,7 @@ class Health:
             cross_entropy: of the student to the teacher, which is DINO's loss.
             entropy: mean entropy of the teacher's distributions.
             entropy_of_mean: entropy of their mean.
-            teacher_moved: whether the teacher's parameters have changed since the last reading.
+            teacher_moved: whether a step of the moving average changes the teacher's parameters.
             others: metrics that say nothing of health.
         """
         if cross_entropy is not None and cross_entropy > 1.05 * self.uniform:
@@ -92,7 +92,7 @@ class Health:
         found = {}
         if not teacher_moved:
             found["teacher stands still"] = (
-                "its parameters are those of the reading before: lower --momentum_teacher, "
+                "the moving average does not change its parameters: lower --momentum_teacher, "
                 "or raise --lr"
             )
         if feature_std < 0.01 or effective_rank < 1.5:
