@@ -341,20 +341,15 @@ def on_device(module: nn.Module, ranks: Ranks) -> nn.Module:
     return module
 
 
-def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over the ranks; itself where there is one process."""
     if not dist.is_initialized():
         return module
-    # Batch norm's buffers need no exchange in training.
-    # The option that says so was renamed in torch 2.15.
+    # Without device_ids, inputs stay where they are: labels and indices are wanted on the CPU.
+    # Batch norm's buffers need no exchange in training. That option was renamed in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        module,
-        [device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{option: False},
-    )
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{option: False})
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

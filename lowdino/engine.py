@@ -72,7 +72,7 @@ def train(
     """
     run = Run(args, ranks, source, build, more_settings or {}, knn_note)
     method, optimizer, scaler, device = run.method, run.optimizer, run.scaler, ranks.device
-    model = distributed.data_parallel(method, device)
+    model = distributed.data_parallel(method)
     multicrop = run.multicrop.to(device)
     parameters = [p for p in method.parameters() if p.requires_grad]
 
@@ -331,7 +331,7 @@ class Run:
                 part = getattr(self.method, name, None)
                 if isinstance(part, nn.Module):
                     part.compile(dynamic=False)
-        images = self.cached_images()
+        images, where = self.cached_images()
         if source.train is source.pretrain:
             self.source = replace(source, train=images)
         batches = data.TrainingBatches(
@@ -343,7 +343,7 @@ class Run:
             ranks.rank,
             ranks.world,
         )
-        pin = ranks.device.type == "cuda" and args.cache != "device"
+        pin = ranks.device.type == "cuda" and where != "device"
         loader = data.training_loader(images, batches, args.num_workers, pin_memory=pin)
         if self.step == self.total_steps:
             done = f"already finished: {args.epochs} epochs"
@@ -359,8 +359,8 @@ class Run:
         self.signals.held = True
         return loader
 
-    def cached_images(self):
-        """The images to train on, decoded once where --cache says so."""
+    def cached_images(self) -> tuple[torch.utils.data.Dataset, str]:
+        """The images to train on, decoded once where --cache says so, and where they are kept."""
         args, device, images = self.args, self.ranks.device, self.source.pretrain
         where, start = args.cache, time.perf_counter()
         if self.step == self.total_steps:
@@ -371,7 +371,7 @@ class Run:
         if found is not images:
             seconds = time.perf_counter() - start
             self.log.say(f"images decoded and kept on the {where} in {seconds:.1f} s")
-        return found
+        return found, where
 
     def show(self, views: list[Tensor]) -> None:
         """The first step's views as a picture."""

@@ -213,7 +213,7 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
             "more labels"
         )
     loader = training_batches(subject, indices, batch, steps, seed)
-    model = distributed.data_parallel(network, ranks.device).train()
+    model = distributed.data_parallel(network).train()
     for step, images in enumerate(loader):
         lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
         for group in optimizer.param_groups:

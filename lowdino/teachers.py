@@ -62,7 +62,7 @@ class Teacher:
         which stands for every local one.
         """
         if self.features is not None:
-            rows = np.asarray(self.features[indices.numpy()], dtype=np.float32)
+            rows = np.asarray(self.features[indices.cpu().numpy()], dtype=np.float32)
             return torch.from_numpy(rows).to(self.device).repeat(len(views), 1)
         seen = [self(view, student) for view in views[:2]]
         return torch.cat(seen + [(seen[0] + seen[1]) / 2] * (len(views) - 2))

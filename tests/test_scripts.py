@@ -325,3 +325,11 @@ def test_names_that_are_no_text_are_printed_all_the_same(picture_folder, tmp_pat
         pytest.skip("names of files are text here")
     done = run_script("eval_knn.py", "--pixels", "--data_path", odd, "--device", "cpu")
     assert r"/caf\udce9/train: 24 training and 8 test images" in done.stdout
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cache", ["auto", "device", "host", "none"])
+def test_a_gpu_trains_wherever_the_images_are_kept(cache, picture_folder, tmp_path, call_script):
+    flags = small(f"--device cuda --epochs 1 --cache {cache}", data_path=picture_folder)
+    done = call_script("train.py", *flags, *options(output_dir=tmp_path / "out"))
+    assert "k-NN (k=20) accuracy: " in done.stdout
