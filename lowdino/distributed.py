@@ -256,9 +256,8 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         else:
             work(start(device))
         together = True
-    except SystemExit:  # of all ranks, after a signal
-        together = True
-        raise
+    except SystemExit as stopped:  # of all ranks, after a signal
+        status, together = stopped.code, True
     except KeyboardInterrupt:
         status = INTERRUPTED
         if rank_from_environment()[0] == 0:
@@ -270,8 +269,14 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         status = 2
         print_error(script, sentence)
     finally:
+        several = dist.is_initialized()
         stop(together)
     gc.collect()  # a loader that an error left, with its processes
+    if several:
+        # A thread of gloo that lets go of its last tensor while Python ends aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     if status:
         sys.exit(status)
 

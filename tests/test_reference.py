@@ -128,6 +128,7 @@ SETTINGS = dict(
     optimizer="adamw", batch_size_per_gpu=BATCH, epochs=EPOCHS, lr=0.04, lr_reference_batch=10,
     min_lr=1e-3, warmup_epochs=1.5, weight_decay=0.1, weight_decay_end=0.8, clip_grad=0.05,
     global_crops_size=32, local_crops_size=24, local_crops_number=2, vertical_flip=0.0,
+    global_crops_number=2, grayscale=0.2,
     global_crops_scale=[0.4, 1.0], local_crops_scale=[0.05, 0.4], skip_nonfinite=0,
     max_bad_fraction=0.0, accept_changes=False, log_freq=1, knn_freq=0, saveckp_freq=0,
     save_every_steps=0, out_dim=12, hidden_dim=10, use_bn_in_head=True, norm_last_layer=False,
