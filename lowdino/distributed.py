@@ -176,13 +176,15 @@ INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 
 
 def stop(together: bool = True) -> None:
-    """To be called last. `together`: all ranks leave.
+    """To be called last, before the process ends by `os._exit` where there are several ranks.
 
-    NCCL's group would wait for ranks that do not leave, so it is left alone then.
+    `together`: all ranks leave. NCCL's group would wait for ranks that do not, so it is left alone
+    then. Gloo's is always left alone: its end joins its threads, and one of them may be waiting for
+    Python's lock, which this thread holds, to let go of its last tensor.
     """
     for number in STOP_SIGNALS:  # what was to be saved is, and the exit status should tell
         signal.signal(number, signal.SIG_IGN)
-    if together and dist.is_initialized():
+    if together and dist.is_initialized() and dist.get_backend() != "gloo":
         dist.destroy_process_group()
 
 
@@ -257,7 +259,7 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
             work(start(device))
         together = True
     except SystemExit as stopped:  # of all ranks, after a signal
-        status, together = stopped.code, True
+        status, together = stopped.code if isinstance(stopped.code, int) else 1, True
     except KeyboardInterrupt:
         status = INTERRUPTED
         if rank_from_environment()[0] == 0:
@@ -273,7 +275,7 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         stop(together)
     gc.collect()  # a loader that an error left, with its processes
     if several:
-        # A thread of gloo that lets go of its last tensor while Python ends aborts the process.
+        # Without Python's clean-up, in which gloo can hang or abort, see `stop`.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -309,7 +311,7 @@ def sentence_of(error: Exception) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     if isinstance(error, dist.DistError) or "gloo" in said:
-        return f"lost another rank, whose own error tells why ({said})"
+        return f"lost another rank, whose own error tells why ({' '.join(lines)})"
     if said.startswith("DataLoader worker"):
         killed = said.split(". ")[0]
         return f"{killed}: where memory is short, fewer --num_workers may help"

@@ -35,7 +35,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32
 # GradScaler starts from 2^16 and halves its scale where gradients overflow in float16.
 LEAST_SCALE = 2.0**-10
 
-# Peak learning rate of AdamW for the biases and norms beside Muon, as of the preset "small".
+# Peak learning rate of AdamW for what is no matrix, beside Muon, as of the preset "small".
 MUON_OTHERS = 2e-3
 
 # Streams of random numbers, functions of (stream, seed, step, rank), see augment.derived_seed.
@@ -177,14 +177,13 @@ def build_views(args, backbone: nn.Module | None = None) -> augment.MultiCrop:
 
 
 def build_optimizer(args, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    if args.optimizer == "muon":
+        return optim.Muon(optim.muon_groups(model, MUON_OTHERS / args.lr if args.lr else 1.0))
     groups = optim.parameter_groups(model)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    if args.optimizer == "muon":
-        groups[1]["scale"] = MUON_OTHERS / args.lr if args.lr else 1.0
-        return optim.Muon(groups)
     return optim.LARS(groups)
 
 
@@ -274,6 +273,7 @@ class Run:
             own = self.settings[name]
             if theirs[name] != own:
                 raise UserError(f"{self.cannot_go_on()}its --{name} is {theirs[name]}, not {own}")
+        self.accepted = bool(changed)
         if changed:
             self.log.say(f"accepted: {self.output} held a run with {'; '.join(changed)}")
 
@@ -285,6 +285,8 @@ class Run:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (KeyError, RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise UserError(f"{self.cannot_go_on()}its {name} does not fit ({first})") from error
@@ -296,7 +298,8 @@ class Run:
                 f"{self.output} holds a run that has made {self.step} steps, and now "
                 f"{self.total_steps} are asked for"
             )
-        if len(saved["loss_sums"]) == self.ranks.world:
+        # With other settings the loss may have other terms.
+        if not self.accepted and len(saved["loss_sums"]) == self.ranks.world:
             self.loss_sum = saved["loss_sums"][self.ranks.rank].to(self.ranks.device)
             self.loss_steps = saved["loss_steps"]
         self.log.say(f"going on from {self.output} after step {self.step}")
@@ -385,8 +388,8 @@ class Run:
     def remember_buffers(self) -> None:
         """What a forward pass changes by itself, batch norm's statistics and centres, is to be
         undone where a step may be left out."""
-        if self.args.skip_nonfinite:
-            buffers = list(self.method.buffers())
+        buffers = list(self.method.buffers()) if self.args.skip_nonfinite else []
+        if buffers:
             if not self.buffers_before:
                 self.buffers_before = [b.clone() for b in buffers]
             torch._foreach_copy_(self.buffers_before, buffers)
@@ -417,7 +420,8 @@ class Run:
                 f"leaves such steps out; {self.output} keeps what was saved before"
             )
         self.log.say(f"{said}; left out, {self.skipped} in a row")
-        torch._foreach_copy_(list(self.method.buffers()), self.buffers_before)
+        if self.buffers_before:
+            torch._foreach_copy_(list(self.method.buffers()), self.buffers_before)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(self.scaler.get_scale())  # which is not to blame
 

@@ -301,8 +301,10 @@ class CodingRateLoss(nn.Module):
         else:  # of the two products, which have the same determinant, the smaller
             gram = z @ z.mT if n < d else z.mT @ z
         eye = torch.eye(gram.shape[-1], device=z.device)
-        factor = torch.linalg.cholesky(eye + gram * (d / (n * self.eps)))
-        return factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        # Not checked at once, for which a GPU would have to wait. NaN embeddings give NaN.
+        factor, info = torch.linalg.cholesky_ex(eye + gram * (d / (n * self.eps)))
+        rate = factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        return rate.where(info == 0, torch.nan)
 
     def loss(self, cosine: Tensor, rate: Tensor) -> Tensor:
         return -self.weight * cosine - rate

@@ -10,6 +10,7 @@
         optimizer.step()
         method.after_step(step)
 
+MV-MR and distillation take the batch that the views are of, too: method(views, batch, step).
 A new method is one class, the function that adds its flags, and one line in METHODS.
 """
 
@@ -544,7 +545,14 @@ METHODS = {
 
 
 def options(method: str, **given) -> argparse.Namespace:
-    """Settings of a method for one's own loop: the defaults of its flags, but for those given."""
+    """Settings of a method for one's own loop: the defaults of its flags, but for those given.
+
+    MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views.
+    """
     parser = argparse.ArgumentParser()
-    METHODS[method].add_flags(parser)
-    return argparse.Namespace(**vars(parser.parse_args([])) | given)
+    for entry in METHODS.values():  # some share a flag
+        entry.add_flags(parser)
+    known = vars(parser.parse_args([]))
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    return argparse.Namespace(**known | given)

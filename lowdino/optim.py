@@ -135,6 +135,22 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
+def is_matrix(p: Tensor) -> bool:
+    """Whether Muon takes a weight as a matrix: of two dimensions, or a convolution's."""
+    return p.ndim in (2, 4) and p.numel() > len(p)
+
+
+def muon_groups(model: nn.Module, scale: float) -> list[dict]:
+    """Groups for `Muon`: matrices, and the two of `parameter_groups` of the others.
+
+    The others, which take AdamW's step, have `scale`, the factor of their learning rate.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if is_matrix(p)]
+    others = decay_groups([p for p in parameters if not is_matrix(p)])
+    return [{"params": matrices, "decays": True}, *({**group, "scale": scale} for group in others)]
+
+
 def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
     """Matrices near the nearest semi-orthogonal ones: (k, m, n) -> (k, m, n) float32.
 
@@ -163,8 +179,8 @@ class Muon(torch.optim.Optimizer):
     A weight W is a matrix (out, rest), with gradient G and rate lr:
         M <- momentum M + G,   O = orthogonalized(G + momentum M)           (Nesterov's momentum)
         W <- (1 - lr weight_decay) W - lr max(1, out / rest)^0.5 O
-    Only weights of two dimensions and of convolutions are matrices. All else (biases, norms, a
-    ViT's tokens and positions) takes AdamW's step at `lr`, with decay where the group has it.
+    What is no matrix (see `is_matrix`: biases, norms, gains, a ViT's tokens and positions) takes
+    AdamW's step at `lr`, with decay where the group has it.
 
     torch 2.9 brought a Muon for weights of two dimensions. Convolutions have four, and most of what
     is trained here is convolutions, so this one serves every version of torch.
@@ -188,11 +204,11 @@ class Muon(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             shapes = defaultdict(list)
             for p in parameters:
-                if p.ndim in (2, 4):
+                if is_matrix(p):
                     shapes[len(p), p.numel() // len(p)].append(p)
             for weights in shapes.values():
                 self.step_matrices(group, weights)
-            if others := [p for p in parameters if p.ndim not in (2, 4)]:
+            if others := [p for p in parameters if not is_matrix(p)]:
                 self.step_others(group, others)
         return loss
 

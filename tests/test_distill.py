@@ -182,6 +182,13 @@ def test_objectives_alone_and_together(flags, said, picture_folder, tmp_path, ca
     assert lowdino.load_backbone(str(out / "backbone.pth")).arch == "mobilevit_xxs"
 
 
+def test_a_student_without_buffers_may_leave_steps_out(picture_folder, tmp_path, call_script):
+    flags = student("--arch vit_tiny --epochs 1 --skip_nonfinite 1 --knn_freq 0 --warmup_epochs 0")
+    named = dict(teacher=save_teacher(tmp_path / "t.pth"), data_path=picture_folder)
+    done = call_script("distill.py", *flags, *options(output_dir=tmp_path / "out", **named))
+    assert "backbone: " in done.stdout
+
+
 # The latter has no buffers.
 @pytest.mark.parametrize("arch, use_bn", [("mobilevit_xxs", "true"), ("vit_tiny", "false")])
 def test_dino_objective_takes_the_head_of_a_run(

@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 
 import train
-from lowdino import augment, methods, optim, settings
+from lowdino import augment, heads, methods, optim, settings, vit
 from lowdino.losses import CodingRateLoss
 
 
@@ -114,7 +114,6 @@ def test_muon_by_hand():
     parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
     own = [p.detach().clone() for p in parameters]
     muon = optim.Muon(optim.decay_groups(parameters), lr=0.1, weight_decay=0.5)
-    muon.param_groups[1]["weight_decay"] = 0.0
     momentum, mean, square = [torch.zeros_like(p) for p in own], 0.0, 0.0
     for t in (1, 2, 3):
         gradients = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -133,6 +132,27 @@ def test_muon_by_hand():
         own[4] -= 0.1 * mean / (1 - 0.9**t) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
         for p, expected in zip(parameters, own, strict=True):
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vits_tokens_and_gains_are_no_matrices():
+    model = nn.Sequential(vit.vit_tiny(), heads.DINOHead(192, 8, norm_last_layer=False))
+    names = {p: name for name, p in model.named_parameters()}
+    matrices, others, spared = optim.muon_groups(model, scale=0.02)
+    assert {names[p] for p in others["params"]} == {
+        "0.cls_token",
+        "0.pos_embed",
+        "1.last_layer.gain",
+    }
+    assert all(p.ndim in (2, 4) for p in matrices["params"]) and "scale" not in matrices
+    assert others["decays"] and not spared["decays"] and others["scale"] == spared["scale"] == 0.02
+    assert sum(len(group["params"]) for group in (matrices, others, spared)) == len(names)
+
+
+def test_embeddings_that_are_not_finite_give_a_loss_that_is_not():
+    z = torch.randn(2, 4, 6)
+    z[1, 2, 3] = torch.nan
+    loss = CodingRateLoss()
+    assert loss.loss(*loss(z)).isnan()
 
 
 def test_muon_goes_on_from_its_state():

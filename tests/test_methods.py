@@ -159,8 +159,9 @@ def test_options_are_the_defaults_of_the_flags():
         assert found and found.items() <= flag_defaults.items()
     given = methods.options("dino", out_dim=7, more="kept")
     assert (given.out_dim, given.more, given.student_temp) == (7, "kept", 0.1)
-    with pytest.raises(KeyError):
-        methods.options("no method")
+    assert given.projector is None  # of another method, which may share it
+    with pytest.raises(ValueError, match="no method 'none'; there are dino, emp, mvmr"):
+        methods.options("none")
 
 
 # ---------------------------------------------------------------------------------------------
