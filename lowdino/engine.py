@@ -236,7 +236,6 @@ class Run:
             self.load(saved)
         self.agree_on_step()
         self.write_settings()
-        self.clock = monitor.Clock()
         self.health = health.Health(self.method.out_dim)
         self.bad_images = monitor.BadImages(
             self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first

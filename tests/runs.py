@@ -57,6 +57,17 @@ def saved_step(folder):
     return found["step"] if found else 0
 
 
+def saved_by_one_and_two_ranks(code, tmp_path, run_script):
+    """What a script saves at {out}, run by one process and by two; {root} is the project's."""
+    results = []
+    for ranks in (1, 2):
+        script, out = tmp_path / f"ranks{ranks}.py", str(tmp_path / f"{ranks}.pth")
+        script.write_text(code.format(root=str(ROOT), out=out))
+        run_script(script, ranks=ranks)
+        results.append(torch.load(out, weights_only=True))
+    return results
+
+
 def assert_equal(x, y, where):
     """Two nests of dicts, lists and tensors are equal bit for bit."""
     if isinstance(x, dict):

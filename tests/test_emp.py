@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from runs import saved_by_one_and_two_ranks
 from torch import nn
 
 import train
@@ -78,12 +78,7 @@ RANKS = textwrap.dedent("""
 
 
 def test_two_ranks_make_the_steps_of_one(tmp_path, run_script):
-    results = []
-    for ranks in (1, 2):
-        script, out = tmp_path / f"ranks{ranks}.py", str(tmp_path / f"{ranks}.pth")
-        script.write_text(RANKS.format(root=str(ROOT), out=out))
-        run_script(script, ranks=ranks)
-        results.append(torch.load(out, weights_only=True))
+    results = saved_by_one_and_two_ranks(RANKS, tmp_path, run_script)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 

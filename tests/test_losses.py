@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from runs import saved_by_one_and_two_ranks
 
 from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, sinkhorn_knopp
 
@@ -247,14 +248,7 @@ RANKS = textwrap.dedent("""
 
 
 def test_two_ranks_give_the_centre_and_gradients_of_one(tmp_path, run_script):
-    from conftest import ROOT
-
-    results = []
-    for ranks in (1, 2):
-        script, out = tmp_path / f"ranks{ranks}.py", str(tmp_path / f"{ranks}.pth")
-        script.write_text(RANKS.format(root=str(ROOT), out=out))
-        run_script(script, ranks=ranks)
-        results.append(torch.load(out, weights_only=True))
+    results = saved_by_one_and_two_ranks(RANKS, tmp_path, run_script)
     for centering in ("softmax", "sinkhorn"):
         for one, two in zip(results[0][centering], results[1][centering]):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)

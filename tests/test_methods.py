@@ -97,16 +97,8 @@ def test_the_loss_falls_in_a_loop_of_ten_lines(name):
     build = {"mvmr": mvmr, "distillation": lambda net: distillation(net, objective=["simkd"])}
     method = build[name](Small())
     optimizer = torch.optim.AdamW(method.parameters(), lr=2e-3)
-    losses = []
-    views_of_steps = batches_and_views(demo_array(range(256)), batch_size=32, epochs=5)
-    for step, (batch, views) in enumerate(views_of_steps):
-        loss = method(views, batch, step)
-        optimizer.zero_grad()
-        loss.backward()
-        method.before_step(step)
-        optimizer.step()
-        method.after_step(step)
-        losses.append(loss.item())
+    batches = batches_and_views(demo_array(range(256)), batch_size=32, epochs=5)
+    losses = steps(method, optimizer, batches, 0)
     assert len(losses) == 40
     # 0.46 and 0.01 of it are left.
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
