@@ -14,8 +14,11 @@ from lowdino.methods import METHODS
 
 def get_parser() -> argparse.ArgumentParser:
     parser = flags.parser_of(__doc__)
-    help = "self-distillation (DINO), the coding rate of many views (EMP-SSL), or MV-MR"
-    parser.add_argument("--method", choices=METHODS, default="dino", help=help)
+    help = (
+        "self-distillation (DINO), the coding rate of many views (EMP-SSL), or MV-MR; default: "
+        "emp, or the one whose flags are given"
+    )
+    parser.add_argument("--method", choices=METHODS, help=help)
     for method in METHODS.values():
         method.add_flags(parser)
     settings.add_training_flags(parser)

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import lowdino
 from lowdino import (
-    augment,
     checkpoint,
     data,
     distributed,
@@ -24,23 +22,22 @@ from lowdino import (
     health,
     monitor,
     optim,
-    schedules,
+    pace,
     settings,
-    vit,
 )
 from lowdino.methods import Method
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+from lowdino.parts import (
+    build_backbone,
+    build_optimizer,
+    build_views,
+    forward,
+    make_views,
+    set_schedules,
+    try_step,
+)
 
 # GradScaler starts from 2^16 and halves its scale where gradients overflow in float16.
 LEAST_SCALE = 2.0**-10
-
-# Peak learning rate of AdamW for what is no matrix, beside Muon, as of the preset "small".
-MUON_OTHERS = 2e-3
-
-# Streams of random numbers, functions of (stream, seed, step, rank), see augment.derived_seed.
-# 0 is the order of the images and 4 what stands in for bad ones, both in data.py.
-VIEWS, DROP_PATH = 1, 3
 
 
 class UserError(ValueError):
@@ -71,20 +68,16 @@ def train(
         SystemExit: after a signal; the same call resumes the run.
     """
     run = Run(args, ranks, source, build, more_settings or {}, knn_note)
-    method, optimizer, scaler, device = run.method, run.optimizer, run.scaler, ranks.device
+    method, optimizer, scaler = run.method, run.optimizer, run.scaler
     model = distributed.data_parallel(method)
-    multicrop = run.multicrop.to(device)
     parameters = [p for p in method.parameters() if p.requires_grad]
 
-    for batch in data.on_device(run.start(), device):
+    for batch in run.batches(model):
         run.clock.waited()
         step = run.step
 
         set_schedules(optimizer, args, step, run.total_steps, run.epoch_steps, run.peak_lr)
-
-        generator = augment.seeded_generator(device, VIEWS, args.seed, step, ranks.rank)
-        views = multicrop(batch.images, batch.sizes, generator)
-        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+        views = make_views(run.multicrop, batch, step, args, ranks)
         run.show(views)
 
         run.remember_buffers()
@@ -109,82 +102,8 @@ def train(
         run.save_if_due()
         run.stop_if_signalled()
         run.evaluate_if_due()
+        run.correct_plan_if_due()
     return run.finish()
-
-
-def set_schedules(optimizer, args, step: int, total: int, epoch_steps: int, peak_lr: float) -> None:
-    """Learning rate and weight decay of every group, as functions of the step."""
-    warmup = round(args.warmup_epochs * epoch_steps)
-    lr = schedules.cosine(step, total, peak_lr, args.min_lr, warmup)
-    weight_decay = schedules.cosine(step, total, args.weight_decay, args.weight_decay_end)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
-
-
-def forward(model: nn.Module, views: list[Tensor], batch: data.Batch, step: int, args, ranks):
-    """The loss under autocast, stochastic depth drawn from the step alone."""
-    device = ranks.device.type
-    # On a CPU its generator alone: to look for every other kind takes half a millisecond.
-    seed = torch.default_generator.manual_seed if device == "cpu" else torch.manual_seed
-    seed(augment.derived_seed(DROP_PATH, args.seed, step, ranks.rank))
-    with torch.autocast(device, AUTOCAST[args.amp], enabled=args.amp != "none"):
-        return model(views, batch, step)
-
-
-# ---------------------------------------------------------------------------------------------
-# What a run is made of
-# ---------------------------------------------------------------------------------------------
-
-
-def build_backbone(args) -> nn.Module:
-    """The backbone to train, from random weights or from --init, the same on every rank."""
-    torch.manual_seed(args.seed)
-    is_vit = args.arch in vit.ARCHS
-    if args.init:
-        backbone = lowdino.load_backbone(args.init, args.arch).train()
-        if is_vit and backbone.patch_size != args.patch_size:
-            size = backbone.patch_size
-            raise UserError(
-                f"--init {args.init} has patches of {size} pixels; give --patch_size {size}"
-            )
-    else:
-        options = dict(patch_size=args.patch_size, image_size=args.global_crops_size)
-        backbone = lowdino.build_backbone(args.arch, **(options if is_vit else {}))
-    if is_vit:
-        backbone.set_drop_path_rate(args.drop_path_rate)
-    return backbone
-
-
-def build_views(args, backbone: nn.Module | None = None) -> augment.MultiCrop:
-    """The views that the flags ask for, normalised as the backbone expects."""
-    mean, std = frozen.normalisation(backbone)
-    return augment.MultiCrop(
-        args.global_crops_size,
-        args.local_crops_size,
-        args.local_crops_number,
-        args.global_crops_scale,
-        args.local_crops_scale,
-        args.vertical_flip,
-        # DINO blurs by up to 2 pixels at 224. Smaller views get less in proportion, or the blur
-        # would erase them.
-        blur_sigma=(0.1, 2 * args.global_crops_size / 224),
-        mean=mean,
-        std=std,
-        global_number=args.global_crops_number,
-        grayscale=args.grayscale,
-    )
-
-
-def build_optimizer(args, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    if args.optimizer == "muon":
-        return optim.Muon(optim.muon_groups(model, MUON_OTHERS / args.lr if args.lr else 1.0))
-    groups = optim.parameter_groups(model)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return optim.LARS(groups)
 
 
 class Run:
@@ -202,7 +121,9 @@ class Run:
 
         self.total_batch = args.batch_size_per_gpu * ranks.world
         self.epoch_steps = len(source.pretrain) // self.total_batch
-        self.total_steps = args.epochs * self.epoch_steps
+        self.total_steps = args.epochs * self.epoch_steps if args.epochs else None
+        self.budget = pace.Budget(args.minutes) if args.minutes else None
+        self.knn_steps = 0  # where a budget says how often k-NN is evaluated
         reference = args.lr_reference_batch
         self.peak_lr = args.lr * (self.total_batch / reference if reference else 1)
 
@@ -211,14 +132,16 @@ class Run:
         saved = checkpoint.load_checkpoint(self.output, warn=self.warn)
         if saved:
             self.compare_settings(saved)
+            if args.amp == "auto":
+                args.amp = saved["settings"].get("amp", "none")
 
         backbone = build_backbone(args)
         if saved:
             backbone.mean, backbone.std = map(tuple, saved["normalisation"])
-        self.multicrop = build_views(args, backbone)
+        self.multicrop = build_views(args, backbone).to(ranks.device)
         images = f"{source.name}, {len(source.pretrain)} images"
         self.log.say(f"data: {images}; {self.multicrop.describe()}")
-        steps = dict(total_steps=self.total_steps, epoch_steps=self.epoch_steps)
+        steps = dict(total_steps=self.total_steps or math.inf, epoch_steps=self.epoch_steps)
         self.method = distributed.on_device(build(backbone, args, **steps), ranks)
         self.optimizer = build_optimizer(args, self.method, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
@@ -292,7 +215,10 @@ class Run:
         self.step, self.first_knn, self.skipped = (
             saved[name] for name in ("step", "first_knn", "skipped")
         )
-        if self.step > self.total_steps:
+        if self.args.minutes and saved["settings"].get("minutes") == self.args.minutes:
+            self.budget = None
+            self.adopt(saved["total_steps"], saved["knn_steps"])
+        if self.total_steps and self.step > self.total_steps:  # --epochs is less than it was
             raise UserError(
                 f"{self.output} holds a run that has made {self.step} steps, and now "
                 f"{self.total_steps} are asked for"
@@ -320,19 +246,47 @@ class Run:
         with checkpoint.atomic(self.output / "args.json") as file:
             known = values | {"world": self.ranks.world}
             file.write(json.dumps(known, indent=2).encode() + b"\n")
-        self.log.say("settings: " + " ".join(f"{k}={v}" for k, v in values.items()))
+        others = f"--preset {self.args.preset}" if self.args.preset else "the recipe"
+        by_hand = ", ".join(self.args.by_hand)
+        self.log.say(f"settings of {others}" + (f", but by hand {by_hand}" if by_hand else ""))
+        shown = (f"{k}={v}" for k, v in values.items() if k not in ("by_hand", "usual"))
+        self.log.say(f"settings: {' '.join(shown)}")
 
     # -- Start ----------------------------------------------------------------------------------
 
-    def start(self) -> torch.utils.data.DataLoader:
-        """Prepare the images, make up for a missed evaluation; the batches still to do."""
-        args, ranks, source = self.args, self.ranks, self.source
-        if args.compile:
+    def batches(self, model: nn.Module) -> Iterator[data.Batch]:
+        """The batches still to do, on the device, after all that comes before the first step."""
+        if self.args.compile:
             # In place, so that names stay; an evaluation calls the backbone alone, uncompiled.
             for name in ("student", "teacher"):
                 part = getattr(self.method, name, None)
                 if isinstance(part, nn.Module):
                     part.compile(dynamic=False)
+        loader = data.on_device(self.open_loader(), self.ranks.device)
+        batch = None
+        if self.step == self.total_steps:
+            done = f"already finished: {self.length()}"
+            self.log.say(f"{done}; give another --output_dir to train anew")
+        else:
+            batch = next(loader)
+            self.method.train()
+            self.measure(lambda: try_step(self, model, batch))
+        # A run that was stopped while it evaluated has this to do yet.
+        recorded = distributed.gather_objects(self.log.find("knn", self.step))[0]
+        if self.knn_is_due and recorded is None:
+            self.evaluate()
+            if self.step == 0:
+                self.first_knn = self.last_knn
+        self.method.train()
+        self.clock = monitor.Clock()
+        self.signals.held = True
+        while self.step < self.total_steps:
+            yield batch
+            if self.step < self.total_steps:
+                batch = next(loader)
+
+    def open_loader(self) -> torch.utils.data.DataLoader:
+        args, ranks, source = self.args, self.ranks, self.source
         images, where = self.cached_images()
         if source.train is source.pretrain:
             self.source = replace(source, train=images)
@@ -341,25 +295,55 @@ class Run:
             args.batch_size_per_gpu,
             args.seed,
             self.step,
-            self.total_steps,
+            sys.maxsize if args.minutes else self.total_steps,  # which a correction may raise
             ranks.rank,
             ranks.world,
         )
         pin = ranks.device.type == "cuda" and where != "device"
-        loader = data.training_loader(images, batches, args.num_workers, pin_memory=pin)
-        if self.step == self.total_steps:
-            done = f"already finished: {args.epochs} epochs"
-            self.log.say(f"{done}; give another --output_dir to train anew")
-        # A run that was stopped while it evaluated has this to do yet.
-        recorded = distributed.gather_objects(self.log.find("knn", self.step))[0]
-        if self.step % self.epoch_steps == 0 and recorded is None:
-            self.evaluate()
-            if self.step == 0:
-                self.first_knn = self.last_knn
-        self.method.train()
-        self.clock = monitor.Clock()
-        self.signals.held = True
-        return loader
+        return data.training_loader(images, batches, args.num_workers, pin_memory=pin)
+
+    def measure(self, step: Callable[[], None]) -> None:
+        """Time a few steps, where --amp or --minutes ask for it, and take them back."""
+        args, device = self.args, self.ranks.device
+        if args.amp == "auto":
+            with pace.put_back(self.parts):
+                args.amp, said = pace.faster_amp(args, step, device)
+            self.log.say(said)
+        self.settings["amp"] = args.amp
+        if not self.budget:
+            return
+        self.budget.evaluated(self.seconds_of_evaluation())
+        with pace.put_back(self.parts):
+            plan = self.budget.plan(self.step, pace.seconds(step, device))
+        self.adopt(*distributed.gather_objects(plan)[0])
+
+    def seconds_of_evaluation(self) -> float:
+        """What an evaluation will take, by that of a few test images; 0 where there is none."""
+        args, source, ranks = self.args, self.source, self.ranks
+        if source.test is None or not args.knn_freq:
+            return 0.0
+        few = range(0, len(source.test), max(len(source.test) // 512, 1))
+        sample = torch.utils.data.Subset(source.test, few)
+        start = time.perf_counter()
+        with pace.put_back({"method": self.method}):
+            size, workers = args.global_crops_size, args.num_workers
+            frozen.features(self.method.backbone, sample, size, ranks, workers=workers)
+        each = (time.perf_counter() - start) / len(few)
+        return each * (len(source.train) + len(source.test))
+
+    def adopt(self, total: int, knn_steps: int) -> None:
+        """Take so many steps as the length of the run, and evaluate every `knn_steps`."""
+        self.total_steps = self.method.total_steps = total
+        self.knn_steps = knn_steps
+        settings.shorten(self.args, total / self.epoch_steps)
+        self.log.say(f"plan: {total} steps, {self.length()}")
+
+    def length(self) -> str:
+        """How long the run is, in words."""
+        if self.args.epochs:
+            return f"{self.args.epochs} epochs"
+        epochs = self.total_steps / self.epoch_steps
+        return f"{epochs:.3g} epochs in {self.args.minutes:g} minutes"
 
     def cached_images(self) -> tuple[torch.utils.data.Dataset, str]:
         """The images to train on, decoded once where --cache says so, and where they are kept."""
@@ -467,7 +451,7 @@ class Run:
 
     @property
     def epoch_ended(self) -> bool:
-        return self.step % self.epoch_steps == 0
+        return self.step % self.epoch_steps == 0 or self.step == self.total_steps
 
     def log_step(self) -> None:
         """A log line where one is due: mean loss since the last, metrics of this step, speed."""
@@ -503,7 +487,8 @@ class Run:
 
     def save_if_due(self) -> None:
         every = self.args.save_every_steps
-        if self.epoch_ended or self.stopping or (every and self.step % every == 0):
+        due = self.epoch_ended or self.knn_is_due or (every and self.step % every == 0)
+        if due or self.stopping:
             self.save()
 
     def save(self) -> None:
@@ -514,6 +499,8 @@ class Run:
             return
         content = {name: part.state_dict() for name, part in self.parts.items()} | {
             "step": self.step,
+            "total_steps": self.total_steps,
+            "knn_steps": self.knn_steps,
             "first_knn": self.first_knn,
             "skipped": self.skipped,
             "loss_sums": loss_sums,
@@ -539,20 +526,25 @@ class Run:
             )
             sys.exit(self.signals.status)
 
+    @property
+    def knn_is_due(self) -> bool:
+        """Every --knn_freq epochs, or as often as --minutes leave time for, and at the end."""
+        args = self.args
+        if self.source.test is None or not args.knn_freq:
+            return False
+        every = self.knn_steps if args.minutes else args.knn_freq * self.epoch_steps
+        return self.step == self.total_steps or bool(every and self.step % every == 0)
+
     def evaluate_if_due(self) -> None:
-        if self.epoch_ended:
+        if self.knn_is_due:
             with self.signals.at_once():
                 self.evaluate()
             self.clock.restart()
 
     def evaluate(self) -> None:
-        """The k-NN accuracy where it is due: every --knn_freq epochs and at the end."""
-        args, source, ranks = self.args, self.source, self.ranks
+        """The k-NN accuracy of the backbone."""
+        args, source, ranks, start = self.args, self.source, self.ranks, time.perf_counter()
         epoch, backbone = self.step // self.epoch_steps, self.method.backbone
-        due = args.knn_freq and (epoch % args.knn_freq == 0 or self.step == self.total_steps)
-        self.last_knn = None
-        if source.test is None or not due:
-            return
         distributed.broadcast_buffers(backbone)
         train, test = (
             frozen.features(
@@ -565,6 +557,18 @@ class Run:
         said = f"k-NN (k={args.nb_knn}) of the {network} {self.last_knn:.4f}"
         self.log.say(f"epoch {epoch}: {said}{self.knn_note()}")
         self.log.record(step=self.step, epoch=epoch, knn=self.last_knn)
+        if self.budget:
+            self.budget.evaluated(time.perf_counter() - start)
+
+    def correct_plan_if_due(self) -> None:
+        """Keep to --minutes, where the machine has become slower or faster than it was."""
+        ended = self.step == self.total_steps
+        if not self.budget or ended or self.step % max(self.total_steps // 10, 1):
+            return
+        better = self.budget.correction(self.step, self.total_steps)
+        better = distributed.gather_objects(better)[0]
+        if better is not None:
+            self.adopt(better, self.knn_steps)
 
     def finish(self) -> Method:
         """What is said at the end."""
@@ -572,9 +576,7 @@ class Run:
         args = self.args
         if self.last_knn is not None:
             before = "" if self.first_knn is None else f", {self.first_knn:.4f} before the first"
-            said = (
-                f"k-NN (k={args.nb_knn}) accuracy: {self.last_knn:.4f} after {args.epochs} epochs"
-            )
+            said = f"k-NN (k={args.nb_knn}) accuracy: {self.last_knn:.4f} after {self.length()}"
             self.log.say(f"{said}{before}{self.knn_note()}")
         if self.clock.steps:
             self.log.say(f"health: {self.health.verdict()}")

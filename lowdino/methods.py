@@ -193,7 +193,7 @@ def add_dino_flags(parser: argparse.ArgumentParser) -> None:
     help = "keep all prototypes at length 1: steadier; without it often a little better"
     add("--norm_last_layer", type=bool_flag, default=True, metavar="BOOL", help=help)
     help = "epochs during which the prototypes stay as they are"
-    add("--freeze_last_layer", type=int, default=1, help=help)
+    add("--freeze_last_layer", type=float, default=1, help=help)
     help = (
         "EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as "
         "0.9995; none: 1 - 1/(2 sqrt(steps))"
@@ -227,11 +227,6 @@ def check_dino(args: argparse.Namespace) -> str | None:
         return f"--method dino takes --global_crops_number 2, not {args.global_crops_number}"
     if args.alpha is not None and args.local_crops_number == 0:
         return "--alpha balances global against local views, and --local_crops_number is 0"
-    if args.warmup_teacher_temp_epochs > args.epochs:
-        return (
-            f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs:g} is longer than the "
-            f"training, --epochs {args.epochs}"
-        )
     return out_of_range(
         args,
         not_negative=(
@@ -530,17 +525,19 @@ def distillation_losses(args: argparse.Namespace, teacher) -> dict[str, nn.Modul
 
 
 class Entry(NamedTuple):
-    """A method's class, the function that adds its flags, and the one that checks them."""
+    """A method's class, the function that adds its flags, the one that checks them, and the flags
+    that another method adds for it."""
 
     build: Callable[..., Method]
     add_flags: Callable[[argparse.ArgumentParser], None]
     check: Callable[[argparse.Namespace], str | None]
+    shared: tuple[str, ...] = ()
 
 
 METHODS = {
     "dino": Entry(DINO, add_dino_flags, check_dino),
     "emp": Entry(EMP, add_emp_flags, check_emp),
-    "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr),
+    "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr, ("projector",)),
 }
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 import hashlib
+import math
 import os
 from pathlib import Path
 
 import lowdino
 from lowdino import data, demo, distributed, vit
 from lowdino.flags import out_of_range
-from lowdino.methods import default_momentum
+from lowdino.methods import METHODS, default_momentum
 
 
 class UserError(ValueError):
@@ -111,25 +112,97 @@ def preset(name: str, arch: str) -> dict:
     return found
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags by hand, over those settings of the preset that the parser knows, over the defaults.
+# Without --preset a method takes the settings of this one, others those of "small".
+RECIPES = {"emp": "emp", "mvmr": "mvmr_small"}
 
-    A warm-up that is not given by hand never outlasts the training that is: where it would take
-    more than a tenth of the epochs and more than its own share of the preset's, it is cut to that.
+# What an optimizer given by hand takes where the preset's settings are another's. That of SGD is
+# He's for ResNets, that of LARS SSLight's.
+RATES = {
+    "muon": dict(lr=0.12, lr_reference_batch=0, weight_decay=0.04, weight_decay_end=0.04),
+    "adamw": dict(lr=2e-3, lr_reference_batch=0, weight_decay=0.04, weight_decay_end=0.04),
+    "sgd": dict(lr=0.1, lr_reference_batch=256, weight_decay=1e-4, weight_decay_end=1e-4),
+    "lars": dict(lr=0.48, lr_reference_batch=256, weight_decay=1e-6, weight_decay_end=1e-6),
+}
+
+VIEWS_A_STEP = 512  # on a rank, of the recipe "emp": 16 x 32, 8 x 64 and 4 x 128 learn alike
+LEAST_STEPS = 2000  # of a training without --epochs or --minutes; more from 64 x 67 images on
+IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags by hand, over the settings of the preset or of the recipe, over the parser's defaults.
+
+    `args.by_hand` names the flags given by hand, `args.usual` has the epochs that the settings are
+    made for and what they count in epochs.
     """
-    args = parser.parse_known_args(argv)[0]
-    settings = preset(args.preset, args.arch) if args.preset else {}
-    settings = {name: value for name, value in settings.items() if hasattr(args, name)}
-    usual = settings.get("epochs", parser.get_default("epochs"))
-    parser.set_defaults(**settings)
-    epochs = max(parser.parse_args(argv).epochs, 0)
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        if hasattr(args, name):
-            value = parser.get_default(name)
-            parser.set_defaults(**{name: min(value, epochs * max(value / usual, 0.1))})
+    by_hand = given(parser, argv)
     args = parser.parse_args(argv)
+    if hasattr(args, "method"):
+        of_preset = PRESETS[args.preset].get("method", "dino") if args.preset else None
+        args.method = args.method or of_preset or implied_method(by_hand)
+    found = recipe(args, by_hand) | {"method": getattr(args, "method", None)}
+    epochs = found["epochs"]
+    if args.minutes or not args.preset:
+        found["epochs"] = None  # see `settle`
+    known = {name: value for name, value in found.items() if hasattr(args, name)}
+    parser.set_defaults(**known)
+    args = parser.parse_args(argv)
+    args.by_hand = sorted(by_hand)
+    in_epochs = (name for name in IN_EPOCHS if hasattr(args, name) and name not in by_hand)
+    args.usual = {"epochs": epochs} | {name: getattr(args, name) for name in in_epochs}
+    if args.epochs:
+        shorten(args, max(args.epochs, 0))
     del args.local_rank
     return args
+
+
+def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The names of the flags that are on the command line."""
+    missing = object()
+    names = vars(parser.parse_args(argv))
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing)))
+    return {name for name, value in vars(found).items() if value is not missing}
+
+
+def implied_method(by_hand: set[str]) -> str:
+    """The method whose flags are given by hand, by default the recipe's."""
+    of_methods = by_hand & set().union(*map(flags_of, METHODS))
+    return next((name for name in ("emp", *METHODS) if of_methods <= flags_of(name)), "emp")
+
+
+def flags_of(method: str) -> set[str]:
+    """The names of the flags that a method, and not every one, knows."""
+    parser = argparse.ArgumentParser()
+    METHODS[method].add_flags(parser)
+    return {*vars(parser.parse_args([])), *METHODS[method].shared}
+
+
+def recipe(args: argparse.Namespace, by_hand: set[str]) -> dict:
+    """The settings of --preset or, without it, of the method, fitted to the flags given by hand."""
+    method = getattr(args, "method", "distillation")
+    found = preset(args.preset or RECIPES.get(method, "small"), args.arch)
+    if "optimizer" in by_hand and args.optimizer != found["optimizer"]:
+        rates = RATES[args.optimizer].items()
+        # A rate given by hand keeps its meaning.
+        found |= {k: v for k, v in rates if "lr" not in by_hand or "lr" not in k}
+    if args.preset:
+        return found
+    if found.get("method") == "emp" and "global_crops_number" in by_hand:
+        found["batch_size_per_gpu"] = max(VIEWS_A_STEP // max(args.global_crops_number, 1), 16)
+    if "alpha" in by_hand:
+        found["local_crops_number"] = PRESETS["sslight"]["local_crops_number"]
+    return found
+
+
+def shorten(args: argparse.Namespace, epochs: float) -> None:
+    """Let nothing that is counted in epochs, and not given by hand, outlast a short training.
+
+    Where it would take more than a tenth of the epochs and more than its own share of the preset's,
+    it is cut to that.
+    """
+    for name in args.usual.keys() & set(IN_EPOCHS):
+        share = max(args.usual[name] / args.usual["epochs"], 0.1)
+        setattr(args, name, min(args.usual[name], epochs * share))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -141,13 +214,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 FREE = {
     "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device",
     "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq", "save_every_steps",
-    "accept_changes", "skip_nonfinite", "max_bad_fraction",
+    "accept_changes", "skip_nonfinite", "max_bad_fraction", "by_hand", "usual",
 }  # fmt: skip
 
 
 def compared(args: argparse.Namespace, images: data.ImageArray | data.ImageFiles, world: int):
     """The settings that a resumed run must share with the one that stopped."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    if args.amp == "auto":  # it takes what the run had
+        del settings["amp"]
     if args.init:
         settings["init"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:16]
     return settings | {"world": world, "images": images.fingerprint()}
@@ -179,7 +254,10 @@ def add_network_flags(add) -> None:
 
 def add_optimisation_flags(add) -> None:
     add("--optimizer", choices=["adamw", "muon", "sgd", "lars"], default="adamw")
-    add("--epochs", type=int, default=100)
+    help = "default: the preset's; without one 30, or what 2,000 steps take where that is more"
+    add("--epochs", type=int, help=help)
+    help = "in place of --epochs: steps, evaluations and saving end within so many minutes"
+    add("--minutes", type=float, metavar="M", help=help)
     add("--batch_size_per_gpu", type=int, default=64, help="images a process and step")
     help = "peak learning rate, for a total batch of --lr_reference_batch"
     add("--lr", type=float, default=5e-4, help=help)
@@ -193,8 +271,8 @@ def add_optimisation_flags(add) -> None:
     add("--weight_decay_end", type=float, default=0.4, help=help)
     help = "limit of each parameter's gradient norm; 0: none"
     add("--clip_grad", type=float, default=3.0, help=help)
-    help = "autocast type; default: bf16 on CUDA, none elsewhere"
-    add("--amp", choices=["bf16", "fp16", "none"], help=help)
+    help = "autocast type; auto: bf16 on CUDA, on a CPU the faster of bf16 and none, which is timed"
+    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help=help)
 
 
 def add_view_flags(add) -> None:
@@ -266,6 +344,7 @@ def check_training(args: argparse.Namespace) -> str | None:
         return wrong
     if wrong := out_of_range(
         args,
+        above_zero=("minutes",),
         at_least_one=("epochs", "log_freq", "nb_knn", "global_crops_number"),
         not_negative=(
             "local_crops_number", "lr_reference_batch", "warmup_epochs", "min_lr", "weight_decay",
@@ -290,13 +369,32 @@ def check_training(args: argparse.Namespace) -> str | None:
     if not 1 <= args.patch_size <= 32:
         size = args.patch_size
         return f"--patch_size must lie between 1 and 32 pixels, the smallest view, not {size}"
-    if args.warmup_epochs > args.epochs:
-        return (
-            f"--warmup_epochs {args.warmup_epochs:g} is longer than the training, "
-            f"--epochs {args.epochs}"
-        )
+    if hasattr(args, "method") and (foreign := foreign_flag(args)):
+        return foreign
+    if args.minutes and args.epochs:
+        return "--minutes and --epochs both say how long to train; give one of them"
+    if wrong := check_warm_ups(args):
+        return wrong
     if args.init is not None and not os.path.isfile(args.init):
         return f"--init {args.init} does not exist"
+    return None
+
+
+def check_warm_ups(args: argparse.Namespace) -> str | None:
+    """As `check_training`, where the number of epochs is known."""
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        value = getattr(args, name, 0)
+        if args.epochs and value > args.epochs:
+            return f"--{name} {value:g} is longer than the training, --epochs {args.epochs}"
+    return None
+
+
+def foreign_flag(args: argparse.Namespace) -> str | None:
+    """A flag given by hand that the method does not know, in one sentence, or None."""
+    for name in args.by_hand:
+        owners = [method for method in METHODS if name in flags_of(method)]
+        if owners and args.method not in owners:
+            return f"--{name} is a flag of --method {owners[0]}, not of {args.method}"
     return None
 
 
@@ -369,7 +467,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     if args.amp == "fp16" and ranks.device.type != "cuda":
         device = ranks.device.type
         raise UserError(f"--amp fp16 needs a CUDA device, and this is {device}; use bf16 or none")
-    if args.amp is None:
+    if args.amp == "auto" and ranks.device.type != "cpu":
         args.amp = "bf16" if ranks.device.type == "cuda" else "none"
 
     source = load_data(args, ranks)
@@ -383,14 +481,21 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     if args.num_workers is None:
         args.num_workers = data.default_workers(source.pretrain)
 
+    images = len(source.pretrain)
+    if not args.preset and "batch_size_per_gpu" not in args.by_hand:
+        args.batch_size_per_gpu = max(min(args.batch_size_per_gpu, images // ranks.world), 2)
     total = args.batch_size_per_gpu * ranks.world
-    if len(source.pretrain) < total:
+    if images < total:
         raise UserError(
-            f"{source.name}: {len(source.pretrain)} images are fewer than one batch of {total} "
+            f"{source.name}: {images} images are fewer than one batch of {total} "
             f"({ranks.world} x --batch_size_per_gpu {args.batch_size_per_gpu})"
         )
-    if getattr(args, "momentum_teacher", 0) is None:
-        args.momentum_teacher = default_momentum(args.epochs * (len(source.pretrain) // total))
+    if not args.epochs and not args.minutes:
+        args.epochs = max(args.usual["epochs"], math.ceil(LEAST_STEPS / (images // total)))
+        if wrong := check_warm_ups(args):
+            raise UserError(wrong)
+    if args.epochs and getattr(args, "momentum_teacher", 0) is None:
+        args.momentum_teacher = default_momentum(args.epochs * (images // total))
     make_output_folder(args.output_dir)
     return source
 

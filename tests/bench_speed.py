@@ -51,6 +51,7 @@ from lowdino import (  # noqa: E402
     methods,
     monitor,
     optim,
+    parts,
     settings,
 )
 
@@ -175,7 +176,7 @@ class Step:
 
     def autocast(self) -> torch.autocast:
         amp = self.args.amp
-        return torch.autocast(self.device.type, engine.AUTOCAST[amp], enabled=amp != "none")
+        return torch.autocast(self.device.type, parts.AUTOCAST[amp], enabled=amp != "none")
 
     def make_views(self) -> None:
         batch = self.batch
@@ -289,7 +290,7 @@ def training_flags(
     flags = (
         f"--preset small --arch {arch} --global_crops_size {size} --epochs {epochs} "
         f"--batch_size_per_gpu {batch // ranks} --warmup_epochs 0 --knn_freq 0 --saveckp_freq 0 "
-        f"--device {device.type}"
+        f"--device {device.type} --amp {'bf16' if device.type == 'cuda' else 'none'}"
     )
     return [*flags.split(), "--output_dir", str(folder)]
 

@@ -181,6 +181,7 @@ def test_a_run_of_the_preset_resumes(
     flags = ["--preset", "emp", "--arch", "resnet5m", "--data_path", picture_folder]
     flags += ["--batch_size_per_gpu", 4, "--global_crops_number", 3, "--epochs", 1]
     flags += ["--device", "cpu", "--num_workers", 0, "--save_every_steps", 2, "--log_freq", 1]
+    flags += ["--amp", "bf16"]
     done = call_script("train.py", *flags, "--output_dir", tmp_path / "whole")
     assert "3 global views 32 px" in done.stdout and " cosine " in done.stdout
     assert "of the student" in done.stdout and " coding_rate " in done.stdout
@@ -201,7 +202,10 @@ def test_a_run_of_the_preset_resumes(
             "--method emp compares views of an image: give --global_crops_number 2 or more",
         ),
         (["--method", "emp", "--rate_eps", "0"], "--rate_eps must be above 0, not 0.0"),
-        (["--global_crops_number", "3"], "--method dino takes --global_crops_number 2, not 3"),
+        (
+            ["--alpha", "0.4", "--global_crops_number", "3"],
+            "--method dino takes --global_crops_number 2, not 3",
+        ),
         (["--global_crops_number", "0"], "--global_crops_number must be at least 1, not 0"),
         (["--grayscale", "2"], "--grayscale must lie between 0 and 1, not 2.0"),
         (["--projector", "0"], "--projector needs widths of at least 1, not [0]"),

@@ -34,7 +34,7 @@ def parsed(text="", **named):
             "--warmup_epochs 10 is longer than the training, --epochs 5",
         ),
         (
-            "--warmup_teacher_temp_epochs 101",
+            "--preset dino --warmup_teacher_temp_epochs 101",
             "--warmup_teacher_temp_epochs 101 is longer than the training",
         ),
         ("--arch vit_huge", "--arch vit_huge is unknown; choose from mobilevit_xxs"),
@@ -122,11 +122,14 @@ def test_presets_pass_their_own_checks(preset, more):
 
 
 def test_a_default_warm_up_never_outlasts_the_training():
-    args = parsed("--epochs 5")
-    assert train.check(args) is None and args.warmup_epochs == 0.5
-    assert parsed("--epochs 50").warmup_epochs == 5 and parsed().warmup_epochs == 10
-    assert parsed("--epochs 1000").warmup_epochs == 10
-    assert parsed("--epochs 5 --warmup_epochs 2").warmup_epochs == 2
+    def dino(text):
+        return parsed(f"--preset dino {text}")
+
+    assert train.check(dino("--epochs 5")) is None and dino("--epochs 5").warmup_epochs == 0.5
+    assert dino("--epochs 50").warmup_epochs == 5 and dino("").warmup_epochs == 10
+    assert dino("--epochs 1000").warmup_epochs == 10
+    assert dino("--epochs 5 --warmup_epochs 2").warmup_epochs == 2
+    assert parsed("").warmup_epochs == 0.3 and parsed("--epochs 1").warmup_epochs == 0.1
     # A preset's own share of the epochs, where it is longer: 50 of 200.
     assert parsed("--preset sslight --epochs 20").warmup_teacher_temp_epochs == 5
     assert parsed("--preset sslight --epochs 20").warmup_epochs == 2
@@ -144,8 +147,9 @@ def test_teacher_momentum_follows_from_the_number_of_steps(picture_folder, tmp_p
 def test_views_are_those_that_the_flags_ask_for():
     views = engine.build_views(
         parsed(
-            "--global_crops_size 64 --global_crops_scale 0.3 0.9 --local_crops_size 48 "
-            "--local_crops_scale 0.1 0.2 --local_crops_number 3 --vertical_flip 0.25"
+            "--method dino --global_crops_size 64 --global_crops_scale 0.3 0.9 "
+            "--local_crops_size 48 --local_crops_scale 0.1 0.2 --local_crops_number 3 "
+            "--vertical_flip 0.25"
         )
     )
     groups = [(size, *scale, len(blur)) for size, scale, blur, _ in views.groups]

@@ -109,7 +109,7 @@ TRAINING = "--epochs 1 --knn_freq 0 --num_workers 0".split()
 MVMR = "--method mvmr --projector 8 --local_crops_number 0".split()
 DISTILLATION = (
     "--teacher TEACHER --arch mobilevit_xxs --batch_size_per_gpu 4 --warmup_epochs 0 --device cpu "
-    "--local_crops_number 0"
+    "--local_crops_number 0 --amp none"
 ).split()
 EVALUATION = "--num_workers 0 --device cpu".split()
 

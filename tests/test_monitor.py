@@ -19,7 +19,7 @@ from lowdino.losses import InfoNCELoss, KoLeoLoss
 SMALL = (
     "--preset small --batch_size_per_gpu 8 --global_crops_size 32 --hidden_dim 64 --out_dim 64 "
     "--warmup_epochs 0 --lr 3e-3 --epochs 3 --knn_freq 0 --device cpu --log_freq 10 "
-    "--num_workers 0"
+    "--num_workers 0 --amp none"
 )
 
 

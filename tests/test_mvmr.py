@@ -186,7 +186,7 @@ NOTHING = (
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--method mvmr", "--method mvmr has one augmented view"),
+        ("--method mvmr --local_crops_number 2", "--method mvmr has one augmented view"),
         ("--preset mvmr --projector 0", "--projector needs widths of at least 1"),
         ("--preset mvmr --descriptors hog hog", "--descriptors names one twice"),
         ("--preset mvmr --invariance_weight -1", "--invariance_weight must be 0 or more"),
@@ -215,7 +215,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 ):
     flags = options(
         "--preset mvmr_small --arch mobilevit_xxs --batch_size_per_gpu 8 --epochs 2 "
-        "--projector 32 16 --device cpu --log_freq 1 --knn_freq 1",
+        "--projector 32 16 --device cpu --log_freq 1 --knn_freq 1 --amp none",
         data_path=picture_folder,
     )
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

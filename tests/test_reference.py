@@ -124,6 +124,7 @@ def part(state, prefix):
 
 BATCH, EPOCH, EPOCHS = 5, 2, 5  # images, steps an epoch, epochs
 SETTINGS = dict(
+    preset=None, by_hand=[], usual={}, minutes=None,
     arch="mobilevit_xxs", init=None, seed=0, compile=False, cache="none", num_workers=0, amp="none",
     optimizer="adamw", batch_size_per_gpu=BATCH, epochs=EPOCHS, lr=0.04, lr_reference_batch=10,
     min_lr=1e-3, warmup_epochs=1.5, weight_decay=0.1, weight_decay_end=0.8, clip_grad=0.05,

@@ -1,0 +1,105 @@
+"""How fast a run is: the faster autocast of a CPU, and the steps that fit into --minutes."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lowdino import distributed
+
+# bf16 rounds to 8 bits. It has to be worth it.
+LEAST_GAIN = 1.05
+
+# Seconds of --minutes for what a run cannot time: to start Python, and to leave it.
+AROUND = 4.0
+
+# Evaluations beside the loss take at most this share of --minutes.
+EVALUATIONS = 1 / 20
+
+# A plan is corrected where its end would be off by more than this share of --minutes.
+TOLERANCE = 0.02
+
+
+@contextmanager
+def put_back(parts: dict[str, object]):
+    """Let modules and optimizers work, then give them the state that they had."""
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    yield
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            part.zero_grad(set_to_none=True)
+        part.load_state_dict(before[name])
+
+
+def seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:
+    """Median time of some calls after a first that is not counted, of the slowest rank."""
+    found = []
+    for _ in range(1 + times):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        found.append(time.perf_counter() - start)
+    return max(distributed.gather_objects(statistics.median(found[1:])))
+
+
+def faster_amp(args, step: Callable[[], object], device: torch.device) -> tuple[str, str]:
+    """The autocast type, bf16 or none, in which a step is faster, and what was found in words.
+
+    Many CPUs have instructions for bf16, and in some of them it is slower all the same: that
+    depends on the network and the views' size.
+
+    Args:
+        args: of which `amp` is set for the step.
+    """
+    found = {}
+    for args.amp in ("none", "bf16"):
+        found[args.amp] = seconds(step, device)
+    amp = "bf16" if found["none"] > LEAST_GAIN * found["bf16"] else "none"
+    figures = f"{found['none']:.3g} s in float32, {found['bf16']:.3g} s in bf16"
+    return amp, f"--amp {amp}: a step takes {figures}"
+
+
+class Budget:
+    """How many steps fit into so many minutes, which begin when this is made.
+
+    The first plan rests on a few steps that were timed. Later ones rest on the steps made since
+    the plan before, for a machine that others share changes its pace.
+    """
+
+    def __init__(self, minutes: float):
+        self.seconds, self.evaluation = 60 * minutes, 0.0  # of one evaluation, 0 without labels
+        self.end = time.perf_counter() + self.seconds - AROUND
+        self.mark: tuple[int, float] | None = None  # step and time of the last plan
+
+    def evaluated(self, seconds: float) -> None:
+        """An evaluation has taken so long, which belongs to no step."""
+        self.evaluation = seconds
+        if self.mark:
+            self.mark = self.mark[0], self.mark[1] + seconds
+
+    def plan(self, step: int, pace: float) -> tuple[int, int]:
+        """The number of steps in all, and every how many of them k-NN is evaluated; 0: at the end.
+
+        Args:
+            pace: seconds a step.
+        """
+        now = time.perf_counter()
+        self.mark = step, now
+        interval = self.evaluation / EVALUATIONS
+        left = self.end - now - 1.1 * self.evaluation
+        often = 0 < interval < left / 2
+        steps = left / (pace * (1 + EVALUATIONS * often))
+        return step + max(int(steps), 1), max(round(interval / pace), 1) if often else 0
+
+    def correction(self, step: int, total: int) -> int | None:
+        """Another number of steps, where with `total` of them the end would be far off."""
+        pace = (time.perf_counter() - self.mark[1]) / (step - self.mark[0])
+        better = self.plan(step, pace)[0]
+        return better if abs(better - total) * pace > TOLERANCE * self.seconds else None

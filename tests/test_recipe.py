@@ -1,0 +1,292 @@
+"""What is chosen without a preset, and what is measured: --amp auto, --minutes."""
+
+import json
+import math
+import types
+
+import pytest
+import torch
+from runs import (
+    assert_equal,
+    assert_same_run,
+    at_step,
+    options,
+    records,
+    saved,
+    small,
+    stepwise,
+    terminate,
+    train_here,
+)
+from torch import nn
+
+import distill
+import train
+from lowdino import data, distributed, pace, settings
+
+CPU = torch.device("cpu")
+
+
+def parsed(text="", script=train, **named):
+    return settings.parse(script.get_parser(), options(text, **named))
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", dict(method="emp", optimizer="muon", lr=0.12, global_crops_number=8)),
+        # Images and views make up 512 views a step.
+        ("--global_crops_number 4", dict(method="emp", batch_size_per_gpu=128)),
+        ("--global_crops_number 32", dict(method="emp", batch_size_per_gpu=16)),
+        ("--global_crops_number 4 --batch_size_per_gpu 8", dict(batch_size_per_gpu=8)),
+        ("--preset emp --global_crops_number 4", dict(batch_size_per_gpu=64)),
+        # A flag of one method alone asks for it.
+        ("--out_dim 512", dict(method="dino", optimizer="adamw", lr=2e-3, out_dim=512)),
+        ("--alpha 0.4", dict(method="dino", local_crops_number=6)),
+        ("--alpha 0.4 --local_crops_number 2", dict(local_crops_number=2)),
+        ("--descriptors hog", dict(method="mvmr", projector=[512, 512, 512])),
+        ("--projector 64 64", dict(method="emp", projector=[64, 64])),
+        ("--method mvmr --projector 64 64", dict(method="mvmr", projector=[64, 64])),
+        ("--preset mvmr", dict(method="mvmr", lr=1e-4)),
+        ("--preset dino", dict(method="dino", lr=5e-4, out_dim=65536)),
+        # An optimizer has a learning rate of its own.
+        ("--optimizer adamw", dict(method="emp", lr=2e-3)),
+        ("--optimizer sgd", dict(method="emp", lr=0.1, lr_reference_batch=256, weight_decay=1e-4)),
+        ("--optimizer sgd --lr 1", dict(lr=1, lr_reference_batch=0, weight_decay=1e-4)),
+        ("--method dino --optimizer muon", dict(lr=0.12, lr_reference_batch=0)),
+    ],
+)
+def test_settings_follow_from_the_flags_by_hand(flags, expected):
+    args = parsed(flags)
+    assert train.check(args) is None
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_distillation_has_a_recipe_too():
+    args = parsed("--teacher t.npy", distill)
+    assert distill.check(args) is None
+    assert args.lr_reference_batch == 0 and args.global_crops_number == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--method emp --out_dim 9", "--out_dim is a flag of --method dino, not of emp"),
+        ("--preset dino --rate_eps 1", "--rate_eps is a flag of --method emp, not of dino"),
+        ("--preset emp --descriptors hog", "--descriptors is a flag of --method mvmr, not of emp"),
+        ("--out_dim 9 --rate_eps 1", "--out_dim is a flag of --method dino, not of emp"),
+        ("--minutes 3 --epochs 2", "--minutes and --epochs both say how long to train"),
+        ("--minutes 0", "--minutes must be above 0, not 0.0"),
+        ("--minutes nan", "--minutes must be above 0, not nan"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    assert train.check(parsed(flags)).startswith(message)
+
+
+class Images:
+    """So many images of one size, none of which can be read."""
+
+    def __init__(self, count, side):
+        self.count, self.view_side, self.replace_bad = count, side, False
+
+    def __len__(self):
+        return self.count
+
+
+@pytest.mark.parametrize(
+    "images, ranks, flags, expected",
+    [
+        # Never fewer than 2,000 steps.
+        (45_000, 1, "", dict(epochs=30, batch_size_per_gpu=64)),
+        (640, 1, "", dict(epochs=200, batch_size_per_gpu=64)),
+        (640, 1, "--epochs 3", dict(epochs=3, warmup_epochs=0.3)),
+        (1_281_167, 8, "", dict(epochs=30, batch_size_per_gpu=64, global_crops_size=224)),
+        # A folder smaller than a batch.
+        (24, 1, "", dict(epochs=2000, batch_size_per_gpu=24)),
+        (24, 4, "", dict(epochs=2000, batch_size_per_gpu=6)),
+        (45_000, 1, "--minutes 3", dict(epochs=None, warmup_epochs=0.3)),
+    ],
+)
+def test_settings_follow_from_the_images(images, ranks, flags, expected, tmp_path, monkeypatch):
+    source = data.Data("some", Images(images, 224), None, None, classes=0)
+    monkeypatch.setattr(data.Data, "limit_side", lambda self, side: None)
+    monkeypatch.setattr(settings, "load_data", lambda args, ranks: source)
+    monkeypatch.setattr(data, "suitable_size", lambda images: images.view_side)
+    monkeypatch.setattr(data, "default_workers", lambda images: 0)
+    args = parsed(flags, output_dir=tmp_path)
+    settings.settle(args, distributed.Ranks(0, ranks, CPU))
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_a_warm_up_by_hand_outlasts_no_training_of_the_recipe(tmp_path):
+    args = parsed("--warmup_epochs 2001", data_path="demo", output_dir=tmp_path)
+    with pytest.raises(settings.UserError, match="--warmup_epochs 2001 is longer than the train"):
+        settings.settle(args, distributed.Ranks(0, 1, CPU))
+
+
+def test_the_log_says_what_is_the_recipe_and_what_is_by_hand(picture_folder, tmp_path, capsys):
+    flags = "--arch mobilevit_xxs --epochs 1 --global_crops_number 2 --amp none --device cpu"
+    train_here(options(flags, data_path=picture_folder, output_dir=tmp_path))
+    hand = "amp, arch, data_path, device, epochs, global_crops_number, output_dir"
+    assert f"settings of the recipe, but by hand {hand}\n" in capsys.readouterr().out
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert args["method"] == "emp" and args["batch_size_per_gpu"] == 24
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured
+# --------------------------------------------------------------------------------------------------
+
+
+def test_trials_leave_no_trace():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(module.parameters())
+    parts = {"method": module, "optimizer": optimizer}
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    with pace.put_back(parts):
+        module(torch.randn(8, 3)).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(module[0].weight, weights["0.weight"])
+    assert_equal({**module.state_dict()}, weights, "weights")
+    assert optimizer.state_dict()["state"] == {}
+    assert all(p.grad is None for p in module.parameters())
+
+
+def with_seconds(monkeypatch, *found):
+    """Let what is timed take so long."""
+    calls = []
+
+    def seconds(work, device, times=3):
+        work()
+        calls.append(found[len(calls)])
+        return calls[-1]
+
+    monkeypatch.setattr(pace, "seconds", seconds)
+    return calls
+
+
+@pytest.mark.parametrize("seconds, chosen", [((2.0, 1.0), "bf16"), ((1.0, 0.96), "none")])
+def test_the_faster_autocast_is_chosen_and_kept(
+    seconds, chosen, picture_folder, tmp_path, monkeypatch, capsys
+):
+    by_hand, auto = tmp_path / "by_hand", tmp_path / "auto"
+    train_here(stepwise(picture_folder, by_hand, amp=chosen))
+    capsys.readouterr()
+    flags = stepwise(picture_folder, auto, amp="auto")
+    calls = with_seconds(monkeypatch, *seconds)
+    with at_step(2 + 5, terminate), pytest.raises(SystemExit):  # two steps are trials
+        train_here(flags)
+    said = "{:.3g} s in float32, {:.3g} s in bf16".format(*seconds)
+    assert f"--amp {chosen}: a step takes {said}\n" in capsys.readouterr().out
+    assert saved(auto)["step"] == 5 and saved(auto)["settings"]["amp"] == chosen
+    train_here(flags)
+    assert len(calls) == 2  # the resumed run times nothing
+    # Trials change nothing: the end is that of the run whose type was given.
+    assert_same_run(auto, by_hand)
+
+
+def test_another_autocast_than_the_checkpoints_is_refused(
+    picture_folder, tmp_path, monkeypatch, call_script
+):
+    flags = stepwise(picture_folder, tmp_path, "--epochs 1 --knn_freq 0")
+    call_script("train.py", *flags)
+    done = call_script("train.py", *flags, "--amp", "bf16", check=False)
+    assert done.returncode == 2 and "holds a run with amp none, not bf16" in done.stderr
+
+
+class FakeClock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(pace, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_a_budget_is_spent_to_its_end(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    budget = pace.Budget(minutes=2)  # 120 s, of which 4 are not the run's
+    clock.now += 6
+    # Without labels: 110 s of steps.
+    assert budget.plan(0, 0.5) == (220, 0)
+    # Evaluations of 2 s: one at the end, 2.2 s with what it may take longer, and others every 40 s,
+    # which are a twentieth of the steps' time.
+    budget.evaluated(2.0)
+    assert budget.plan(0, 0.5) == (int(107.8 / 0.525), 80)
+    # One that would take more than half of what is left is only made at the end.
+    budget.evaluated(6.0)
+    assert budget.plan(0, 0.5) == (int((110 - 6.6) / 0.5), 0)
+    # There is always a step to do.
+    clock.now += 500
+    assert budget.plan(7, 0.5)[0] == 8
+
+
+def test_a_plan_is_corrected_by_the_pace_of_the_steps_alone(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    budget = pace.Budget(minutes=2)
+    total, _ = budget.plan(0, 0.5)
+    assert total == 232
+    clock.now += 23 * 0.5 + 0.1  # nearly as planned
+    assert budget.correction(23, total) is None
+    clock.now += 23 * 1.0  # half as fast
+    assert budget.correction(46, total) == 46 + int((116 - 34.6) / 1.0)
+    # An evaluation is no step's time.
+    budget.evaluated(9.0)
+    clock.now += 9 + 10 * 1.0
+    left = 116 - 34.6 - 19 - 9.9
+    assert budget.correction(56, 200) == 56 + int(left / 1.0)
+
+
+def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
+    picture_folder, tmp_path, monkeypatch, capsys
+):
+    clock = FakeClock(monkeypatch)
+    calls = with_seconds(monkeypatch, 0.5, 0.5, 0.5)
+    text = "--minutes 0.2 --save_every_steps 1 --num_workers 0 --knn_freq 0"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+
+    def flags(out):
+        return small(text, data_path=picture_folder, output_dir=out)
+
+    # (12 - 4) s of half a second each.
+    monkeypatch.setattr(pace.Budget, "correction", lambda self, step, total: None)
+    train_here(flags(whole))
+    assert saved(whole)["total_steps"] == saved(whole)["step"] == 16
+    assert "plan: 16 steps, 2.67 epochs in 0.2 minutes\n" in capsys.readouterr().out
+    with at_step(1 + 5, terminate), pytest.raises(SystemExit):  # the first is a trial
+        train_here(flags(stopped))
+    train_here(flags(stopped))
+    assert len(calls) == 2  # the resumed run makes no plan
+    assert_same_run(whole, stopped)
+    # A warm-up of --warmup_epochs 1 by hand, which is six steps, and a cosine over all the others.
+    lr = records(whole, "lr")
+    peak = saved(whole)["settings"]["lr"]
+    steps = [json.loads(line)["step"] for line in (whole / "log.jsonl").open() if "lr" in line]
+    expected = [
+        peak * step / 5
+        if step < 6
+        else 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (step - 6) / 10)) / 2
+        for step in (number - 1 for number in steps)
+    ]
+    assert lr == pytest.approx(expected)
+
+    # Other minutes are a new plan, from where the run stands.
+    more = [*flags(whole), "--minutes", "0.3", "--accept_changes"]
+    train_here(more)
+    assert saved(whole)["total_steps"] == 16 + 28
+    assert clock.now == 1000
+
+
+def test_a_run_of_minutes_corrects_its_plan(picture_folder, tmp_path, monkeypatch, capsys):
+    with_seconds(monkeypatch, 0.5)
+    FakeClock(monkeypatch)
+    monkeypatch.setattr(pace.Budget, "correction", lambda self, step, total: {2: 24}.get(step))
+    flags = small("--minutes 0.2 --knn_freq 0", data_path=picture_folder, output_dir=tmp_path)
+    train_here(flags)
+    assert "plan: 24 steps, 4 epochs in 0.2 minutes" in capsys.readouterr().out
+    assert saved(tmp_path)["step"] == 24
