@@ -96,8 +96,8 @@ def check(args: argparse.Namespace) -> str | None:
             "--match pool goes with --objective kd and --teacher_head none: a classifier's logits "
             "have one width"
         )
-    if args.global_crops_number != 2:
-        return f"a teacher sees --global_crops_number 2 views, not {args.global_crops_number}"
+    if args.global_crops_number != 2 and "dino" in args.objective:
+        return f"--objective dino takes --global_crops_number 2, not {args.global_crops_number}"
     if args.teacher_head != "none" and not {"kd", "simkd"} & set(args.objective):
         return "--teacher_head is used by --objective kd and simkd, and neither is given"
     if min(args.projector) < 1:

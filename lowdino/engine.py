@@ -304,18 +304,19 @@ class Run:
 
     def measure(self, step: Callable[[], None]) -> None:
         """Time a few steps, where --amp or --minutes ask for it, and take them back."""
-        args, device = self.args, self.ranks.device
-        if args.amp == "auto":
-            with pace.put_back(self.parts):
-                args.amp, said = pace.faster_amp(args, step, device)
-            self.log.say(said)
-        self.settings["amp"] = args.amp
-        if not self.budget:
-            return
-        self.budget.evaluated(self.seconds_of_evaluation())
+        args, device, found = self.args, self.ranks.device, {}
         with pace.put_back(self.parts):
-            plan = self.budget.plan(self.step, pace.seconds(step, device))
-        self.adopt(*distributed.gather_objects(plan)[0])
+            if args.amp == "auto":
+                found = pace.faster_amp(args, step, device)
+                said = "{none:.3g} s in float32, {bf16:.3g} s in bf16".format(**found)
+                self.log.say(f"--amp {args.amp}: a step takes {said}")
+            elif self.budget:
+                found = {args.amp: pace.seconds(step, device)}
+        self.settings["amp"] = args.amp
+        if self.budget:
+            self.budget.evaluated(self.seconds_of_evaluation())
+            plan = self.budget.plan(self.step, found[args.amp])
+            self.adopt(*distributed.gather_objects(plan)[0])
 
     def seconds_of_evaluation(self) -> float:
         """What an evaluation will take, by that of a few test images; 0 where there is none."""

@@ -428,7 +428,8 @@ class Distillation(Method):
         if "mvmr" in self.objectives:
             seen = [*views, plain_view(batch, views[0].shape[-1], self.backbone)]
         features, outputs = self.student(seen)  # (V B, D), and of each head (V B, ...)
-        t = self.teacher.targets(views, batch.indices, self.backbone)  # (V B, D_t)
+        number = self.args.global_crops_number
+        t = self.teacher.targets(views, batch.indices, self.backbone, number)  # (V B, D_t)
         terms = {name: self.term(name, s, t, seen, batch) for name, s in outputs.items()}
         self.terms = {name: term.detach() for name, term in terms.items()}
         self.last = features.detach()[: len(views[0])]

@@ -55,17 +55,19 @@ class Teacher:
             view = F.interpolate(view, side, mode="bicubic", align_corners=False, antialias=True)
         return self.backbone(view).float()
 
-    def targets(self, views: list[Tensor], indices: Tensor, student: nn.Module) -> Tensor:
+    def targets(
+        self, views: list[Tensor], indices: Tensor, student: nn.Module, global_views: int = 2
+    ) -> Tensor:
         """Its features for each of V views of the images at `indices`: (V * B, D).
 
-        Looked up, those of the whole image for every view; else of the global views, the mean of
-        which stands for every local one.
+        Looked up, those of the whole image for every view; else of the global views, which come
+        first, and their mean for every local one.
         """
         if self.features is not None:
             rows = np.asarray(self.features[indices.cpu().numpy()], dtype=np.float32)
             return torch.from_numpy(rows).to(self.device).repeat(len(views), 1)
-        seen = [self(view, student) for view in views[:2]]
-        return torch.cat(seen + [(seen[0] + seen[1]) / 2] * (len(views) - 2))
+        seen = [self(view, student) for view in views[:global_views]]
+        return torch.cat(seen + [sum(seen) / len(seen)] * (len(views) - len(seen)))
 
     def features_of(
         self, images: data.ImageArray | data.ImageFiles, workers: int, ranks: distributed.Ranks

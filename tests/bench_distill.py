@@ -15,7 +15,7 @@ writes it, is also tried by its softened logits: name that row, kd_answers, in -
 import argparse
 from pathlib import Path
 
-from bench_recipe import compare
+from comparison import compare
 
 OBJECTIVES = {
     "kd": ["--objective", "kd"],

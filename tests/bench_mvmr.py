@@ -12,7 +12,7 @@ al. have theirs in Tables 5 and 6. The command may be given again, and goes on.
 import argparse
 import itertools
 
-from bench_recipe import compare
+from comparison import compare
 
 # What leaves a term out.
 TERMS = {

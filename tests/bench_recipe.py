@@ -1,142 +1,134 @@
 #!/usr/bin/env python3
-"""What a recipe gives: k-NN before and after training, for several networks and seeds, beside raw
-pixels.
+"""What a recipe gives for the time: k-NN after so many minutes, as a table and a picture.
 
-    python tests/bench_recipe.py --archs resnet5m mobilevit_xxs --seeds 0 1 2 --data_path DATA \
-        --output_dir runs/recipe -- --epochs 5
+    python tests/bench_recipe.py --minutes 1 3 15 --archs resnet5m resnet5m:mobilevit_s \
+        --recipes "" "--preset small" --seeds 0 1 2 --data_path DATA --output_dir runs/recipe
 
-Trains `train.py --preset small` once for each network and seed, with the flags behind `--`, and
-prints a Markdown table. The accuracy is the teacher's at the last epoch, k = 20. The test images
-are looked at only then and before the first step. A run that was stopped goes on, one that is
-finished is read from its log, so the command may be given again.
+Trains by `train.py --minutes M` once for each network, recipe, number of minutes and seed, with the
+flags behind `--`, on whatever device they name, and prints a Markdown table. TEACHER:STUDENT trains
+one network and then teaches another by `distill.py`, in the same minutes all told. The curves are
+drawn into curves.svg. Accuracies are those of the last step, k = 20, beside random weights and raw
+pixels. A run that was stopped goes on,
+one that is finished is read from its log, so the command may be given again.
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from comparison import read, row, run, spread
 
-import lowdino  # noqa: E402
+# Of the minutes of TEACHER:STUDENT, see the README.
+TEACHERS_SHARE = 0.6
 
-
-def run(script: str, *flags: str) -> str:
-    """Run a script, show what it prints, and return that."""
-    command = [sys.executable, str(ROOT / script), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    if process.wait():
-        raise SystemExit(process.returncode)
-    return "".join(lines)
+COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
 
 
-def read(folder: Path) -> tuple[float, float, float]:
-    """From a finished run's log: k-NN before the first step and after the last, and minutes of
-    training."""
-    settings = json.loads((folder / "args.json").read_text())
-    batch = settings["batch_size_per_gpu"] * settings["world"]
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    seconds, step = 0.0, 0
-    for record in records:
-        if "images_per_s" in record:
-            seconds += (record["step"] - step) * batch / record["images_per_s"]
-            step = record["step"]
-    knn = [record["knn"] for record in records if "knn" in record]
-    return knn[0], knn[-1], seconds / 60
+def trained(arch: str, recipe: str, minutes: float, seed: int, args) -> float:
+    """k-NN accuracy of a network trained for so many minutes."""
+    teacher, _, student = arch.rpartition(":")
+    words = [*recipe.split(), *args.flags, "--data_path", args.data_path, "--seed", str(seed)]
+    name = re.sub(r"[^\w.]+", "_", f"{arch} {recipe} {minutes:g} {seed}").strip("_")
+    folder = Path(args.output_dir) / name
+    if teacher:
+        first = TEACHERS_SHARE * minutes
+        before = ["--arch", teacher, "--minutes", str(first), "--output_dir", f"{folder}/teacher"]
+        run("train.py", *words, *before)
+        words += ["--teacher", f"{folder}/teacher/backbone.pth"]
+        words += ["--cache_teacher", f"{folder}/features.npy"]
+        minutes -= first
+    script = "distill.py" if teacher else "train.py"
+    own = ["--arch", student, "--minutes", f"{minutes:g}", "--output_dir", str(folder)]
+    run(script, *words, *own)
+    return read(folder)[1]
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def trained(way: list[str], seed: int, folder: Path, *flags: str) -> tuple[float, float, float]:
-    """Train once, or go on, by a script and its flags; what `read` finds then.
-
-    The k-NN is measured before the first step and after the last alone.
-    """
-    ends = ["--output_dir", str(folder), "--knn_freq", str(10**6)]
-    run(*way, "--seed", str(seed), *ends, *flags)
-    return read(folder)
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def compare(ways: dict[str, list[str]], seeds: list[int], folder: str, *flags: str) -> None:
-    """Train once for each way and each seed, in folders of their own; print a table.
-
-    A run that was stopped goes on, one that is finished is read from its log.
-
-    Args:
-        ways: name -> a script and its flags.
-        flags: common to all; later ones win.
-    """
-    rows = [
-        "| | seeds | k-NN before | k-NN after | minutes of training a run |",
-        "|---|---|---|---|---|",
-    ]
-    names = " ".join(map(str, seeds))
-    for number, (name, way) in enumerate(ways.items()):
-        results = [
-            trained(way, seed, Path(folder) / f"way{number}_seed{seed}", *flags) for seed in seeds
-        ]
-        before, after, minutes = zip(*results)
-        rows.append(row(name, names, spread(before), spread(after), spread(minutes, 0)))
-    print("\n".join(rows))
-
-
-def row_of_arch(arch: str, args: argparse.Namespace) -> str:
-    """Train a network once for each seed: its row of the table."""
-    way = ["train.py", "--preset", "small", "--arch", arch, "--data_path", args.data_path]
-    folder = Path(args.output_dir)
-    results = [
-        trained(way, seed, folder / f"{arch}_seed{seed}", *args.flags) for seed in args.seeds
-    ]
-    before, after, minutes = zip(*results)
-    millions = sum(p.numel() for p in lowdino.build_backbone(arch).parameters()) / 1e6
-    accuracies = before, after, [b - a for a, b in zip(before, after)]
-    seeds = " ".join(map(str, args.seeds))
-    cells = [seeds, *map(spread, accuracies), spread(minutes, 0)]
-    return row(f"`{arch}`", f"{millions:.2f}M", *cells)
-
-
-def row_of_pixels(args: argparse.Namespace) -> str:
-    """k-NN on raw pixels, of views as large as those of the training."""
-    folder = Path(args.output_dir) / f"{args.archs[-1]}_seed{args.seeds[-1]}"
+def floor(args, *of: str) -> float:
+    """k-NN accuracy of random weights or raw pixels, of images as large as the views."""
+    folder = next(Path(args.output_dir).glob("*/args.json")).parent
     side = json.loads((folder / "args.json").read_text())["global_crops_size"]
     flags = ["--data_path", args.data_path, "--nb_knn", "20", "--image_size", str(side)]
-    printed = run("eval_knn.py", "--pixels", *flags)
-    pixels = float(re.search(r"\(k=20\) top-1 ([\d.]+)", printed)[1])
-    return f"| raw pixels | | | {pixels:.3f} | | | |"
+    printed = run("eval_knn.py", *of, *flags)
+    return float(re.search(r"\(k=20\) top-1 ([\d.]+)", printed)[1])
+
+
+def drawn(curves: dict[str, dict[float, float]]) -> str:
+    """Curves as SVG, name -> minutes -> accuracy, minutes on a logarithmic axis."""
+    minutes = sorted({m for curve in curves.values() for m in curve})
+    values = [v for curve in curves.values() for v in curve.values()]
+    low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 1e-9) / 10
+    span = math.log(minutes[-1] / minutes[0]) or 1.0
+
+    def at(m: float, v: float) -> tuple[float, float]:
+        x = 60 + 480 * math.log(m / minutes[0]) / span
+        return round(x, 1), round(340 - 300 * (v - low) / (high - low), 1)
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x}" y="{y}" {more}>{words}</text>'
+
+    def line(points: list[tuple[float, float]], colour: str) -> str:
+        path = " ".join(f"{x},{y}" for x, y in points)
+        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+
+    parts = [text(300, 385, "minutes", 'text-anchor="middle"'), text(60, 25, "k-NN accuracy")]
+    for tenth in range(round(10 * low), round(10 * high) + 1):
+        x, y = at(minutes[0], tenth / 10)
+        parts.append(line([(x, y), (540, y)], "#dddddd"))
+        parts.append(text(x - 8, y + 4, f"{tenth / 10:.1f}", 'text-anchor="end"'))
+    for m in minutes:
+        parts.append(text(at(m, low)[0], 362, f"{m:g}", 'text-anchor="middle"'))
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        points = [at(m, v) for m, v in sorted(curve.items())]
+        parts.append(line(points, colour))
+        parts += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in points]
+        parts.append(text(560, 50 + 22 * i, name, f'fill="{colour}"'))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="860" height="400" font-size="14" '
+        'font-family="sans-serif"><rect width="860" height="400" fill="white"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    parser.add_argument("--archs", nargs="+", default=["resnet5m", "mobilevit_xxs"])
+    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 3, 15])
+    help = "networks, or TEACHER:STUDENT"
+    parser.add_argument("--archs", nargs="+", default=["resnet5m", "mobilevit_xxs"], help=help)
+    help = "flags of train.py and distill.py in quotes; an empty one is the default recipe"
+    parser.add_argument("--recipes", nargs="+", default=[""], help=help)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data_path", default="demo")
     parser.add_argument("--output_dir", default="runs/recipe")
-    parser.add_argument("flags", nargs="*", help="train.py's, behind --")
+    parser.add_argument("flags", nargs="*", help="of every run, behind --")
     args = parser.parse_args()
-    rows = [
-        "| network | parameters | seeds | k-NN before | k-NN after | gain "
-        "| minutes of training a run |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows += [row_of_arch(arch, args) for arch in args.archs]
-    rows.append(row_of_pixels(args))
-    print("\n".join(rows))
+
+    heading = ("network", "recipe", "minutes", "seeds", "k-NN")
+    rows, curves = [row(*heading), "|---" * len(heading) + "|"], {}
+    seeds = " ".join(map(str, args.seeds))
+    for arch in args.archs:
+        for recipe in args.recipes:
+            curve = curves[f"{arch} {recipe}".strip()] = {}
+            for minutes in args.minutes:
+                found = [trained(arch, recipe, minutes, seed, args) for seed in args.seeds]
+                curve[minutes] = statistics.mean(found)
+                cells = f"`{arch}`", recipe or "default", f"{minutes:g}", seeds
+                rows.append(row(*cells, spread(found)))
+    students = dict.fromkeys(arch.rpartition(":")[2] for arch in args.archs)
+    floors = {f"{arch}, random weights": floor(args, "--arch", arch) for arch in students}
+    floors["raw pixels"] = floor(args, "--pixels")
+    for name, value in floors.items():
+        rows.append(row(name, "", "", "", f"{value:.3f}"))
+        curves[name] = dict.fromkeys(args.minutes, value)
+    picture = Path(args.output_dir) / "curves.svg"
+    picture.write_text(drawn(curves))
+    print("\n".join([*rows, f"\npicture: {picture}"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
