@@ -70,6 +70,8 @@ class Health:
         entropy: float | None = None,
         entropy_of_mean: float | None = None,
         teacher_moved: bool = True,
+        embedding_std: float | None = None,
+        embedding_rank: float | None = None,
         **others: float,
     ) -> dict[str, str]:
         """The symptoms of one reading, name and sentence.
@@ -79,6 +81,8 @@ class Health:
             cross_entropy: of the student to the teacher, which is DINO's loss.
             entropy: mean entropy of the teacher's distributions.
             entropy_of_mean: entropy of their mean.
+            embedding_std, embedding_rank: `spread` of the embeddings of one view, where a loss
+                compares embeddings.
             teacher_moved: whether a step of the moving average changes the teacher's parameters.
             others: metrics that say nothing of health.
         """
@@ -100,6 +104,11 @@ class Health:
                 f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
                 f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where "
                 "there is one, and look at crops.png, whether the pictures differ at all"
+            )
+        if embedding_std is not None and (embedding_std < 0.1 or embedding_rank < 1.5):
+            found["collapsed embeddings"] = (
+                f"they are nearly a point or a line (std {embedding_std:.3f}, effective rank "
+                f"{embedding_rank:.1f}), whatever the image: lower --cosine_weight, or --lr"
             )
         if entropy is not None:
             found |= self.collapse(cross_entropy, entropy, entropy_of_mean)

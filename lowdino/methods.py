@@ -366,10 +366,13 @@ class EMP(Method):
         cosine, rate = self.loss(z)
         self.terms = {"cosine": cosine.detach(), "coding_rate": rate.detach()}
         self.last = features.detach().chunk(len(views))[0]
+        self.last_embeddings = z[0].detach()
         return self.loss.loss(cosine, rate)
 
     def metrics(self):
-        return mean_terms(self) | feature_metrics(self.last)
+        std, rank = health.spread(self.last_embeddings)
+        embedding = {"embedding_std": std.item(), "embedding_rank": rank.item()}
+        return mean_terms(self) | embedding | feature_metrics(self.last)
 
 
 EMP_PROJECTOR = (512, 512, 256)  # of the runs behind the default; the authors' is wider

@@ -91,6 +91,8 @@ def test_what_was_wrong_all_the_time_is_never_called_healthy():
         ("dead features", "--lr", dict(effective_rank=1.2)),
         ("diverging loss", "--lr", dict(cross_entropy=6.0)),
         ("nothing left to learn", "--global_crops_scale", dict(cross_entropy=2.01)),
+        ("collapsed embeddings", "--cosine_weight", dict(embedding_std=0.05, embedding_rank=9.0)),
+        ("collapsed embeddings", "--lr", dict(embedding_std=0.9, embedding_rank=1.1)),
         ("teacher stands still", "--momentum_teacher", dict(teacher_moved=False)),
     ],
 )

@@ -16,11 +16,12 @@ from lowdino import augment, demo, engine, health, methods, settings
 from lowdino.losses import InfoNCELoss, KoLeoLoss
 
 # Small enough for 150 steps in seconds.
-SMALL = (
-    "--preset small --batch_size_per_gpu 8 --global_crops_size 32 --hidden_dim 64 --out_dim 64 "
-    "--warmup_epochs 0 --lr 3e-3 --epochs 3 --knn_freq 0 --device cpu --log_freq 10 "
-    "--num_workers 0 --amp none"
+COMMON = (
+    "--batch_size_per_gpu 8 --global_crops_size 32 --warmup_epochs 0 --epochs 3 --knn_freq 0 "
+    "--device cpu --log_freq 10 --num_workers 0 --amp none"
 )
+SMALL = f"{COMMON} --preset small --hidden_dim 64 --out_dim 64 --lr 3e-3"
+EMP = f"{COMMON} --preset emp --projector 64 64 --global_crops_number 4"
 
 
 class Tiny(nn.Module):
@@ -119,13 +120,13 @@ def write_images(kind, folder):
         Image.fromarray(image).save(folder / f"{i:03}.png")
 
 
-def run(images, tmp_path, monkeypatch, flags):
+def run(images, tmp_path, monkeypatch, flags, usual=SMALL):
     """A real run on one process with a tiny backbone."""
     write_images(images, tmp_path / "pictures")
     monkeypatch.setattr(health.Health, "PATIENCE", 40)
     monkeypatch.setattr(lowdino, "build_backbone", lambda arch: Tiny())
     folders = options(data_path=tmp_path / "pictures", output_dir=tmp_path / "out")
-    train_here([*SMALL.split(), *flags.split(), *folders])
+    train_here([*usual.split(), *flags.split(), *folders])
 
 
 RUNS = [
@@ -159,8 +160,19 @@ def test_runs_made_to_fail_are_named(verdict, images, flags, tmp_path, capsys, m
     assert verdict in names
     # Pictures that are all alike, or of two kinds, have other symptoms too, and a run that diverged
     # goes on anyhow.
-    if images == "demo" and verdict != "diverging loss":
+    if images == "demo" and verdict not in ("diverging loss", "collapsed embeddings"):
         assert names == {verdict} and said[-1].startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    "verdict, flags",
+    [("no sign of collapse", ""), ("collapsed embeddings", "--cosine_weight 1e9")],
+)
+def test_many_views_are_judged_too(verdict, flags, tmp_path, capsys, monkeypatch):
+    run("demo", tmp_path, monkeypatch, flags, usual=EMP)
+    said = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert verdict in {line.split(":")[0] for line in said}
+    assert len(said) == 1 or verdict != "no sign of collapse"
 
 
 def test_a_loss_that_is_nan_stops_the_run(tmp_path, monkeypatch):
