@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -151,26 +152,40 @@ def muon_groups(model: nn.Module, scale: float) -> list[dict]:
     return [{"params": matrices, "decays": True}, *({**group, "scale": scale} for group in others)]
 
 
+@contextmanager
+def matmul_precision(name: str):
+    """How far products of float32 matrices may be rounded for speed, for the time of a `with`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
     """Matrices near the nearest semi-orthogonal ones: (k, m, n) -> (k, m, n) float32.
 
     Newton and Schulz's iteration X <- (a + b X X^T + c (X X^T)^2) X with Muon's coefficients brings
     singular values of 0.01 to 1 near 1, between 0.7 and 1.2. Each factor is a polynomial of
     S = X X^T. So only S (m, m) is iterated, m being the shorter side, and X is multiplied once.
+    Factors are rounded to bf16 or TF32 where the device gains by it, sums and results are not: in
+    bf16 altogether the small singular values of S would drown.
     """
     if gradients.shape[1] > gradients.shape[2]:
         return orthogonalized(gradients.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315
     x = gradients.float()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    s, product = x @ x.mT, None  # (k, m, m)
-    for i in range(steps):
-        factor = torch.baddbmm(s, s, s, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
-        if i < steps - 1:
-            s = factor @ s @ factor
-    return product @ x
+    with matmul_precision("medium"):
+        s, product = x @ x.mT, None  # (k, m, m)
+        for i in range(steps):
+            factor = torch.baddbmm(s, s, s, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+            if i < steps - 1:
+                s = factor @ s @ factor
+        return product @ x
 
 
 class Muon(torch.optim.Optimizer):

@@ -94,6 +94,15 @@ def test_orthogonalized_keeps_directions_and_evens_lengths(shape):
         assert 0.6 < kept[s > 0.01 * s.norm()].min() and kept.max() < 1.25
 
 
+def test_rounded_factors_leave_the_iteration_what_it_is():
+    """Singular values over three decades, in a size at which factors are rounded where bf16 is."""
+    u, v = (torch.linalg.qr(torch.randn(n, 256, dtype=torch.float64))[0] for n in (256, 700))
+    g = u @ torch.diag(torch.logspace(0, -3, 256, dtype=torch.float64)) @ v.T
+    found, before = optim.orthogonalized(g[None])[0], torch.get_float32_matmul_precision()
+    torch.testing.assert_close(found.double(), newton_schulz(g), atol=2e-3, rtol=0.02)
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
 def newton_schulz(x):
     """Muon's iteration as it is written: five multiplications of the whole matrix."""
     x = x / (x.norm() + 1e-7)
