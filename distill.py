@@ -40,10 +40,11 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--teacher_head", choices=["none", "file", "train"], default="none", help=help)
     help = (
-        "kd: softened logits (LowDINO, equation 4); simkd: features; similarity: to a queue of "
-        "images; dino: the teacher's prototypes; mvmr: distance correlation"
+        "kd: softened logits (LowDINO, equation 4), the default where a flag of it is given; "
+        "simkd: features; similarity: to a queue of images; dino: the teacher's prototypes; mvmr: "
+        "distance correlation"
     )
-    add("--objective", nargs="+", choices=OBJECTIVES, default=["kd"], help=help)
+    add("--objective", nargs="+", choices=OBJECTIVES, default=["similarity"], help=help)
     help = "a weight for each objective; default: 1"
     add("--objective_weight", type=float, nargs="+", help=help)
     add("--temperature", type=float, default=3.0, help="of kd")

@@ -113,7 +113,14 @@ def preset(name: str, arch: str) -> dict:
 
 
 # Without --preset a method takes the settings of this one, others those of "small".
-RECIPES = {"emp": "emp", "mvmr": "mvmr_small"}
+RECIPES = {"emp": "emp", "mvmr": "mvmr_small", "distillation": "emp"}
+
+# What distillation has in place of the preset's. Chosen as that was, for a mobilevit_xxs taught by
+# a resnet5m, see tests/RESULTS.md: Muon, the similarities, and one view of many images.
+DISTILLATION = dict(
+    global_crops_number=1, batch_size_per_gpu=128, projector=[512] * 3, objective=["similarity"]
+)
+OF_KD = {"teacher_head", "temperature", "kd_weight", "match"}  # flags of its other objective
 
 # What an optimizer given by hand takes where the preset's settings are another's. That of SGD is
 # He's for ResNets, that of LARS SSLight's.
@@ -187,8 +194,12 @@ def recipe(args: argparse.Namespace, by_hand: set[str]) -> dict:
         found |= {k: v for k, v in rates if "lr" not in by_hand or "lr" not in k}
     if args.preset:
         return found
-    if found.get("method") == "emp" and "global_crops_number" in by_hand:
+    if method == "emp" and "global_crops_number" in by_hand:
         found["batch_size_per_gpu"] = max(VIEWS_A_STEP // max(args.global_crops_number, 1), 16)
+    if method == "distillation":
+        found |= DISTILLATION | ({"objective": ["kd"]} if by_hand & OF_KD else {})
+        if "dino" in args.objective:
+            found["global_crops_number"] = 2
     if "alpha" in by_hand:
         found["local_crops_number"] = PRESETS["sslight"]["local_crops_number"]
     return found

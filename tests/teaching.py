@@ -15,7 +15,7 @@ from lowdino import checkpoint, data, demo, distributed, engine, methods, settin
 RANKS = distributed.Ranks(0, 1, torch.device("cpu"))
 SMALL = (
     "--arch mobilevit_xxs --batch_size_per_gpu 8 --epochs 2 --warmup_epochs 1 --device cpu "
-    "--log_freq 2 --global_crops_size 32 --knn_freq 1 --amp none"
+    "--log_freq 2 --global_crops_size 32 --global_crops_number 2 --knn_freq 1 --amp none"
 ).split()
 
 

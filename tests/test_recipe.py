@@ -67,10 +67,22 @@ def test_settings_follow_from_the_flags_by_hand(flags, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_distillation_has_a_recipe_too():
-    args = parsed("--teacher t.npy", distill)
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", dict(optimizer="muon", lr=0.12, global_crops_number=1, objective=["similarity"])),
+        ("--objective dino", dict(global_crops_number=2, batch_size_per_gpu=128)),
+        ("--teacher_head train", dict(objective=["kd"])),
+        ("--temperature 4", dict(objective=["kd"])),
+        ("--objective simkd --teacher_head train", dict(objective=["simkd"])),
+        ("--preset small", dict(optimizer="adamw", lr=2e-3, objective=["similarity"])),
+        ("--optimizer adamw", dict(optimizer="adamw", lr=2e-3)),
+    ],
+)
+def test_distillation_has_a_recipe_too(flags, expected):
+    args = parsed(f"--teacher some:network {flags}", distill)
     assert distill.check(args) is None
-    assert args.lr_reference_batch == 0 and args.global_crops_number == 2
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(

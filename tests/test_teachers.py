@@ -30,6 +30,21 @@ def test_a_teacher_sees_views_in_its_own_size_and_normalisation():
     torch.testing.assert_close(targets, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_teacher_sees_the_global_views_however_many(number, monkeypatch):
+    network, batch = Counted(), batch_of_demo(range(4))
+    method = distillation(network, f"--global_crops_number {number} --local_crops_number 2")
+    views = [torch.randn(4, 3, 32, 32) for _ in range(number + 2)]
+    seen = [network(view) for view in views[:number]]
+    expected = torch.cat([*seen, *[sum(seen) / number] * 2])
+    found = []
+    monkeypatch.setattr(method, "term", lambda name, s, t, *others: found.append(t) or s.sum())
+    before = network.seen
+    method(views, batch)
+    assert network.seen == before + 4 * number
+    torch.testing.assert_close(found[0], expected)
+
+
 def test_a_students_own_normalisation_is_undone_for_its_teacher():
     network = Counted()
     method = distillation(network)
