@@ -116,10 +116,12 @@ def preset(name: str, arch: str) -> dict:
 RECIPES = {"emp": "emp", "mvmr": "mvmr_small", "distillation": "emp"}
 
 # What distillation has in place of the preset's. Chosen as that was, for a mobilevit_xxs taught by
-# a resnet5m, see tests/RESULTS.md: Muon, the similarities, and one view of many images.
+# a resnet5m, see tests/RESULTS.md: Muon, the similarities, one view of many images, and hardly any
+# crop where the teacher's features are of the whole image.
 DISTILLATION = dict(
     global_crops_number=1, batch_size_per_gpu=128, projector=[512] * 3, objective=["similarity"]
 )
+OF_WHOLE_IMAGES = dict(global_crops_scale=[0.9, 1.0])
 OF_KD = {"teacher_head", "temperature", "kd_weight", "match"}  # flags of its other objective
 
 # What an optimizer given by hand takes where the preset's settings are another's. That of SGD is
@@ -197,7 +199,11 @@ def recipe(args: argparse.Namespace, by_hand: set[str]) -> dict:
     if method == "emp" and "global_crops_number" in by_hand:
         found["batch_size_per_gpu"] = max(VIEWS_A_STEP // max(args.global_crops_number, 1), 16)
     if method == "distillation":
-        found |= DISTILLATION | ({"objective": ["kd"]} if by_hand & OF_KD else {})
+        found |= DISTILLATION
+        if by_hand & OF_KD:
+            found["objective"] = ["kd"]
+        if args.cache_teacher or args.teacher.endswith((".npy", ".npz")):
+            found |= OF_WHOLE_IMAGES
         if "dino" in args.objective:
             found["global_crops_number"] = 2
     if "alpha" in by_hand:

@@ -71,6 +71,10 @@ def test_settings_follow_from_the_flags_by_hand(flags, expected):
     "flags, expected",
     [
         ("", dict(optimizer="muon", lr=0.12, global_crops_number=1, objective=["similarity"])),
+        ("", dict(global_crops_scale=[0.2, 1.0])),
+        ("--cache_teacher t.npy", dict(global_crops_scale=[0.9, 1.0])),
+        ("--teacher t.npy", dict(global_crops_scale=[0.9, 1.0])),
+        ("--cache_teacher t.npy --preset small", dict(global_crops_scale=[0.2, 1.0])),
         ("--objective dino", dict(global_crops_number=2, batch_size_per_gpu=128)),
         ("--teacher_head train", dict(objective=["kd"])),
         ("--temperature 4", dict(objective=["kd"])),
