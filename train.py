@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Pre-train a small backbone without labels, by self-distillation with a momentum teacher (DINO,
-LowDINO, SSLight), by the coding rate of many views (EMP-SSL) or by MV-MR.
+"""Pre-train a small backbone without labels, by the coding rate of many views (EMP-SSL), by
+self-distillation with a momentum teacher (DINO, LowDINO, SSLight) or by MV-MR.
 
-    python train.py --preset small --arch mobilevit_xxs --epochs 10         demo images: k-NN 0.900
+    python train.py --arch mobilevit_xxs --minutes 1.2                      demo images: k-NN 0.97
     torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
 """
 

@@ -314,23 +314,12 @@ class Run:
                 found = {args.amp: pace.seconds(step, device)}
         self.settings["amp"] = args.amp
         if self.budget:
-            self.budget.evaluated(self.seconds_of_evaluation())
+            if self.source.test is not None and args.knn_freq:
+                backbone = self.method.backbone
+                seconds = pace.seconds_of_evaluation(backbone, args, self.source, self.ranks)
+                self.budget.evaluated(seconds)
             plan = self.budget.plan(self.step, found[args.amp])
             self.adopt(*distributed.gather_objects(plan)[0])
-
-    def seconds_of_evaluation(self) -> float:
-        """What an evaluation will take, by that of a few test images; 0 where there is none."""
-        args, source, ranks = self.args, self.source, self.ranks
-        if source.test is None or not args.knn_freq:
-            return 0.0
-        few = range(0, len(source.test), max(len(source.test) // 512, 1))
-        sample = torch.utils.data.Subset(source.test, few)
-        start = time.perf_counter()
-        with pace.put_back({"method": self.method}):
-            size, workers = args.global_crops_size, args.num_workers
-            frozen.features(self.method.backbone, sample, size, ranks, workers=workers)
-        each = (time.perf_counter() - start) / len(few)
-        return each * (len(source.train) + len(source.test))
 
     def adopt(self, total: int, knn_steps: int) -> None:
         """Take so many steps as the length of the run, and evaluate every `knn_steps`."""

@@ -1,6 +1,7 @@
 """Frozen networks: opened by name or file, and their features of a set of images over all ranks."""
 
 import os
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,32 @@ def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, .
     return mean, getattr(network, "std", augment.IMAGENET_STD)
 
 
+def own_features(
+    backbone: nn.Module,
+    images: data.ImageArray | data.ImageFiles,
+    size: int,
+    ranks: distributed.Ranks,
+    batch_size: int = 256,
+    workers: int = 0,
+    pool: str = "default",
+    through: Callable[[Iterable], Iterable] = iter,
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of this rank's share of the images, as `features` has those of all.
+
+    Args:
+        through: what the batches pass through on their way.
+    """
+    mean, std = normalisation(backbone)
+
+    def view(canvas: Tensor, sizes: Tensor) -> Tensor:
+        x = augment.central_view(canvas, sizes, size, mean, std)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    batches = data.evaluation_loader(images, batch_size, workers, ranks.rank, ranks.world)
+    network = pooled(backbone, pool)
+    return evaluate.extract_features(network, through(batches), view, ranks.device)
+
+
 def features(
     backbone: nn.Module,
     images: data.ImageArray | data.ImageFiles,
@@ -92,14 +119,7 @@ def features(
     Raises:
         UserError: where some are not finite.
     """
-    mean, std = normalisation(backbone)
-
-    def view(canvas: Tensor, sizes: Tensor) -> Tensor:
-        x = augment.central_view(canvas, sizes, size, mean, std)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    batches = data.evaluation_loader(images, batch_size, workers, ranks.rank, ranks.world)
-    own = evaluate.extract_features(pooled(backbone, pool), batches, view, ranks.device)
+    own = own_features(backbone, images, size, ranks, batch_size, workers, pool)
     names = getattr(images, "paths", None) or [str(i) for i in range(len(images))]
     rows = (distributed.gather_strided(part, len(images)) for part in own)
     found = evaluate.Features(*rows, names)

@@ -2,13 +2,13 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from lowdino import distributed
+from lowdino import distributed, evaluate, frozen
 
 # bf16 rounds to 8 bits. It has to be worth it.
 LEAST_GAIN = 1.05
@@ -18,6 +18,9 @@ AROUND = 4.0
 
 # Evaluations beside the loss take at most this share of --minutes.
 EVALUATIONS = 1 / 20
+
+# To foresee the time of an evaluation, its memory and its queries are tried for this share each.
+SAMPLE = 1 / 200
 
 # A plan is corrected where its end would be off by more than this share of --minutes.
 TOLERANCE = 0.02
@@ -62,6 +65,55 @@ def faster_amp(args, step: Callable[[], object], device: torch.device) -> dict[s
         found[args.amp] = seconds(step, device)
     args.amp = "bf16" if found["none"] > LEAST_GAIN * found["bf16"] else "none"
     return found
+
+
+class Sample:
+    """Lets the first batches of a loader pass, and tells how long all of them would take.
+
+    The first batch tells how long it takes to start, the others how long an image does.
+
+    Args:
+        limit: seconds after the first batch.
+    """
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.started = self.ended = 0.0
+        self.first = self.images = 0  # in the first batch, and in those after it
+
+    def __call__(self, batches: Iterable) -> Iterator:
+        start = time.perf_counter()
+        for batch in batches:
+            yield batch
+            self.ended = time.perf_counter() - start
+            if not self.first:
+                self.first, self.started = len(batch[0]), self.ended
+            else:
+                self.images += len(batch[0])
+            if self.ended - self.started > self.limit:
+                break
+
+    def seconds(self, images: float) -> float:
+        """Time that so many images take."""
+        each = (self.ended - self.started) / max(self.images, 1)
+        return self.started + each * max(images - self.first, 0)
+
+
+def seconds_of_evaluation(backbone: nn.Module, args, source, ranks) -> float:
+    """What an evaluation by k-NN will take, by that of its first images."""
+    total, kept = 0.0, []
+    for images in (source.train, source.test):
+        sample = Sample(SAMPLE * 60 * args.minutes)
+        size, workers = args.global_crops_size, args.num_workers
+        own = frozen.own_features(backbone, images, size, ranks, workers=workers, through=sample)
+        kept.append(evaluate.Features(*own, []))
+        total += sample.seconds(len(images) / ranks.world)
+
+    def knn() -> None:
+        evaluate.knn_accuracy(*kept, args.nb_knn, source.classes)
+
+    share = len(kept[0].labels) * len(kept[1].labels) / (len(source.train) * len(source.test))
+    return total + seconds(knn, ranks.device) / share
 
 
 class Budget:

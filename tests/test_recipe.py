@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from conftest import demo_array
 from runs import (
     assert_equal,
     assert_same_run,
@@ -222,6 +223,43 @@ class FakeClock:
     def __init__(self, monkeypatch):
         self.now = 1000.0
         monkeypatch.setattr(pace, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_an_evaluation_is_foreseen_from_its_first_batches(monkeypatch):
+    clock = FakeClock(monkeypatch)
+
+    def batches(number):
+        for i in range(number):
+            clock.now += 2.0 if i == 0 else 0.5  # the first waits for the loader's processes
+            yield torch.zeros(10, 3), torch.zeros(10)
+
+    sample = pace.Sample(limit=1.2)
+    assert len(list(sample(batches(100)))) == 4  # until more than 1.2 s have passed since the first
+    assert sample.seconds(1000) == pytest.approx(2 + 990 * 0.05)
+    whole = pace.Sample(limit=9)
+    assert len(list(whole(batches(1)))) == 1 and whole.seconds(10) == 2.0
+
+
+def test_foreseen_is_the_time_of_extraction_and_of_neighbours(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    source = data.Data("some", None, demo_array(range(600)), demo_array(range(600, 1000)), 10)
+    knn = pace.evaluate.knn_accuracy
+
+    class Network(nn.Module):
+        def forward(self, x):
+            clock.now += 0.01 * len(x)
+            return x.mean(dim=(2, 3))
+
+    def timed(train, test, *more):
+        clock.now += 1e-6 * len(train.labels) * len(test.labels)
+        return knn(train, test, *more)
+
+    monkeypatch.setattr(pace.evaluate, "knn_accuracy", timed)
+    args = types.SimpleNamespace(minutes=0.1, global_crops_size=32, num_workers=0, nb_knn=5)
+    ranks = distributed.Ranks(0, 1, CPU)
+    # 0.03 s are over after the second batch of 256.
+    found = pace.seconds_of_evaluation(Network(), args, source, ranks)
+    assert found == pytest.approx(0.01 * 1000 + 1e-6 * 600 * 400)
 
 
 def test_a_budget_is_spent_to_its_end(monkeypatch):
