@@ -26,7 +26,7 @@ OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
 def get_parser() -> argparse.ArgumentParser:
     parser = flags.parser_of(__doc__)
     add = parser.add_argument_group("distillation").add_argument
-    add("--teacher", required=True, help="what to learn from, see below")
+    add("--teacher", help="what to learn from, see below")
     help = "side of the teacher's input; default: the teacher file's, or that of the global views"
     add("--teacher_size", type=int, help=help)
     help = (
@@ -79,6 +79,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
+    if not args.teacher:
+        return "--teacher names what to learn from, and is not given"
     weights = args.objective_weight
     if len(set(args.objective)) < len(args.objective):
         return f"--objective names one twice: {' '.join(args.objective)}"

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 from pathlib import Path
 
 import lowdino
@@ -142,10 +143,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     """Flags by hand, over the settings of the preset or of the recipe, over the parser's defaults.
 
     `args.by_hand` names the flags given by hand, `args.usual` has the epochs that the settings are
-    made for and what they count in epochs.
+    made for and what they count in epochs. --help shows the defaults as the other flags have them.
     """
-    by_hand = given(parser, argv)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if word not in ("-h", "--help")]
+    by_hand = given(parser, words)
+    args = parser.parse_args(words)
     if hasattr(args, "method"):
         of_preset = PRESETS[args.preset].get("method", "dino") if args.preset else None
         args.method = args.method or of_preset or implied_method(by_hand)
@@ -165,7 +168,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     return args
 
 
-def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+def given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
     """The names of the flags that are on the command line."""
     missing = object()
     names = vars(parser.parse_args(argv))
@@ -202,7 +205,7 @@ def recipe(args: argparse.Namespace, by_hand: set[str]) -> dict:
         found |= DISTILLATION
         if by_hand & OF_KD:
             found["objective"] = ["kd"]
-        if args.cache_teacher or args.teacher.endswith((".npy", ".npz")):
+        if args.cache_teacher or str(args.teacher).endswith((".npy", ".npz")):
             found |= OF_WHOLE_IMAGES
         if "dino" in args.objective:
             found["global_crops_number"] = 2

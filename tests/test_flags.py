@@ -192,6 +192,21 @@ def test_help_shows_defaults_and_touches_no_network():
     assert "default: None" not in done.stdout and done.stdout.count("(default: ") > 60
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--help", "(default: 0.12)"),
+        ("--preset sslight -h", "(default: 0.48)"),
+        ("--optimizer sgd --help", "(default: 0.1)"),
+    ],
+)
+def test_help_shows_the_defaults_that_the_other_flags_leave(flags, expected, capsys):
+    with pytest.raises(SystemExit):
+        parsed(flags)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"peak learning rate, for a total batch of --lr_reference_batch {expected}" in said
+
+
 def test_the_suite_says_what_it_did_not_run():
     reasons = [conftest.SLOW] * 2 + [conftest.CUDA, "could not import 'timm': No module", *"acdb"]
     assert conftest.not_run(["Skipped: " + reason for reason in reasons]) == (
