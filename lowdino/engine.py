@@ -30,6 +30,7 @@ from lowdino.parts import (
     build_backbone,
     build_optimizer,
     build_views,
+    choose_amp,
     forward,
     make_views,
     set_schedules,
@@ -122,8 +123,12 @@ class Run:
         self.total_batch = args.batch_size_per_gpu * ranks.world
         self.epoch_steps = len(source.pretrain) // self.total_batch
         self.total_steps = args.epochs * self.epoch_steps if args.epochs else None
-        self.budget = pace.Budget(args.minutes) if args.minutes else None
-        self.knn_steps = 0  # where a budget says how often k-NN is evaluated
+        # How often k-NN is evaluated; by a budget that is said as late as its plan.
+        self.knn_steps = args.knn_freq * self.epoch_steps
+        self.budget = None
+        if args.minutes:
+            every = self.knn_steps if "knn_freq" in args.by_hand else None
+            self.budget = pace.Budget(args.minutes, args.started, every)
         reference = args.lr_reference_batch
         self.peak_lr = args.lr * (self.total_batch / reference if reference else 1)
 
@@ -132,8 +137,7 @@ class Run:
         saved = checkpoint.load_checkpoint(self.output, warn=self.warn)
         if saved:
             self.compare_settings(saved)
-            if args.amp == "auto":
-                args.amp = saved["settings"].get("amp", "none")
+        choose_amp(args, ranks, saved)
 
         backbone = build_backbone(args)
         if saved:
@@ -154,11 +158,12 @@ class Run:
         self.step, self.first_knn, self.last_knn, self.skipped = 0, None, None, 0
         self.loss_sum, self.loss_steps = torch.zeros((), device=ranks.device), 0
         self.buffers_before: list[Tensor] = []
-        self.stopping = False
+        self.stopping = self.correcting = False
         if saved:
             self.load(saved)
         self.agree_on_step()
-        self.write_settings()
+        if ranks.first:
+            self.log.rewind(self.step)
         self.health = health.Health(self.method.out_dim)
         self.bad_images = monitor.BadImages(
             self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
@@ -239,17 +244,17 @@ class Run:
             )
 
     def write_settings(self) -> None:
+        """The settings as they are now, known or found."""
         if not self.ranks.first:
             return
-        self.log.rewind(self.step)
         values = vars(self.args)
         with checkpoint.atomic(self.output / "args.json") as file:
-            known = values | {"world": self.ranks.world}
+            known = values | {"world": self.ranks.world, "total_steps": self.total_steps}
             file.write(json.dumps(known, indent=2).encode() + b"\n")
         others = f"--preset {self.args.preset}" if self.args.preset else "the recipe"
         by_hand = ", ".join(self.args.by_hand)
         self.log.say(f"settings of {others}" + (f", but by hand {by_hand}" if by_hand else ""))
-        shown = (f"{k}={v}" for k, v in values.items() if k not in ("by_hand", "usual"))
+        shown = (f"{k}={v}" for k, v in values.items() if k not in settings.UNSAID)
         self.log.say(f"settings: {' '.join(shown)}")
 
     # -- Start ----------------------------------------------------------------------------------
@@ -271,6 +276,7 @@ class Run:
             batch = next(loader)
             self.method.train()
             self.measure(lambda: try_step(self, model, batch))
+        self.write_settings()
         # A run that was stopped while it evaluated has this to do yet.
         recorded = distributed.gather_objects(self.log.find("knn", self.step))[0]
         if self.knn_is_due and recorded is None:
@@ -304,28 +310,32 @@ class Run:
 
     def measure(self, step: Callable[[], None]) -> None:
         """Time a few steps, where --amp or --minutes ask for it, and take them back."""
-        args, device, found = self.args, self.ranks.device, {}
-        with pace.put_back(self.parts):
-            if args.amp == "auto":
-                found = pace.faster_amp(args, step, device)
-                said = "{none:.3g} s in float32, {bf16:.3g} s in bf16".format(**found)
-                self.log.say(f"--amp {args.amp}: a step takes {said}")
-            elif self.budget:
-                found = {args.amp: pace.seconds(step, device)}
+        args, device = self.args, self.ranks.device
+        if args.amp == "auto" or self.budget:
+            with pace.put_back(self.parts):
+                if args.amp == "auto":
+                    found = pace.faster_amp(args, step, device)
+                    said = "{none:.3g} s in float32, {bf16:.3g} s in bf16".format(**found)
+                    self.log.say(f"--amp {args.amp}: a step takes {said}")
+                else:
+                    found = {args.amp: pace.seconds(step, device)}
         self.settings["amp"] = args.amp
         if self.budget:
             if self.source.test is not None and args.knn_freq:
                 backbone = self.method.backbone
                 seconds = pace.seconds_of_evaluation(backbone, args, self.source, self.ranks)
                 self.budget.evaluated(seconds)
+                self.knn_note()  # which has a teacher evaluated, once
             plan = self.budget.plan(self.step, found[args.amp])
             self.adopt(*distributed.gather_objects(plan)[0])
+            if wrong := settings.check_warm_ups(args, self.total_steps / self.epoch_steps):
+                raise UserError(wrong)
 
     def adopt(self, total: int, knn_steps: int) -> None:
         """Take so many steps as the length of the run, and evaluate every `knn_steps`."""
         self.total_steps = self.method.total_steps = total
         self.knn_steps = knn_steps
-        settings.shorten(self.args, total / self.epoch_steps)
+        settings.fit_epochs(self.args, total / self.epoch_steps)
         self.log.say(f"plan: {total} steps, {self.length()}")
 
     def length(self) -> str:
@@ -370,12 +380,15 @@ class Run:
     def all_finite(self, loss: Tensor, norms: Tensor, batch: data.Batch) -> bool:
         """Whether loss and gradients are finite on all ranks; the one exchange of a step.
 
-        It also settles on all ranks whether to stop after this step, and which images are bad.
+        It also settles on all ranks whether to stop after this step or to correct a plan, and which
+        images are bad.
         Gradients that float16 cannot hold are GradScaler's to deal with.
         """
         finite = (loss if self.scaler.is_enabled() else loss + norms.sum()).isfinite()
         flags = [~finite, self.signals.seen, bool(self.bad_images.unknown(batch.bad))]
-        nonfinite, self.stopping, bad = distributed.any_rank(flags, self.ranks.device)
+        flags.append(bool(self.budget and self.budget.is_due()))
+        found = distributed.any_rank(flags, self.ranks.device)
+        nonfinite, self.stopping, bad, self.correcting = found
         if bad:
             self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
         if not nonfinite:
@@ -502,7 +515,8 @@ class Run:
             epoch, size = self.step // self.epoch_steps, args.global_crops_size
             path = self.output / "backbone.pth"
             checkpoint.save_backbone(path, backbone, args.arch, size, epoch)
-            if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            whole = self.step % self.epoch_steps == 0
+            if whole and args.saveckp_freq and epoch % args.saveckp_freq == 0:
                 checkpoint.save_atomic(self.output / f"checkpoint{epoch:04}.pth", content)
         self.log.sync()
         # Last: a run that is killed before it does these steps again.
@@ -519,11 +533,10 @@ class Run:
     @property
     def knn_is_due(self) -> bool:
         """Every --knn_freq epochs, or as often as --minutes leave time for, and at the end."""
-        args = self.args
-        if self.source.test is None or not args.knn_freq:
+        if self.source.test is None or not self.args.knn_freq:
             return False
-        every = self.knn_steps if args.minutes else args.knn_freq * self.epoch_steps
-        return self.step == self.total_steps or bool(every and self.step % every == 0)
+        regular = self.knn_steps and self.step % self.knn_steps == 0
+        return self.step == self.total_steps or bool(regular)
 
     def evaluate_if_due(self) -> None:
         if self.knn_is_due:
@@ -543,22 +556,21 @@ class Run:
             for images in (source.train, source.test)
         )
         self.last_knn = evaluate.knn_accuracy(train, test, args.nb_knn, source.classes)
+        if self.budget:
+            self.budget.evaluated(time.perf_counter() - start)
         network = self.method.evaluated.replace("_", " ")
         said = f"k-NN (k={args.nb_knn}) of the {network} {self.last_knn:.4f}"
         self.log.say(f"epoch {epoch}: {said}{self.knn_note()}")
         self.log.record(step=self.step, epoch=epoch, knn=self.last_knn)
-        if self.budget:
-            self.budget.evaluated(time.perf_counter() - start)
 
     def correct_plan_if_due(self) -> None:
         """Keep to --minutes, where the machine has become slower or faster than it was."""
-        ended = self.step == self.total_steps
-        if not self.budget or ended or self.step % max(self.total_steps // 10, 1):
+        if not self.correcting or self.step == self.total_steps:
             return
         better = self.budget.correction(self.step, self.total_steps)
         better = distributed.gather_objects(better)[0]
         if better is not None:
-            self.adopt(better, self.knn_steps)
+            self.adopt(*better)
 
     def finish(self) -> Method:
         """What is said at the end."""

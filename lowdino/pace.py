@@ -1,6 +1,7 @@
 """How fast a run is: the faster autocast of a CPU, and the steps that fit into --minutes."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from lowdino import distributed, evaluate, frozen
 # bf16 rounds to 8 bits. It has to be worth it.
 LEAST_GAIN = 1.05
 
-# Seconds of --minutes for what a run cannot time: to start Python, and to leave it.
+# Seconds of --minutes for what a run cannot time: to import torch, and to leave.
 AROUND = 4.0
 
 # Evaluations beside the loss take at most this share of --minutes.
@@ -22,8 +23,8 @@ EVALUATIONS = 1 / 20
 # To foresee the time of an evaluation, its memory and its queries are tried for this share each.
 SAMPLE = 1 / 200
 
-# A plan is corrected where its end would be off by more than this share of --minutes.
-TOLERANCE = 0.02
+# A plan is corrected where its end would be late or early by more than these shares of --minutes.
+LATE, EARLY = 0.002, 0.02
 
 
 @contextmanager
@@ -37,10 +38,15 @@ def put_back(parts: dict[str, object]):
         part.load_state_dict(before[name])
 
 
-def seconds(work: Callable[[], object], device: torch.device, times: int = 2) -> float:
-    """Least time of some calls after a first that is not counted, of the slowest rank."""
+def seconds(
+    work: Callable[[], object], device: torch.device, times: int = 2, enough: float = math.inf
+) -> float:
+    """Least time of some calls after a first that is not counted, of the slowest rank.
+
+    Where the first takes longer than `enough`, it is the only one.
+    """
     found = []
-    for _ in range(1 + times):
+    for i in range(1 + times):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
@@ -48,7 +54,9 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 2) ->
         elif device.type == "mps":
             torch.mps.synchronize()
         found.append(time.perf_counter() - start)
-    return max(distributed.gather_objects(min(found[1:])))
+        if i == 0 and max(distributed.gather_objects(found[0])) > enough:
+            break
+    return max(distributed.gather_objects(min(found[1:] or found)))
 
 
 def faster_amp(args, step: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -60,9 +68,10 @@ def faster_amp(args, step: Callable[[], object], device: torch.device) -> dict[s
     Args:
         args: of which `amp` is set.
     """
-    found = {}
+    found, enough = {}, math.inf
     for args.amp in ("none", "bf16"):
-        found[args.amp] = seconds(step, device)
+        found[args.amp] = seconds(step, device, enough=enough)
+        enough = 3 * found["none"]  # without instructions for it bf16 can take ten times as long
     args.amp = "bf16" if found["none"] > LEAST_GAIN * found["bf16"] else "none"
     return found
 
@@ -70,24 +79,26 @@ def faster_amp(args, step: Callable[[], object], device: torch.device) -> dict[s
 class Sample:
     """Lets the first batches of a loader pass, and tells how long all of them would take.
 
-    The first batch tells how long it takes to start, the others how long an image does.
+    The first batches, one of each process of the loader, tell how long it takes to start, the
+    others how long an image does.
 
     Args:
-        limit: seconds after the first batch.
+        limit: seconds after the first batches. workers: processes of the loader.
     """
 
-    def __init__(self, limit: float):
-        self.limit = limit
+    def __init__(self, limit: float, workers: int = 0):
+        self.limit, self.starting = limit, max(workers, 1)
         self.started = self.ended = 0.0
-        self.first = self.images = 0  # in the first batch, and in those after it
+        self.first = self.images = 0  # images in the first batches, and in those after them
 
     def __call__(self, batches: Iterable) -> Iterator:
         start = time.perf_counter()
         for batch in batches:
             yield batch
             self.ended = time.perf_counter() - start
-            if not self.first:
-                self.first, self.started = len(batch[0]), self.ended
+            if self.starting:
+                self.starting -= 1
+                self.first, self.started = self.first + len(batch[0]), self.ended
             else:
                 self.images += len(batch[0])
             if self.ended - self.started > self.limit:
@@ -103,8 +114,8 @@ def seconds_of_evaluation(backbone: nn.Module, args, source, ranks) -> float:
     """What an evaluation by k-NN will take, by that of its first images."""
     total, kept = 0.0, []
     for images in (source.train, source.test):
-        sample = Sample(SAMPLE * 60 * args.minutes)
         size, workers = args.global_crops_size, args.num_workers
+        sample = Sample(SAMPLE * 60 * args.minutes, workers)
         own = frozen.own_features(backbone, images, size, ranks, workers=workers, through=sample)
         kept.append(evaluate.Features(*own, []))
         total += sample.seconds(len(images) / ranks.world)
@@ -117,15 +128,20 @@ def seconds_of_evaluation(backbone: nn.Module, args, source, ranks) -> float:
 
 
 class Budget:
-    """How many steps fit into so many minutes, which begin when this is made.
+    """How many steps fit into so many minutes.
 
     The first plan rests on a few steps that were timed. Later ones rest on the steps made since
-    the plan before, for a machine that others share changes its pace.
+    the plan before, with all that they waited for: a machine that others share changes its pace.
+
+    Args:
+        started: `time.perf_counter()` when the minutes began.
+        every: steps from one evaluation to the next; None for as many as keep their share.
     """
 
-    def __init__(self, minutes: float):
+    def __init__(self, minutes: float, started: float, every: int | None = None):
         self.seconds, self.evaluation = 60 * minutes, 0.0  # of one evaluation, 0 without labels
-        self.end = time.perf_counter() + self.seconds - AROUND
+        self.end = started + self.seconds - AROUND
+        self.every = every
         self.mark: tuple[int, float] | None = None  # step and time of the last plan
 
     def evaluated(self, seconds: float) -> None:
@@ -142,14 +158,22 @@ class Budget:
         """
         now = time.perf_counter()
         self.mark = step, now
-        interval = self.evaluation / EVALUATIONS
         left = self.end - now - 1.1 * self.evaluation
-        often = 0 < interval < left / 2
-        steps = left / (pace * (1 + EVALUATIONS * often))
-        return step + max(int(steps), 1), max(round(interval / pace), 1) if often else 0
+        every = self.every or round(self.evaluation / EVALUATIONS / pace)
+        if not self.every and not 0 < self.evaluation / EVALUATIONS < left / 2:
+            every = 0
+        if every and step == 0:
+            left -= self.evaluation
+        steps = left / (pace + (self.evaluation / every if every else 0.0))
+        return step + max(int(steps), 1), every
 
-    def correction(self, step: int, total: int) -> int | None:
-        """Another number of steps, where with `total` of them the end would be far off."""
+    def is_due(self) -> bool:
+        """Whether a tenth of the minutes has passed since the last plan."""
+        return time.perf_counter() - self.mark[1] > self.seconds / 10
+
+    def correction(self, step: int, total: int) -> tuple[int, int] | None:
+        """Another plan, where by that of `total` steps the end would be late, or much too early."""
         pace = (time.perf_counter() - self.mark[1]) / (step - self.mark[0])
-        better = self.plan(step, pace)[0]
-        return better if abs(better - total) * pace > TOLERANCE * self.seconds else None
+        better = self.plan(step, pace)
+        gained = (better[0] - total) * pace
+        return None if -LATE < gained / self.seconds < EARLY else better

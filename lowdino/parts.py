@@ -20,6 +20,16 @@ class UserError(ValueError):
     """What a user can mend, said in one sentence."""
 
 
+def choose_amp(args, ranks, saved: dict | None) -> None:
+    """Give --amp auto the type of the checkpoint, or of the device; a CPU is left to be timed."""
+    if args.amp == "auto":
+        of_device = {"cuda": "bf16", "cpu": "auto"}.get(ranks.device.type, "none")
+        args.amp = saved["settings"].get("amp", of_device) if saved else of_device
+    if args.amp == "fp16" and ranks.device.type != "cuda":
+        device = ranks.device.type
+        raise UserError(f"--amp fp16 needs a CUDA device, and this is {device}; use bf16 or none")
+
+
 def build_backbone(args) -> nn.Module:
     """The backbone to train, from random weights or from --init, the same on every rank."""
     torch.manual_seed(args.seed)

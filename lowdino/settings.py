@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import lowdino
@@ -128,10 +129,18 @@ OF_KD = {"teacher_head", "temperature", "kd_weight", "match"}  # flags of its ot
 # What an optimizer given by hand takes where the preset's settings are another's. That of SGD is
 # He's for ResNets, that of LARS SSLight's.
 RATES = {
-    "muon": dict(lr=0.12, lr_reference_batch=0, weight_decay=0.04, weight_decay_end=0.04),
-    "adamw": dict(lr=2e-3, lr_reference_batch=0, weight_decay=0.04, weight_decay_end=0.04),
-    "sgd": dict(lr=0.1, lr_reference_batch=256, weight_decay=1e-4, weight_decay_end=1e-4),
-    "lars": dict(lr=0.48, lr_reference_batch=256, weight_decay=1e-6, weight_decay_end=1e-6),
+    "muon": dict(
+        lr=0.12, lr_reference_batch=0, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.04
+    ),
+    "adamw": dict(
+        lr=2e-3, lr_reference_batch=0, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.04
+    ),
+    "sgd": dict(
+        lr=0.1, lr_reference_batch=256, min_lr=1e-6, weight_decay=1e-4, weight_decay_end=1e-4
+    ),
+    "lars": dict(
+        lr=0.48, lr_reference_batch=256, min_lr=4.8e-3, weight_decay=1e-6, weight_decay_end=1e-6
+    ),
 }
 
 VIEWS_A_STEP = 512  # on a rank, of the recipe "emp": 16 x 32, 8 x 64 and 4 x 128 learn alike
@@ -143,8 +152,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     """Flags by hand, over the settings of the preset or of the recipe, over the parser's defaults.
 
     `args.by_hand` names the flags given by hand, `args.usual` has the epochs that the settings are
-    made for and what they count in epochs. --help shows the defaults as the other flags have them.
+    made for and what they count in epochs, `args.started` is when --minutes begin. --help shows the
+    defaults as the other flags leave them.
     """
+    started = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("-h", "--help")]
     by_hand = given(parser, words)
@@ -159,11 +170,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     known = {name: value for name, value in found.items() if hasattr(args, name)}
     parser.set_defaults(**known)
     args = parser.parse_args(argv)
-    args.by_hand = sorted(by_hand)
+    args.started, args.by_hand = started, sorted(by_hand)
     in_epochs = (name for name in IN_EPOCHS if hasattr(args, name) and name not in by_hand)
     args.usual = {"epochs": epochs} | {name: getattr(args, name) for name in in_epochs}
     if args.epochs:
-        shorten(args, max(args.epochs, 0))
+        fit_epochs(args, max(args.epochs, 0))
     del args.local_rank
     return args
 
@@ -197,44 +208,56 @@ def recipe(args: argparse.Namespace, by_hand: set[str]) -> dict:
         rates = RATES[args.optimizer].items()
         # A rate given by hand keeps its meaning.
         found |= {k: v for k, v in rates if "lr" not in by_hand or "lr" not in k}
+    if method == "distillation":
+        found |= recipe_of_distillation(args, by_hand)
     if args.preset:
         return found
     if method == "emp" and "global_crops_number" in by_hand:
         found["batch_size_per_gpu"] = max(VIEWS_A_STEP // max(args.global_crops_number, 1), 16)
-    if method == "distillation":
-        found |= DISTILLATION
-        if by_hand & OF_KD:
-            found["objective"] = ["kd"]
-        if args.cache_teacher or str(args.teacher).endswith((".npy", ".npz")):
-            found |= OF_WHOLE_IMAGES
-        if "dino" in args.objective:
-            found["global_crops_number"] = 2
     if "alpha" in by_hand:
         found["local_crops_number"] = PRESETS["sslight"]["local_crops_number"]
     return found
 
 
-def shorten(args: argparse.Namespace, epochs: float) -> None:
-    """Let nothing that is counted in epochs, and not given by hand, outlast a short training.
+def recipe_of_distillation(args: argparse.Namespace, by_hand: set[str]) -> dict:
+    """What distill.py has in place of the settings of a preset."""
+    objective = {"objective": ["kd"]} if by_hand & OF_KD else {}
+    if args.preset:
+        return objective
+    found = DISTILLATION | objective
+    if args.cache_teacher or str(args.teacher).endswith((".npy", ".npz")):
+        found |= OF_WHOLE_IMAGES
+    if "dino" in args.objective:
+        found["global_crops_number"] = 2
+    return found
+
+
+def fit_epochs(args: argparse.Namespace, epochs: float) -> None:
+    """Fit what is counted in epochs, and not given by hand, to the length of a training.
 
     Where it would take more than a tenth of the epochs and more than its own share of the preset's,
-    it is cut to that.
+    it is cut to that. Where more epochs than the preset's are not asked for by hand, as those of a
+    small folder are, it keeps its share.
     """
     for name in args.usual.keys() & set(IN_EPOCHS):
-        share = max(args.usual[name] / args.usual["epochs"], 0.1)
-        setattr(args, name, min(args.usual[name], epochs * share))
+        value, share = args.usual[name], args.usual[name] / args.usual["epochs"]
+        if "epochs" not in args.by_hand:
+            value = max(value, epochs * share)
+        setattr(args, name, min(value, epochs * max(share, 0.1)))
 
 
 # ---------------------------------------------------------------------------------------------
 # Flags of every training, whatever its method
 # ---------------------------------------------------------------------------------------------
 
+UNSAID = ("by_hand", "usual", "started")  # no flags
+
 # What a resumed run may change, because it does not change what is computed. A teacher of
 # distill.py and an --init are compared by their weights, wherever their files lie.
 FREE = {
     "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device",
     "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq", "save_every_steps",
-    "accept_changes", "skip_nonfinite", "max_bad_fraction", "by_hand", "usual",
+    "accept_changes", "skip_nonfinite", "max_bad_fraction", *UNSAID,
 }  # fmt: skip
 
 
@@ -393,19 +416,20 @@ def check_training(args: argparse.Namespace) -> str | None:
         return foreign
     if args.minutes and args.epochs:
         return "--minutes and --epochs both say how long to train; give one of them"
-    if wrong := check_warm_ups(args):
+    if args.epochs and (wrong := check_warm_ups(args, args.epochs)):
         return wrong
     if args.init is not None and not os.path.isfile(args.init):
         return f"--init {args.init} does not exist"
     return None
 
 
-def check_warm_ups(args: argparse.Namespace) -> str | None:
+def check_warm_ups(args: argparse.Namespace, epochs: float) -> str | None:
     """As `check_training`, where the number of epochs is known."""
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         value = getattr(args, name, 0)
-        if args.epochs and value > args.epochs:
-            return f"--{name} {value:g} is longer than the training, --epochs {args.epochs}"
+        if value > epochs:
+            length = f"--minutes {args.minutes:g}" if args.minutes else f"--epochs {epochs:g}"
+            return f"--{name} {value:g} is longer than the training, {length}"
     return None
 
 
@@ -484,12 +508,6 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     Raises:
         UserError: in one sentence, where data and settings do not go together.
     """
-    if args.amp == "fp16" and ranks.device.type != "cuda":
-        device = ranks.device.type
-        raise UserError(f"--amp fp16 needs a CUDA device, and this is {device}; use bf16 or none")
-    if args.amp == "auto" and ranks.device.type != "cpu":
-        args.amp = "bf16" if ranks.device.type == "cuda" else "none"
-
     source = load_data(args, ranks)
     if args.global_crops_size is None:
         args.global_crops_size = data.suitable_size(source.pretrain)
@@ -512,7 +530,8 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
         )
     if not args.epochs and not args.minutes:
         args.epochs = max(args.usual["epochs"], math.ceil(LEAST_STEPS / (images // total)))
-        if wrong := check_warm_ups(args):
+        fit_epochs(args, args.epochs)
+        if wrong := check_warm_ups(args, args.epochs):
             raise UserError(wrong)
     if args.epochs and getattr(args, "momentum_teacher", 0) is None:
         args.momentum_teacher = default_momentum(args.epochs * (images // total))

@@ -23,7 +23,7 @@ from torch import nn
 
 import distill
 import train
-from lowdino import data, distributed, pace, settings
+from lowdino import data, distributed, engine, pace, settings
 
 CPU = torch.device("cpu")
 
@@ -58,6 +58,7 @@ def parsed(text="", script=train, **named):
         # An optimizer has a learning rate of its own.
         ("--optimizer adamw", dict(method="emp", lr=2e-3)),
         ("--optimizer sgd", dict(method="emp", lr=0.1, lr_reference_batch=256, weight_decay=1e-4)),
+        ("--preset sslight --optimizer adamw", dict(lr=2e-3, min_lr=1e-6)),
         ("--optimizer sgd --lr 1", dict(lr=1, lr_reference_batch=0, weight_decay=1e-4)),
         ("--method dino --optimizer muon", dict(lr=0.12, lr_reference_batch=0)),
     ],
@@ -81,6 +82,7 @@ def test_settings_follow_from_the_flags_by_hand(flags, expected):
         ("--temperature 4", dict(objective=["kd"])),
         ("--objective simkd --teacher_head train", dict(objective=["simkd"])),
         ("--preset small", dict(optimizer="adamw", lr=2e-3, objective=["similarity"])),
+        ("--preset small --temperature 4", dict(optimizer="adamw", objective=["kd"])),
         ("--optimizer adamw", dict(optimizer="adamw", lr=2e-3)),
     ],
 )
@@ -125,7 +127,7 @@ class Images:
         (640, 1, "--epochs 3", dict(epochs=3, warmup_epochs=0.3)),
         (1_281_167, 8, "", dict(epochs=30, batch_size_per_gpu=64, global_crops_size=224)),
         # A folder smaller than a batch.
-        (24, 1, "", dict(epochs=2000, batch_size_per_gpu=24)),
+        (24, 1, "", dict(epochs=2000, batch_size_per_gpu=24, warmup_epochs=20)),
         (24, 4, "", dict(epochs=2000, batch_size_per_gpu=6)),
         (45_000, 1, "--minutes 3", dict(epochs=None, warmup_epochs=0.3)),
     ],
@@ -179,7 +181,7 @@ def with_seconds(monkeypatch, *found):
     """Let what is timed take so long."""
     calls = []
 
-    def seconds(work, device, times=3):
+    def seconds(work, device, times=2, enough=math.inf):
         work()
         calls.append(found[len(calls)])
         return calls[-1]
@@ -208,6 +210,25 @@ def test_the_faster_autocast_is_chosen_and_kept(
     assert_same_run(auto, by_hand)
 
 
+def test_what_takes_too_long_is_tried_once():
+    clock, made = iter([1.0] * 9), []
+    found = pace.seconds(lambda: made.append(next(clock)), CPU, enough=0.0)
+    assert len(made) == 1 and found > 0
+    pace.seconds(lambda: made.append(next(clock)), CPU)
+    assert len(made) == 1 + 3
+
+
+def test_a_warm_up_by_hand_longer_than_the_minutes_is_refused(
+    picture_folder, tmp_path, monkeypatch
+):
+    with_seconds(monkeypatch, 0.5)
+    flags = small("--minutes 0.2 --knn_freq 0 --warmup_epochs 9", data_path=picture_folder)
+    with pytest.raises(
+        engine.UserError, match="--warmup_epochs 9 is longer than the training, --min"
+    ):
+        train_here([*flags, "--output_dir", tmp_path])
+
+
 def test_another_autocast_than_the_checkpoints_is_refused(
     picture_folder, tmp_path, monkeypatch, call_script
 ):
@@ -222,7 +243,9 @@ class FakeClock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(pace, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+        clock = types.SimpleNamespace(perf_counter=lambda: self.now)
+        for module in (pace, settings):
+            monkeypatch.setattr(module, "time", clock)
 
 
 def test_an_evaluation_is_foreseen_from_its_first_batches(monkeypatch):
@@ -234,6 +257,9 @@ def test_an_evaluation_is_foreseen_from_its_first_batches(monkeypatch):
             yield torch.zeros(10, 3), torch.zeros(10)
 
     sample = pace.Sample(limit=1.2)
+    shared = pace.Sample(limit=9, workers=2)
+    assert len(list(shared(batches(4)))) == 4
+    assert shared.seconds(1000) == pytest.approx(2.5 + 980 * 0.05)
     assert len(list(sample(batches(100)))) == 4  # until more than 1.2 s have passed since the first
     assert sample.seconds(1000) == pytest.approx(2 + 990 * 0.05)
     whole = pace.Sample(limit=9)
@@ -264,17 +290,21 @@ def test_foreseen_is_the_time_of_extraction_and_of_neighbours(monkeypatch):
 
 def test_a_budget_is_spent_to_its_end(monkeypatch):
     clock = FakeClock(monkeypatch)
-    budget = pace.Budget(minutes=2)  # 120 s, of which 4 are not the run's
+    budget = pace.Budget(minutes=2, started=clock.now)  # 120 s, of which 4 are not the run's
     clock.now += 6
     # Without labels: 110 s of steps.
     assert budget.plan(0, 0.5) == (220, 0)
-    # Evaluations of 2 s: one at the end, 2.2 s with what it may take longer, and others every 40 s,
-    # which are a twentieth of the steps' time.
+    # Evaluations of 2 s: one at the end, 2.2 s with what it may take longer, one before the first
+    # step, and others every 40 s, which are a twentieth of the steps' time.
     budget.evaluated(2.0)
-    assert budget.plan(0, 0.5) == (int(107.8 / 0.525), 80)
+    assert budget.plan(0, 0.5) == (int(105.8 / 0.525), 80)
+    assert budget.plan(1, 0.5) == (1 + int(107.8 / 0.525), 80)
     # One that would take more than half of what is left is only made at the end.
     budget.evaluated(6.0)
     assert budget.plan(0, 0.5) == (int((110 - 6.6) / 0.5), 0)
+    # As often as is asked for by hand, whatever it takes.
+    budget.every = 20
+    assert budget.plan(0, 0.5) == (int((110 - 12.6) / 0.8), 20)
     # There is always a step to do.
     clock.now += 500
     assert budget.plan(7, 0.5)[0] == 8
@@ -282,18 +312,22 @@ def test_a_budget_is_spent_to_its_end(monkeypatch):
 
 def test_a_plan_is_corrected_by_the_pace_of_the_steps_alone(monkeypatch):
     clock = FakeClock(monkeypatch)
-    budget = pace.Budget(minutes=2)
+    budget = pace.Budget(minutes=2, started=clock.now)
     total, _ = budget.plan(0, 0.5)
-    assert total == 232
-    clock.now += 23 * 0.5 + 0.1  # nearly as planned
-    assert budget.correction(23, total) is None
+    assert total == 232 and not budget.is_due()
+    clock.now += 23 * 0.5 - 0.1  # a little faster, by 1 s to the end
+    assert not budget.is_due() and budget.correction(23, total) is None
     clock.now += 23 * 1.0  # half as fast
-    assert budget.correction(46, total) == 46 + int((116 - 34.6) / 1.0)
+    assert budget.is_due()
+    assert budget.correction(46, total) == (46 + int((116 - 34.4) / 1.0), 0)
+    # A little slower is late.
+    clock.now += 10.1
+    assert budget.correction(56, 127) == (56 + int((116 - 44.5) / 1.01), 0)
     # An evaluation is no step's time.
     budget.evaluated(9.0)
     clock.now += 9 + 10 * 1.0
-    left = 116 - 34.6 - 19 - 9.9
-    assert budget.correction(56, 200) == 56 + int(left / 1.0)
+    left = 116 - 44.5 - 19 - 9.9
+    assert budget.correction(66, 200) == (66 + int(left / 1.0), 0)
 
 
 def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
@@ -339,7 +373,9 @@ def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
 def test_a_run_of_minutes_corrects_its_plan(picture_folder, tmp_path, monkeypatch, capsys):
     with_seconds(monkeypatch, 0.5)
     FakeClock(monkeypatch)
-    monkeypatch.setattr(pace.Budget, "correction", lambda self, step, total: {2: 24}.get(step))
+    monkeypatch.setattr(pace.Budget, "is_due", lambda self: True)
+    better = {2: (24, 0)}
+    monkeypatch.setattr(pace.Budget, "correction", lambda self, step, total: better.get(step))
     flags = small("--minutes 0.2 --knn_freq 0", data_path=picture_folder, output_dir=tmp_path)
     train_here(flags)
     assert "plan: 24 steps, 4 epochs in 0.2 minutes" in capsys.readouterr().out
