@@ -5,10 +5,10 @@ DINOv2, section 5).
     python distill.py --teacher dinov2_vits14_pretrain.pth --arch mobilevit_s --data_path pictures
     python distill.py --teacher resnet50=dino_resnet50_pretrain.pth --arch resnet5m \
         --objective simkd --cache_teacher t.npy
-    python distill.py --teacher output/checkpoint.pth --arch mobilevit_xxs --objective dino
+    python distill.py --teacher dino/checkpoint.pth --arch mobilevit_xxs --objective dino
 
 A teacher is a backbone.pth, a state dict of DINO's or DINOv2's ViT, ARCH=FILE for another plain
-state dict, a checkpoint.pth of train.py (with its head, for --objective dino), MODULE:FUNCTION that
+state dict, a checkpoint.pth of train.py (of --method dino with its head), MODULE:FUNCTION that
 returns a network, or a .npy or .npz of its features.
 """
 
@@ -129,8 +129,8 @@ def check_teacher(args: argparse.Namespace) -> str | None:
         return "--teacher_head train with a file of features is of use to --objective kd alone"
     if features and "dino" in args.objective:
         return (
-            "--objective dino needs the teacher's head: give a checkpoint.pth of train.py, not a "
-            "file of features"
+            "--objective dino needs the teacher's head: give a checkpoint.pth of train.py --method "
+            "dino, not a file of features"
         )
     if "dino" in args.objective and args.cache_teacher:
         return (

@@ -16,7 +16,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = flags.parser_of(__doc__)
     help = (
         "self-distillation (DINO), the coding rate of many views (EMP-SSL), or MV-MR; default: "
-        "emp, or the one whose flags are given"
+        "the preset's, or the one whose flags are given, or emp"
     )
     parser.add_argument("--method", choices=METHODS, help=help)
     for method in METHODS.values():

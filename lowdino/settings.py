@@ -143,7 +143,7 @@ RATES = {
     ),
 }
 
-VIEWS_A_STEP = 512  # on a rank, of the recipe "emp": 16 x 32, 8 x 64 and 4 x 128 learn alike
+VIEWS_A_STEP = 512  # on a rank, of the recipe "emp"; see tests/RESULTS.md
 LEAST_STEPS = 2000  # of a training without --epochs or --minutes; more from 64 x 67 images on
 IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
 
@@ -273,7 +273,7 @@ def compared(args: argparse.Namespace, images: data.ImageArray | data.ImageFiles
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Network, optimisation, views, data and output."""
-    help = "settings of a paper; flags given by hand win over it"
+    help = "settings of a paper, or of this project for small machines; flags given by hand win"
     parser.add_argument("--preset", choices=PRESETS, help=help)
     # torch.distributed.launch passes it; the environment has it too.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -360,7 +360,10 @@ def add_output_flags(add) -> None:
     add("--skip_nonfinite", type=int, default=0, metavar="N", help=help)
     help = "of images that may be unreadable, others standing in for them; see bad_images.txt"
     add("--max_bad_fraction", type=float, default=0.01, help=help)
-    help = "k-NN accuracy every so many epochs, where there are labels; 0: never"
+    help = (
+        "k-NN accuracy every so many epochs, where there are labels; 0: never; default with "
+        "--minutes: as often as a twentieth of the time allows"
+    )
     add("--knn_freq", type=int, default=10, help=help)
     add("--nb_knn", type=int, default=20, help="neighbours of that k-NN")
     add("--log_freq", type=int, default=10, help="a log line every so many steps")

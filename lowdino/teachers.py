@@ -193,7 +193,9 @@ def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tenso
     settings, state = content["settings"], content.get("method", {})
     weights = under("teacher.", state)
     if "out_dim" not in settings or not weights:
-        raise UserError(f"{path} is a checkpoint without a DINO head")
+        raise UserError(
+            f"{path} is a checkpoint without a DINO head, as train.py --method dino has"
+        )
     arch, own = settings["arch"], under("backbone.", weights)
     is_vit = arch in lowdino.vit.ARCHS
     backbone = lowdino.vit.like(own) if is_vit else lowdino.build_backbone(arch)
