@@ -5,12 +5,11 @@
         --recipes "" "--preset small" --seeds 0 1 2 --data_path DATA --output_dir runs/recipe
 
 Trains by `train.py --minutes M` once for each network, recipe, number of minutes and seed, with the
-flags behind `--`, on whatever device they name, and prints a Markdown table. TEACHER:STUDENT trains
-one network and then teaches another by `distill.py`, in the same minutes all told; recipes and flags
-must then be known to both scripts. The curves are
-drawn into curves.svg. Accuracies are those of the last step, k = 20, beside random weights and raw
-pixels. A run that was stopped goes on,
-one that is finished is read from its log, so the command may be given again.
+flags behind `--`, on a CPU or a GPU, and prints a Markdown table. TEACHER:STUDENT trains
+one network and then teaches another by `distill.py`, in the same minutes all told; both scripts
+must then know the flags. The curves are drawn into curves.svg. Accuracies are those of the last
+step, k = 20, beside random weights and raw pixels. A run that was stopped goes on, one that is
+finished is read from its log, so the command may be given again.
 """
 
 import argparse
