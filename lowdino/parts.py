@@ -25,9 +25,14 @@ def choose_amp(args, ranks, saved: dict | None) -> None:
     if args.amp == "auto":
         of_device = {"cuda": "bf16", "cpu": "auto"}.get(ranks.device.type, "none")
         args.amp = saved["settings"].get("amp", of_device) if saved else of_device
-    if args.amp == "fp16" and ranks.device.type != "cuda":
-        device = ranks.device.type
-        raise UserError(f"--amp fp16 needs a CUDA device, and this is {device}; use bf16 or none")
+        check_amp(args.amp, ranks.device)
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"--amp fp16 needs a CUDA device, and this is {device.type}; use bf16 or none"
+        )
 
 
 def build_backbone(args) -> nn.Module:

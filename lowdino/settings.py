@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import lowdino
-from lowdino import data, demo, distributed, vit
+from lowdino import data, demo, distributed, parts, vit
 from lowdino.flags import out_of_range
 from lowdino.methods import METHODS, default_momentum
 
@@ -511,6 +511,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     Raises:
         UserError: in one sentence, where data and settings do not go together.
     """
+    parts.check_amp(args.amp, ranks.device)
     source = load_data(args, ranks)
     if args.global_crops_size is None:
         args.global_crops_size = data.suitable_size(source.pretrain)

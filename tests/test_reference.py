@@ -541,6 +541,7 @@ class DistillationReference:
 DEFAULTS = dict(
     objective_weight=None, kd_weight=1.0, match="projector", temperature=3.0, queue_size=30,
     projector=[10, 7], student_temp=0.2, teacher_temp=0.05, momentum_teacher=0.6,
+    global_crops_number=2,
 )  # fmt: skip
 CASES = {
     "kd, classifier": dict(objective=["kd"], kd_weight=0.7, classifier=True),
