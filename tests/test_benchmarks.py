@@ -47,7 +47,7 @@ def test_what_a_recipe_gives_for_the_time(picture_folder, tmp_path, run_script):
     found = rows(printed)
     assert found[-4:-2] == ["`mobilevit_xxs`", "`mobilevit_xxs:mobilevit_xxs`"]
     assert found[-2:] == ["mobilevit_xxs, random weights", "raw pixels"]
-    assert printed.count("epochs in 0.13 minutes") == 2  # of the teacher, in its plan and its end
+    assert "epochs in 0.13 minutes" in printed  # of the teacher
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
 
 

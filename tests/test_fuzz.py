@@ -106,7 +106,10 @@ def try_all(script, base, folder):
 
 
 TRAINING = "--epochs 1 --knn_freq 0 --num_workers 0".split()
-MVMR = "--method mvmr --projector 8 --local_crops_number 0".split()
+PROJECTED = (
+    "--arch mobilevit_xxs --batch_size_per_gpu 4 --warmup_epochs 0 --device cpu --amp none "
+    "--cache none --global_crops_number 2 --projector 8"
+).split()
 DISTILLATION = (
     "--teacher TEACHER --arch mobilevit_xxs --batch_size_per_gpu 4 --warmup_epochs 0 --device cpu "
     "--local_crops_number 0 --amp none"
@@ -119,12 +122,13 @@ EVALUATION = "--num_workers 0 --device cpu".split()
     "script, base",
     [
         ("train", [*SMALL, *TRAINING]),
-        ("train", [*SMALL, *TRAINING, *MVMR]),
+        ("train", ["--method", "emp", *PROJECTED, *TRAINING]),
+        ("train", ["--method", "mvmr", *PROJECTED, *TRAINING]),
         ("distill", [*DISTILLATION, *TRAINING]),
         ("eval_knn", ["--weights", "TEACHER", *EVALUATION]),
         ("eval_linear", ["TEACHER", "--epochs", "1", *EVALUATION]),
     ],
-    ids=["train", "mvmr", "distill", "eval_knn", "eval_linear"],
+    ids=["dino", "emp", "mvmr", "distill", "eval_knn", "eval_linear"],
 )
 def test_absurd_flags_are_one_sentence_or_work(script, base, whole, tmp_path, capsys):
     pictures, unhurt = whole

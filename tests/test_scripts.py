@@ -166,7 +166,9 @@ def test_cached_images_are_decoded_once_and_train_alike(
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_leaves_plain_files(picture_folder, tmp_path, call_script):
     for name, more in (("eager", []), ("compiled", ["--compile"])):
-        flags = stepwise(picture_folder, tmp_path / name, "--save_every_steps 0 --arch resnet5m")
+        # AdamW makes much of roundings, the more the higher its learning rate is.
+        text = "--save_every_steps 0 --arch resnet5m --lr 2e-4"
+        flags = stepwise(picture_folder, tmp_path / name, text)
         call_script("train.py", *flags, *more)
     eager, compiled = (saved(tmp_path / name)["method"] for name in ("eager", "compiled"))
     assert eager.keys() == compiled.keys()

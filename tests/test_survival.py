@@ -188,10 +188,10 @@ def test_ranks_that_find_different_steps_say_so_before_the_first(
         command, capture_output=True, text=True, timeout=100, env=one_thread_each()
     )
     errors = re.findall("^train.py: error: .*", done.stderr, re.MULTILINE)
-    assert done.returncode != 0 and len(errors) == 2
-    for folder in (tmp_path / "0", tmp_path / "1"):
-        said = f"different steps in --output_dir {folder} (3, 2): every machine needs to see"
-        assert sum(said in error for error in errors) == 1
+    # torchrun may end a rank before it has spoken, where the other was faster.
+    assert done.returncode != 0 and 1 <= len(errors) == len(set(errors)) <= 2
+    said = rf"different steps in --output_dir {tmp_path}/[01] \(3, 2\): every machine needs to see"
+    assert all(re.search(said, error) for error in errors)
     assert (tmp_path / "0" / "checkpoint.pth").read_bytes() == before
     assert (tmp_path / "0" / "log.jsonl").read_bytes() == log
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["checkpoint.pth"]
