@@ -6,9 +6,9 @@
 
 Each figure is a median over --repeats. Each ratio is taken between two things that are timed in
 turns. Prints Markdown tables and writes speed.json. There are two views an image and the settings
-of `--preset small`. The images are made up: as large as the views up to 64 pixels, twice as large
-above. Two ranks and one process are compared on the demo images, of 64 pixels. Nothing here decodes
-files.
+of `--preset small`; train.py is also measured with the eight views of `--preset emp`. The images
+are made up: as large as the views up to 64 pixels, twice as large above. Two ranks and one process
+are compared on the demo images, of 64 pixels. Nothing here decodes files.
 """
 
 import argparse
@@ -23,27 +23,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from whole_runs import ROOT, logged, measure_train, pictures, seconds, training_flags
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import lowdino  # noqa: E402
-import train  # noqa: E402
-from lowdino import (  # noqa: E402
+import lowdino
+import train
+from lowdino import (
     augment,
     data,
-    demo,
     distributed,
     ema,
     engine,
@@ -55,18 +51,7 @@ from lowdino import (  # noqa: E402
     settings,
 )
 
-BLOCK = 5  # steps of train.py between two stops for as many bare passes
 TURN = 10  # seconds that one of two jobs runs, with the other one stopped
-
-
-def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def in_turns(device: torch.device, repeats: int, **works: Callable[[], object]) -> dict[str, float]:
@@ -79,15 +64,6 @@ def in_turns(device: torch.device, repeats: int, **works: Callable[[], object]) 
 
 def milliseconds(times: dict[str, float]) -> dict[str, float]:
     return {f"{name}_ms": 1e3 * value for name, value in times.items()}
-
-
-def pictures(count: int, view: int) -> Tensor:
-    """Demo images in the size for views of side `view`: (count, 3, side, side) uint8."""
-    images, _ = demo.demo_images(range(count))
-    side = view if view <= 64 else 2 * view
-    options = dict(mode="bilinear", antialias=True)
-    resized = nn.functional.interpolate(images.float(), (side, side), **options)
-    return resized.round().to(torch.uint8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,102 +211,6 @@ def measure_step(
     speeds = {"step_images_per_s": batch / whole, "step_over_floor": floor / whole}
     row = {"arch": arch, "size": size, "batch": batch, "local_views": local}
     return row | speeds | milliseconds(parts)
-
-
-# --------------------------------------------------------------------------------------------------
-# train.py as a whole
-# --------------------------------------------------------------------------------------------------
-
-
-class Repeated(data.ImageArray):
-    """As many images as the demo has, but always the same few: of the larger sizes so many would
-    not fit."""
-
-    def __len__(self) -> int:
-        return demo.TRAIN
-
-    def __getitems__(self, indices: list[int]) -> data.Batch:
-        return super().__getitems__([i % len(self.images) for i in indices])
-
-
-class Interrupted(methods.DINO):
-    """DINO whose training is stopped at every BLOCK-th step for as many bare passes."""
-
-    def __init__(self, *args, **steps):
-        super().__init__(*args, **steps)
-        self.blocks: list[list[float]] = []  # seconds of bare passes, and of the steps behind them
-
-    def forward(self, views, batch=None, step=0):
-        if step % BLOCK == 0:
-            device = views[0].device
-            if step:
-                self.blocks[-1].append(
-                    time.perf_counter() - self.began + seconds(device, lambda: None)
-                )
-            passes = functools.partial(self.bare_passes, views)
-            self.blocks.append([seconds(device, passes)])
-            self.began = time.perf_counter()
-        return super().forward(views, batch, step)
-
-    def bare_passes(self, views: list[Tensor]) -> None:
-        for _ in range(BLOCK):
-            with torch.no_grad():
-                self.teacher(views[:2])
-            loss = sum(out.float().mean() for out in self.student(views))
-            self.zero_grad(set_to_none=True)
-            with torch.autocast(views[0].device.type, enabled=False):
-                loss.backward()
-
-
-def training_flags(
-    arch: str, size: int, batch: int, steps: int, folder: Path, device: torch.device, ranks: int = 1
-) -> list[str]:
-    """Flags for train.py, about `steps` of it, in whole epochs; the ranks share the batch."""
-    epochs = max(steps * batch // demo.TRAIN, 1)
-    flags = (
-        f"--preset small --arch {arch} --global_crops_size {size} --epochs {epochs} "
-        f"--batch_size_per_gpu {batch // ranks} --warmup_epochs 0 --knn_freq 0 --saveckp_freq 0 "
-        f"--device {device.type} --amp {'bf16' if device.type == 'cuda' else 'none'}"
-    )
-    return [*flags.split(), "--output_dir", str(folder)]
-
-
-def logged(folder: Path) -> list[dict]:
-    """What a training logged of its steps."""
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record for record in records if "images_per_s" in record]
-
-
-def measure_train(
-    arch: str, size: int, batch: int, steps: int, folder: Path, device: torch.device
-) -> dict:
-    """Images/s of train.py's own loop, and of the bare passes that it is stopped for between blocks
-    of steps: one machine for both.
-
-    With the share of time that it waits for data, and its peak memory; to be called in a process of
-    its own.
-    """
-    flags = training_flags(arch, size, batch, steps, folder, device)
-    args = settings.parse(train.get_parser(), flags)
-    ranks = distributed.start(device.type)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        source = settings.settle(args, ranks)
-        source = replace(source, pretrain=Repeated(pictures(4 * batch, size)))
-        blocks = engine.train(args, ranks, source, Interrupted).blocks
-    records = logged(folder)
-    # A block of steps lies between two of bare passes. The first is a warm-up, the last has no end.
-    pairs = [
-        ((bare + bare_after) / 2, trained)
-        for (bare, trained), (bare_after, *_) in zip(blocks[1:], blocks[2:])
-    ]
-    bare, trained = (statistics.median(times) for times in zip(*pairs))
-    return {
-        "floor_images_per_s": BLOCK * batch / bare,
-        "train_images_per_s": BLOCK * batch / trained,
-        "train_over_floor": statistics.median(bare / trained for bare, trained in pairs),
-        "data_wait": statistics.median(record["data_wait"] for record in records),
-        "memory_mb": records[-1]["memory_mb"],
-    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,6 +382,7 @@ WHOLE = NETWORK | {
     "data_wait": "waiting",
     "memory_mb": "MiB",
 }
+MANY_VIEWS = {name: heading for name, heading in WHOLE.items() if name != "step_over_floor"}
 RANKS = NETWORK | {
     "batch": "batch of both",
     "one_images_per_s": "one process, images/s",
@@ -537,21 +418,31 @@ def show(rows: list[dict], columns: dict[str, str]) -> None:
     print(flush=True)
 
 
+def whole_run(arch: str, size: int, args, output: Path, device: torch.device, preset: str) -> dict:
+    """`measure_train` in a process of its own, for the peak of its memory."""
+    folder = output / f"{arch}_{size}_{preset}_{time.time_ns()}"
+    with get_context("spawn").Pool(1) as process:
+        flags = arch, size, args.batch, args.steps, folder, device, preset, args.amp
+        return process.apply(measure_train, flags)
+
+
 def measure_networks(args, device: torch.device, output: Path, found: dict) -> None:
     """Everything but the views, printed and added to `found`."""
     batch, repeats, size = args.batch, args.repeats, args.sizes[0]
     for arch in args.archs:
         for side in args.sizes:
             row = measure_step(arch, side, batch, repeats, device)
-            folder = output / f"{arch}_{side}_{time.time_ns()}"
-            with get_context("spawn").Pool(1) as process:  # of its own, for the peak of its memory
-                flags = arch, side, batch, args.steps, folder, device
-                row |= process.apply(measure_train, flags)
+            row |= whole_run(arch, side, args, output, device, "small")
             found["steps"].append(row)
             print(json.dumps(row), flush=True)
     print()
     show(found["steps"], PARTS)
     show(found["steps"], WHOLE)
+    found["many_views"] = [
+        {"arch": arch, "size": size} | whole_run(arch, size, args, output, device, "emp")
+        for arch in args.archs
+    ]
+    show(found["many_views"], MANY_VIEWS)
     if device.type == "cpu" or torch.cuda.device_count() > 1:
         found["ranks"] = [
             measure_ranks(arch, size, total, 2 * args.steps, output, device)
@@ -580,6 +471,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120, help="of train.py")
+    help = "of train.py; default: bf16 on a GPU, none on a CPU"
+    parser.add_argument("--amp", choices=["bf16", "none"], help=help)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=device)
     parser.add_argument("--output_dir", default="runs/speed")
