@@ -28,12 +28,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from comparison import ROOT
 from PIL import Image
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from whole_runs import ROOT, logged, measure_train, pictures, seconds, training_flags
+from whole_runs import logged, measure_train, pictures, seconds, training_flags
 
 import lowdino
 import train
@@ -422,8 +423,8 @@ def whole_run(arch: str, size: int, args, output: Path, device: torch.device, pr
     """`measure_train` in a process of its own, for the peak of its memory."""
     folder = output / f"{arch}_{size}_{preset}_{time.time_ns()}"
     with get_context("spawn").Pool(1) as process:
-        flags = arch, size, args.batch, args.steps, folder, device, preset, args.amp
-        return process.apply(measure_train, flags)
+        run = arch, size, args.batch, args.steps, folder, device
+        return process.apply(measure_train, [training_flags(*run, preset=preset, amp=args.amp)])
 
 
 def measure_networks(args, device: torch.device, output: Path, found: dict) -> None:

@@ -33,11 +33,12 @@ def test_what_starts_it(capsys, monkeypatch):
 def test_a_training_is_timed_between_bare_passes(preset, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN", 8 * 24)
     cpu = torch.device("cpu")
-    row = whole_runs.measure_train("mobilevit_xxs", 32, 8, 24, tmp_path, cpu, preset)
+    run = "mobilevit_xxs", 32, 8, 24, tmp_path, cpu
+    row = whole_runs.measure_train(whole_runs.training_flags(*run, preset=preset))
     assert [record["step"] for record in whole_runs.logged(tmp_path)] == [10, 20, 24]
     assert 0 < row["train_images_per_s"] and 0 < row["floor_images_per_s"]
     # A step is more than its passes; other programs may have slowed either.
-    assert 0.1 < row["train_over_floor"] < 1.5
+    assert 0.2 < row["train_over_floor"] < 1.5
 
 
 @pytest.mark.slow
@@ -48,7 +49,8 @@ def test_what_a_recipe_gives_for_the_time(picture_folder, tmp_path, run_script):
     found = rows(printed)
     assert found[-4:-2] == ["`mobilevit_xxs`", "`mobilevit_xxs:mobilevit_xxs`"]
     assert found[-2:] == ["mobilevit_xxs, random weights", "raw pixels"]
-    assert "epochs in 0.13 minutes" in printed  # of the teacher
+    # Of the teacher, in its plan and its end; a plan that is corrected is said again.
+    assert printed.count("epochs in 0.13 minutes") >= 2
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
 
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from comparison import ROOT
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
@@ -119,31 +119,22 @@ def logged(folder: Path) -> list[dict]:
     return [record for record in records if "images_per_s" in record]
 
 
-def measure_train(
-    arch: str,
-    size: int,
-    batch: int,
-    steps: int,
-    folder: Path,
-    device: torch.device,
-    preset: str = "small",
-    amp: str | None = None,
-) -> dict:
+def measure_train(flags: list[str]) -> dict:
     """Images/s of train.py's own loop, and of the bare passes that it is stopped for between blocks
     of steps: one machine for both.
 
     With the share of time that it waits for data, and its peak memory; to be called in a process of
-    its own.
+    its own, with flags of `training_flags`.
     """
-    flags = training_flags(arch, size, batch, steps, folder, device, preset=preset, amp=amp)
     args = settings.parse(train.get_parser(), flags)
-    ranks = distributed.start(device.type)
+    batch = args.batch_size_per_gpu
+    ranks = distributed.start(args.device)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         source = settings.settle(args, ranks)
-        source = replace(source, pretrain=Repeated(pictures(4 * batch, size)))
+        source = replace(source, pretrain=Repeated(pictures(4 * batch, args.global_crops_size)))
         method = type("Stopped", (Interrupted, methods.METHODS[args.method].build), {})
         blocks = engine.train(args, ranks, source, method).blocks
-    records = logged(folder)
+    records = logged(Path(args.output_dir))
     # A block of steps lies between two of bare passes. The first is a warm-up, the last has no end.
     pairs = [
         ((bare + bare_after) / 2, trained)
