@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 import lowdino
-from lowdino import data, distributed, engine, evaluate, flags, frozen, methods, settings, teachers
+from lowdino import (
+    data,
+    distributed,
+    engine,
+    evaluate,
+    flags,
+    frozen,
+    settings,
+    teachers,
+)
+from lowdino.distillation import Distillation
 
 OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
 
@@ -167,7 +177,7 @@ class TeacherAccuracy:
 
 
 def classifier_accuracy(
-    args, method: methods.Distillation, source: data.Data, ranks: distributed.Ranks
+    args, method: Distillation, source: data.Data, ranks: distributed.Ranks
 ) -> str | None:
     """Accuracy of the teacher's classifier on its own features and, through simkd's projector, on
     the student's; and of the student's own."""
@@ -196,14 +206,14 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     teacher = teachers.open_teacher(args, source, ranks)
     same = {"teacher's weights": teacher.fingerprint, "cached": bool(args.cache_teacher)}
 
-    def build(backbone, args, **steps) -> methods.Distillation:
+    def build(backbone, args, **steps) -> Distillation:
         if args.cache_teacher:
             path, teacher.images = Path(args.cache_teacher), source.pretrain
             teacher.features = teachers.cached_features(
                 teacher, teacher.images, path, args.num_workers, ranks
             )
         teachers.add_classifier(teacher, args, source, ranks)
-        return methods.Distillation(backbone, args, teacher, **steps)
+        return Distillation(backbone, args, teacher, **steps)
 
     note = TeacherAccuracy(args, teacher, source, ranks)
     method = engine.train(args, ranks, source, build, same, note)

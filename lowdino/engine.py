@@ -164,7 +164,7 @@ class Run:
         self.agree_on_step()
         if ranks.first:
             self.log.rewind(self.step)
-        self.health = health.Health(self.method.out_dim)
+        self.health = health.Health(self.method.out_dim, self.method.remedy)
         self.bad_images = monitor.BadImages(
             self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
         )

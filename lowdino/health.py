@@ -46,6 +46,7 @@ class Health:
 
     Args:
         out_dim: K; None for a method without prototypes, of which only the features are judged.
+        remedy: what to try against collapsed embeddings.
 
     read(step, **metrics): the sentences that are new at this step.
     verdict(): one sentence on the state at the last reading.
@@ -53,7 +54,8 @@ class Health:
 
     PATIENCE = 200
 
-    def __init__(self, out_dim: int | None):
+    def __init__(self, out_dim: int | None, remedy: str = "lower --lr"):
+        self.remedy = remedy
         self.uniform = math.log(out_dim) if out_dim else math.inf  # ln K
         self.steps = 0  # from the first reading to the last, both counted
         self.first_step: int | None = None
@@ -108,7 +110,7 @@ class Health:
         if embedding_std is not None and (embedding_std < 0.1 or embedding_rank < 1.5):
             found["collapsed embeddings"] = (
                 f"they are nearly a point or a line (std {embedding_std:.3f}, effective rank "
-                f"{embedding_rank:.1f}), whatever the image: lower --cosine_weight, or --lr"
+                f"{embedding_rank:.1f}), whatever the image: {self.remedy}"
             )
         if entropy is not None:
             found |= self.collapse(cross_entropy, entropy, entropy_of_mean)

@@ -4,7 +4,7 @@ All of them work in float32, whatever autocast says. They are right across ranks
 images each get the centre, and through DDP's averaging the gradients, of one rank with 2B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if ranks() > 1 else 0
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager:
@@ -51,6 +55,50 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     return log_q.exp()
 
 
+def balanced(
+    loss_g: Tensor, loss_l: Tensor | float, pairs_g: int, pairs_l: int, alpha: float | None
+) -> Tensor:
+    """Mean of two sums of losses, over P_gg pairs of global views and P_gl pairs with a local one.
+
+        L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl     (Tan et al., 2023, SSLight)
+
+    alpha None is the mean over all pairs, the same as alpha = P_gg / (P_gg + P_gl).
+    """
+    if alpha is None:
+        return (loss_g + loss_l) / (pairs_g + pairs_l)
+    if not pairs_l:
+        raise ValueError(
+            f"alpha={alpha} balances global against local views, and there are no local ones"
+        )
+    return alpha * loss_g / pairs_g + (1 - alpha) * loss_l / pairs_l
+
+
+def mean_over_pairs(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    student: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    alpha: float | None = None,
+) -> Tensor:
+    """Mean of loss(s_j, t_i) over all views j and the two global views i != j, see `balanced`.
+
+    Args:
+        loss: linear in its second argument, so that a local view meets both targets at once.
+        student: of the V views, global views first. targets: of the two global views.
+
+    Raises:
+        ValueError: for other than two targets, fewer than two student views, or an alpha without
+            local views.
+    """
+    if len(targets) != 2 or len(student) < 2:
+        raise ValueError(
+            f"needs 2 teacher and at least 2 student views, got {len(targets)} and {len(student)}"
+        )
+    loss_g = loss(student[0], targets[1]) + loss(student[1], targets[0])
+    both = targets[0] + targets[1]
+    loss_l = sum(loss(s, both) for s in student[2:])
+    return balanced(loss_g, loss_l, 2, 2 * (len(student) - 2), alpha)
+
+
 class DINOLoss(nn.Module):
     """Cross-entropy between teacher and student probabilities over all pairs of different views.
 
@@ -61,11 +109,8 @@ class DINOLoss(nn.Module):
         c <- m c + (1 - m) mean of t over the batch of all ranks                             (eq. 4)
     (Caron et al., 2021). These are `targets`, `pairs` and `update_center`; `forward` is all three.
 
-    `centering="sinkhorn"` takes P_t from Sinkhorn-Knopp instead and leaves c alone. With
-    `alpha`, the P_gg = 2 pairs of global views and the P_gl pairs with a local view are averaged
-    apart (Tan et al., 2023, SSLight):
-        L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl
-    The plain mean is alpha = P_gg / (P_gg + P_gl).
+    `centering="sinkhorn"` takes P_t from Sinkhorn-Knopp instead and leaves c alone. `alpha`
+    balances the pairs of global views against those with a local view, see `balanced`.
 
     Args:
         out_dim: number of prototypes, K.
@@ -123,36 +168,14 @@ class DINOLoss(nn.Module):
             return (logits.float() - self.center).div_(teacher_temp).softmax(dim=-1)
 
     def pairs(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy over all pairs of different views, a scalar.
+        """Cross-entropy over all pairs of different views, a scalar; see `mean_over_pairs`.
 
         Args:
             student: (B, K) logits of the V views, global views first.
             targets: (B, K) probabilities of the two global views, from `targets`.
-
-        Raises:
-            ValueError: for other than two targets, fewer than two student views, or an alpha
-                without local views.
         """
-        if len(targets) != 2 or len(student) < 2:
-            raise ValueError(
-                "needs 2 teacher and at least 2 student views, "
-                f"got {len(targets)} and {len(student)}"
-            )
-        if self.alpha is not None and len(student) == 2:
-            raise ValueError(
-                f"alpha={self.alpha} balances global against local views, "
-                "and there are no local ones"
-            )
         with autocast_off(student[0]):
-            loss_g = self.cross_entropy(student[0], targets[1])
-            loss_g = loss_g + self.cross_entropy(student[1], targets[0])
-            # H is linear in its target, so a local view meets both targets at once.
-            both = targets[0] + targets[1]
-            loss_l = sum(self.cross_entropy(s, both) for s in student[2:])
-            pairs_g, pairs_l = 2, 2 * (len(student) - 2)
-            if self.alpha is None:
-                return (loss_g + loss_l) / (pairs_g + pairs_l)
-            return self.alpha * loss_g / pairs_g + (1 - self.alpha) * loss_l / pairs_l
+            return mean_over_pairs(self.cross_entropy, student, targets, self.alpha)
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean over the batch of - target . log softmax(logits / T_s), for targets of any sum."""
@@ -183,7 +206,7 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.chunk(ranks())[dist.get_rank()]
+        return gradient.chunk(ranks())[rank()]
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -210,7 +233,7 @@ def rows_of_all_ranks(x: Tensor) -> Tensor:
 
 def own_rows(x: Tensor) -> Tensor:
     """Indices of this rank's n rows among those of all ranks: (n, D) -> (n,)."""
-    return torch.arange(len(x), device=x.device) + (dist.get_rank() * len(x) if ranks() > 1 else 0)
+    return torch.arange(len(x), device=x.device) + rank() * len(x)
 
 
 class KoLeoLoss(nn.Module):
@@ -438,6 +461,11 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(squared > 1e-12, squared.clamp(1e-12, 1.0).sqrt(), 0.0)
 
 
+def variance_hinge(z: Tensor, margin: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """v(z), how far the standard deviations of the columns are below the margin."""
+    return F.relu(margin - (z.var(dim=0) + eps).sqrt()).mean()
+
+
 class MVMRLoss(nn.Module):
     """Multi-view, multi-representation learning (Kinakh et al.), without negatives or a teacher.
 
@@ -479,7 +507,7 @@ class MVMRLoss(nn.Module):
         with autocast_off(plain):
             z, z_augmented = rows_of_all_ranks(plain.float()), rows_of_all_ranks(augmented.float())
             l1 = self.invariance * F.mse_loss(z, z_augmented)
-            l1 = l1 + self.variance * (self.hinge(z) + self.hinge(z_augmented))
+            l1 = l1 + self.variance * (self.v(z) + self.v(z_augmented))
             distances = centred_distances(z_augmented)
             l2 = self.dependence * (1 - correlation(centred_distances(z), distances))
             l3 = distances.new_zeros(())
@@ -488,6 +516,5 @@ class MVMRLoss(nn.Module):
                 l3 = l3 + self.representation * (1 - correlation(distances, r))
             return l1, l2, l3
 
-    def hinge(self, z: Tensor) -> Tensor:
-        """v(z)."""
-        return F.relu(self.margin - (z.var(dim=0) + self.eps).sqrt()).mean()
+    def v(self, z: Tensor) -> Tensor:
+        return variance_hinge(z, self.margin, self.eps)

@@ -16,49 +16,24 @@ A new method is one class, the function that adds its flags, and one line in MET
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowdino import augment, data, descriptors, distributed, ema, health, losses, schedules
+from lowdino import augment, baselines, data, descriptors, ema, losses, schedules
+from lowdino.base import (
+    Method,
+    embedding_metrics,
+    feature_metrics,
+    mean_terms,
+    prototype_metrics,
+    teacher_metrics,
+    teacher_momentum,
+)
 from lowdino.flags import bool_flag, number_or_none, out_of_range
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
-
-
-class Method(nn.Module):
-    """Base of all methods. Its `state_dict()` is all that a checkpoint needs of it.
-
-    Subclasses are built of (backbone, args, total_steps, epoch_steps). Without the number of steps
-    their schedules stay at the start; without that of an epoch there is no warm-up in epochs.
-    """
-
-    evaluated = "student"  # the network whose backbone is evaluated and kept
-    out_dim: int | None = None  # K, where outputs are distributions over K prototypes
-    terms: dict[str, Tensor] = {}  # scalars in the last loss, for metrics() and the log
-
-    @property
-    def backbone(self) -> nn.Module:
-        return getattr(self, self.evaluated).backbone
-
-    def forward(
-        self, views: list[Tensor], batch: data.Batch | None = None, step: int = 0
-    ) -> Tensor:
-        """The loss, a scalar, of V views (B, 3, H, W), global ones first, cut from a batch."""
-        raise NotImplementedError
-
-    def before_step(self, step: int = 0) -> None:
-        """What comes between the backward pass and the optimizer: gradients to drop."""
-
-    def after_step(self, step: int = 0) -> None:
-        """What follows the optimizer: a momentum teacher."""
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers of the last forward pass, over all ranks, for the log and for `health.Health`."""
-        return {}
-
 
 # ---------------------------------------------------------------------------------------------
 # DINO
@@ -119,22 +94,6 @@ def teacher_temperature(method: Method, step: int) -> float:
     return schedules.linear(step, warmup, args.warmup_teacher_temp, args.teacher_temp)
 
 
-def teacher_momentum(method: Method, step: int) -> float:
-    """The EMA's momentum, lambda in DINO, on a cosine from --momentum_teacher to 1."""
-    start = method.args.momentum_teacher
-    if start is None:  # in one's own loop; the scripts have filled it in before
-        start = default_momentum(method.total_steps)
-    return schedules.cosine(step, method.total_steps, start, 1.0)
-
-
-def default_momentum(total_steps: float) -> float:
-    """1 - 1 / (2 sqrt(steps)): 0.98 at 600 steps, 0.99 at 2,500, as runs on the demo images and
-    CIFAR-10 wanted it. It is DINO's 0.996 at 16,000, and where the number is not known."""
-    if total_steps == math.inf:
-        return 0.996
-    return 1 - 0.5 / math.sqrt(total_steps)
-
-
 def regularizers(method: Method, features: tuple, z: tuple, step: int) -> Tensor | float:
     """InfoNCE between the global views, which fades, and KoLeo; by default there is neither."""
     args, total = method.args, 0.0
@@ -149,40 +108,13 @@ def regularizers(method: Method, features: tuple, z: tuple, step: int) -> Tensor
 
 def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> dict[str, float]:
     """Entropies of the teacher's distributions, spread of one view's features, state of the EMA."""
-    momentum = teacher_momentum(method, step)
-    theta_t, theta_s = (weights[0] for weights in method.weights)
-    # One weight tells whether any moves. Towards the end of a long run the schedule lets none.
-    held = momentum > 1 - 1e-6 > teacher_momentum(method, 0)
-    moves = held or not torch.equal(theta_t, theta_t.lerp(theta_s.detach(), 1 - momentum))
     return {
         **mean_terms(method),
         **prototype_metrics(P_t),
         **feature_metrics(features[: len(P_t) // 2]),
-        "momentum": momentum,
+        **teacher_metrics(method, step),
         "teacher_temp": teacher_temperature(method, step),
-        "teacher_moved": moves,
     }
-
-
-def mean_terms(method: Method) -> dict[str, float]:
-    """The terms of the last loss, over all ranks."""
-    means = {k: distributed.mean_over_ranks(v.clone()) for k, v in method.terms.items()}
-    return {name: value.item() for name, value in means.items()}
-
-
-def prototype_metrics(P_t: Tensor) -> dict[str, float]:
-    """Entropies of the teacher's distributions (n, K), in nats."""
-    mean = distributed.mean_over_ranks(P_t.mean(dim=0))
-    return {
-        "entropy": distributed.mean_over_ranks(health.mean_entropy(P_t)).item(),
-        "entropy_of_mean": health.mean_entropy(mean[None]).item(),
-    }
-
-
-def feature_metrics(features: Tensor) -> dict[str, float]:
-    """Spread and effective rank of one view's features (B, D) on this rank."""
-    std, rank = health.spread(features)
-    return {"feature_std": std.item(), "effective_rank": rank.item()}
 
 
 def add_dino_flags(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +131,9 @@ def add_dino_flags(parser: argparse.ArgumentParser) -> None:
         "0.9995; none: 1 - 1/(2 sqrt(steps))"
     )
     add("--momentum_teacher", type=number_or_none, default=0.996, help=help)
+    help = "the teacher: an EMA of the student, or the student of the epoch or the step before"
+    updates = ["momentum", "epoch", "step"]
+    add("--teacher_update", choices=updates, default="momentum", help=help)
     add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
     add("--teacher_temp", type=float, default=0.04, help="teacher's temperature after its warm-up")
     help = "teacher's temperature at the start of its warm-up, if it has one"
@@ -354,6 +289,8 @@ class EMP(Method):
     largest coding rate. There is no teacher and no contrast.
     """
 
+    remedy = "lower --cosine_weight, or --lr"
+
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__()
         projector = Projector(backbone.embed_dim, *(args.projector or EMP_PROJECTOR))
@@ -370,9 +307,8 @@ class EMP(Method):
         return self.loss.loss(cosine, rate)
 
     def metrics(self):
-        std, rank = health.spread(self.last_embeddings)
-        embedding = {"embedding_std": std.item(), "embedding_rank": rank.item()}
-        return mean_terms(self) | embedding | feature_metrics(self.last)
+        embeddings = embedding_metrics(self.last_embeddings)
+        return mean_terms(self) | embeddings | feature_metrics(self.last)
 
 
 EMP_PROJECTOR = (512, 512, 256)  # of the runs behind the default; the authors' is wider
@@ -396,152 +332,71 @@ def check_emp(args: argparse.Namespace) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Distillation
-# ---------------------------------------------------------------------------------------------
-
-
-class Distillation(Method):
-    """A student learns from a frozen teacher (LowDINO, figure 3), by a sum of objectives.
-
-    The teacher sees the student's global views, and its mean over them stands for the local ones;
-    or, from a cache or a file, it saw the whole image, which then stands for all views. `mvmr` is
-    about the plain image, which the student then sees too.
-
-    Args:
-        teacher: `teachers.Teacher`. It is no sub-module: no checkpoint holds it.
-    """
-
-    def __init__(
-        self, backbone, args, teacher, total_steps: float = math.inf, epoch_steps: int = 0
-    ):
-        super().__init__()
-        self.args, self.teacher, self.total_steps = args, teacher, total_steps
-        weights = args.objective_weight or [1.0] * len(args.objective)
-        self.objectives = dict(zip(args.objective, weights))
-        heads = distillation_heads(backbone.embed_dim, args, teacher)
-        self.student = ManyHeads(backbone, heads)
-        self.losses = nn.ModuleDict(distillation_losses(args, teacher))
-        if "dino" in self.objectives:  # as in DINOv2, the student's moving average is kept
-            self.evaluated = "average_student"
-            self.average_student = ema.make_teacher(self.student)
-            self.weights = ema.paired_parameters(self.average_student, self.student)
-
-    def forward(self, views, batch=None, step=0):
-        seen = views
-        if "mvmr" in self.objectives:
-            seen = [*views, plain_view(batch, views[0].shape[-1], self.backbone)]
-        features, outputs = self.student(seen)  # (V B, D), and of each head (V B, ...)
-        number = self.args.global_crops_number
-        t = self.teacher.targets(views, batch.indices, self.backbone, number)  # (V B, D_t)
-        terms = {name: self.term(name, s, t, seen, batch) for name, s in outputs.items()}
-        self.terms = {name: term.detach() for name, term in terms.items()}
-        self.last = features.detach()[: len(views[0])]
-        return sum(self.objectives[name] * term for name, term in terms.items())
-
-    def term(self, name: str, s: Tensor, t: Tensor, views: list[Tensor], batch) -> Tensor:
-        """One objective, of the student's outputs s (V B, ...) and the teacher's features t."""
-        loss, B = self.losses[name], len(views[0])
-        once = t if self.teacher.features is None else t[:B]  # one row for each that it saw
-        s, s_plain = s[: len(t)], s[len(t) :]
-        if name == "kd":
-            return kd_term(self, s, t, batch.labels.repeat(len(t) // B))
-        if name == "dino":
-            with torch.no_grad():
-                logits = self.teacher.head(t[: 2 * B])
-                P_t = loss.targets(logits, self.args.teacher_temp).chunk(2)
-            value = loss.pairs(s.split(B), P_t)
-            loss.update_center(logits)
-            return value
-        if name == "mvmr":
-            if self.teacher.features is None:
-                once = self.teacher(views[-1], self.backbone)
-            return sum(loss(s_plain, s[:B], [once]))
-        return loss(s, once if name == "similarity" else t)
-
-    def after_step(self, step=0):
-        if self.evaluated == "average_student":
-            momentum = teacher_momentum(self, step)
-            ema.update(*self.weights, momentum)
-            ema.update(*ema.paired_buffers(self.average_student, self.student), momentum)
-
-    def metrics(self):
-        return mean_terms(self) | feature_metrics(self.last)
-
-
-def kd_term(method: Distillation, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """KL between softened logits (LowDINO, equation 4), perhaps with the labels' cross-entropy."""
-    if method.teacher.classifier:
-        with torch.no_grad():
-            t = method.teacher.classifier(t)
-    elif t.shape[1] > s.shape[1]:  # --match pool
-        t = F.adaptive_avg_pool1d(t, s.shape[1])
-    loss, weight = method.losses["kd"](s, t), method.args.kd_weight
-    if weight == 1:
-        return loss
-    return weight * loss + (1 - weight) * F.cross_entropy(s.float(), labels.to(s.device))
-
-
-def distillation_heads(own: int, args: argparse.Namespace, teacher) -> dict[str, nn.Module]:
-    """What the student's features (B, own) pass through for each objective, in one order always."""
-    heads: dict[str, nn.Module] = {}
-    width = teacher.width
-    if "kd" in args.objective:
-        if teacher.classifier:
-            heads["kd"] = nn.Linear(own, teacher.classifier.out_features)
-        elif args.match == "pool":
-            heads["kd"] = nn.AdaptiveAvgPool1d(min(own, width))
-        else:
-            heads["kd"] = nn.Linear(own, width)
-    for name in ("simkd", "similarity"):
-        if name in args.objective:
-            heads[name] = Projector(own, max(own, width), width)
-    if "mvmr" in args.objective:
-        heads["mvmr"] = Projector(own, *args.projector)
-    if "dino" in args.objective:
-        mlp, last = teacher.head.mlp, teacher.head.last_layer
-        heads["dino"] = DINOHead(
-            own,
-            len(last.weight),
-            use_bn=any(isinstance(module, nn.BatchNorm1d) for module in mlp),
-            norm_last_layer=last.gain is None,
-            hidden_dim=mlp[0].out_features,
-        )
-    return heads
-
-
-def distillation_losses(args: argparse.Namespace, teacher) -> dict[str, nn.Module]:
-    build = {
-        "kd": lambda: losses.KDLoss(args.temperature),
-        "simkd": losses.SimKDLoss,
-        "similarity": lambda: losses.SimilarityLoss(teacher.width, args.queue_size),
-        "mvmr": losses.MVMRLoss,
-        "dino": lambda: losses.DINOLoss(len(teacher.head.last_layer.weight), args.student_temp),
-    }
-    found = {name: build[name]() for name in args.objective}
-    if "dino" in found:
-        found["dino"].center.copy_(teacher.center)
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
 # The table of train.py --method
 # ---------------------------------------------------------------------------------------------
 
 
+def no_flags(parser: argparse.ArgumentParser) -> None:
+    """Of a method that only shares those of others."""
+
+
 class Entry(NamedTuple):
-    """A method's class, the function that adds its flags, the one that checks them, and the flags
-    that another method adds for it."""
+    """A method's class, the function that adds its flags, the one that checks them, the names of
+    its flags that another method adds, and its own defaults where they differ from a flag's."""
 
     build: Callable[..., Method]
     add_flags: Callable[[argparse.ArgumentParser], None]
     check: Callable[[argparse.Namespace], str | None]
-    shared: tuple[str, ...] = ()
+    shared: Sequence[str] = ()
+    defaults: dict = {}
 
 
 METHODS = {
     "dino": Entry(DINO, add_dino_flags, check_dino),
     "emp": Entry(EMP, add_emp_flags, check_emp),
     "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr, ("projector",)),
+    "byol": Entry(
+        baselines.BYOL,
+        no_flags,
+        baselines.check_byol,
+        shared=("projector", "momentum_teacher", "alpha"),
+        defaults=dict(projector=[4096, 256]),
+    ),
+    "moco": Entry(
+        baselines.MoCo,
+        baselines.add_moco_flags,
+        baselines.check_moco,
+        ("projector", "momentum_teacher", "alpha"),
+        dict(projector=[2048, 128], momentum_teacher=0.999),
+    ),
+    "swav": Entry(
+        baselines.SwAV,
+        baselines.add_swav_flags,
+        baselines.check_swav,
+        "projector queue_size out_dim student_temp teacher_temp freeze_last_layer alpha".split(),
+        dict(projector=[2048, 128], out_dim=3000, teacher_temp=0.05, queue_size=3840),
+    ),
+    "simclr": Entry(
+        baselines.SimCLR,
+        no_flags,
+        baselines.check_simclr,
+        shared=("projector", "temperature"),
+        defaults=dict(projector=[2048, 128], temperature=0.5),
+    ),
+    "vicreg": Entry(
+        baselines.VICReg,
+        baselines.add_vicreg_flags,
+        baselines.check_vicreg,
+        ("projector", "invariance_weight", "variance_weight"),
+        dict(projector=[8192] * 3, invariance_weight=25.0, variance_weight=25.0),
+    ),
+    "barlow": Entry(
+        baselines.BarlowTwins,
+        baselines.add_barlow_flags,
+        baselines.check_barlow,
+        ("projector",),
+        dict(projector=[8192] * 3),
+    ),
 }
 
 
@@ -556,4 +411,4 @@ def options(method: str, **given) -> argparse.Namespace:
     known = vars(parser.parse_args([]))
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    return argparse.Namespace(**known | given)
+    return argparse.Namespace(**known | METHODS[method].defaults | given)

@@ -1,4 +1,4 @@
-"""Settings of a run: presets, flags and checks that scripts share, what follows from the data."""
+"""Settings of a run: flags and checks that scripts share, and what follows from the data."""
 
 import argparse
 import hashlib
@@ -9,143 +9,19 @@ import time
 from pathlib import Path
 
 import lowdino
-from lowdino import data, demo, distributed, parts, vit
+from lowdino import data, demo, distributed, parts
+from lowdino.base import default_momentum
 from lowdino.flags import out_of_range
-from lowdino.methods import METHODS, default_momentum
+from lowdino.methods import METHODS
+from lowdino.presets import PRESETS, recipe
 
 
 class UserError(ValueError):
     """What a user can mend, said in one sentence."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Presets: each replaces the defaults of the flags that it names; a flag given by hand wins
-# ---------------------------------------------------------------------------------------------
-
-PRESETS = {
-    # One small machine, thousands of pictures, random weights: two views, a head of LowDINO's size
-    # with batch norm, and InfoNCE beside DINO's loss, fading. Chosen by runs of minutes on the demo
-    # images and CIFAR-10. AdamW's rate is one for batches of 64 to 256.
-    "small": dict(
-        epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=0, min_lr=1e-6,
-        warmup_epochs=0.3, optimizer="adamw", weight_decay=0.04, weight_decay_end=0.04,
-        clip_grad=3.0, out_dim=1024, hidden_dim=512, norm_last_layer=True, use_bn_in_head=True,
-        momentum_teacher=None, teacher_temp=0.04, warmup_teacher_temp=0.04,
-        warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0, infonce_weight=1.0,
-        global_crops_scale=[0.2, 1.0], local_crops_number=0,
-    ),
-    # EMP-SSL (Tong et al., 2023) for small pictures and minutes or hours: 8 views of few images,
-    # and Muon. Chosen by runs of equal compute on held-out training images of CIFAR-10, where more
-    # views, the coding rate, Muon and the rarer grey each gained.
-    "emp": dict(
-        method="emp", epochs=30, batch_size_per_gpu=64, lr=0.12, lr_reference_batch=0,
-        min_lr=1e-6, warmup_epochs=0.3, optimizer="muon", weight_decay=0.04,
-        weight_decay_end=0.04, clip_grad=3.0, projector=[512, 512, 256],
-        global_crops_number=8, global_crops_scale=[0.2, 1.0], local_crops_number=0,
-        grayscale=0.1,
-    ),
-    # Table 2 of Prathapaneni and Shashank (2023); resnet5m takes 10 crops, see LOWDINO_RESNET5M.
-    # hidden_dim is that of the authors' code, the flip's probability ours; blur, solarisation and a
-    # warm-up from 0 are DINO's, where their text blurs local views by up to 0.5 pixels and warms up
-    # from min_lr.
-    "lowdino": dict(
-        epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=64, min_lr=1e-6,
-        warmup_epochs=10, optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4,
-        clip_grad=2.0, out_dim=1024, hidden_dim=512, norm_last_layer=False, use_bn_in_head=False,
-        momentum_teacher=0.9995, teacher_temp=0.04, warmup_teacher_temp=0.04,
-        warmup_teacher_temp_epochs=0, student_temp=0.1, freeze_last_layer=0,
-        global_crops_size=224, global_crops_scale=[0.4, 1.0], local_crops_number=2,
-        local_crops_size=224, local_crops_scale=[0.05, 0.4], vertical_flip=0.5,
-    ),
-    # Caron et al. (2021): the defaults of the authors' main_dino.py.
-    "dino": dict(
-        epochs=100, batch_size_per_gpu=64, lr=5e-4, lr_reference_batch=256, min_lr=1e-6,
-        warmup_epochs=10, optimizer="adamw", weight_decay=0.04, weight_decay_end=0.4,
-        clip_grad=3.0, out_dim=65536, hidden_dim=2048, norm_last_layer=True,
-        use_bn_in_head=False, momentum_teacher=0.996, teacher_temp=0.04,
-        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1,
-        freeze_last_layer=1, global_crops_size=224, global_crops_scale=[0.4, 1.0],
-        local_crops_number=8, local_crops_size=96, local_crops_scale=[0.05, 0.4],
-        vertical_flip=0.0,
-    ),
-    # Kinakh et al., MV-MR on STL-10: learning rate, decay, batch and projector of the authors'
-    # configuration, the epochs of their paper; AdamW for Adam, a warm-up from 0, and DINO's
-    # augmentation of both views.
-    "mvmr": dict(
-        method="mvmr", epochs=1000, batch_size_per_gpu=64, lr=1e-4, lr_reference_batch=0,
-        min_lr=0.0, warmup_epochs=10, optimizer="adamw", weight_decay=1e-6,
-        weight_decay_end=1e-6, clip_grad=0.0, projector=[8192, 8192, 8192],
-        global_crops_scale=[0.08, 1.0], local_crops_number=0, vertical_flip=0.0,
-    ),
-    # The same for one small machine: the projector and AdamW's settings of "small".
-    "mvmr_small": dict(
-        method="mvmr", epochs=30, batch_size_per_gpu=64, lr=2e-3, lr_reference_batch=0,
-        min_lr=1e-6, warmup_epochs=0.3, optimizer="adamw", weight_decay=0.04,
-        weight_decay_end=0.04, clip_grad=3.0, projector=[512, 512, 512],
-        global_crops_scale=[0.2, 1.0], local_crops_number=0,
-    ),
-    # Tan et al. (2023), DINO with balanced views on ConvNets: the authors' configuration;
-    # SSLIGHT_VIT has that of ViTs.
-    "sslight": dict(
-        epochs=200, batch_size_per_gpu=128, lr=0.48, lr_reference_batch=256, min_lr=4.8e-3,
-        warmup_epochs=10, optimizer="lars", weight_decay=1e-6, weight_decay_end=1e-6,
-        clip_grad=0.0, out_dim=4096, hidden_dim=2048, norm_last_layer=True, use_bn_in_head=True,
-        momentum_teacher=0.996, teacher_temp=0.07, warmup_teacher_temp=0.04,
-        warmup_teacher_temp_epochs=50, student_temp=0.1, freeze_last_layer=1, alpha=0.4,
-        global_crops_size=224, global_crops_scale=[0.3, 1.0], local_crops_number=6,
-        local_crops_size=128, local_crops_scale=[0.05, 0.3], vertical_flip=0.0,
-    ),
-}  # fmt: skip
-LOWDINO_RESNET5M = dict(local_crops_number=8)
-SSLIGHT_VIT = dict(
-    optimizer="adamw", lr=5e-4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4,
-    out_dim=65536, norm_last_layer=False, use_bn_in_head=False, warmup_teacher_temp_epochs=30,
-    local_crops_number=10,
-)  # fmt: skip
-
-
-def preset(name: str, arch: str) -> dict:
-    """The settings of a preset for an architecture."""
-    found = dict(PRESETS[name])
-    if name == "lowdino" and arch == "resnet5m":
-        found |= LOWDINO_RESNET5M
-    if name == "sslight" and arch in vit.ARCHS:
-        found |= SSLIGHT_VIT
-    return found
-
-
-# Without --preset a method takes the settings of this one, others those of "small".
-RECIPES = {"emp": "emp", "mvmr": "mvmr_small", "distillation": "emp"}
-
-# What distillation has in place of the preset's. Chosen as that was, for a mobilevit_xxs taught by
-# a resnet5m, see tests/RESULTS.md: Muon, the similarities, one view of many images, and hardly any
-# crop where the teacher's features are of the whole image.
-DISTILLATION = dict(
-    global_crops_number=1, batch_size_per_gpu=128, projector=[512] * 3, objective=["similarity"]
-)
-OF_WHOLE_IMAGES = dict(global_crops_scale=[0.9, 1.0])
-OF_KD = {"teacher_head", "temperature", "kd_weight", "match"}  # flags of its other objective
-
-# What an optimizer given by hand takes where the preset's settings are another's. That of SGD is
-# He's for ResNets, that of LARS SSLight's.
-RATES = {
-    "muon": dict(
-        lr=0.12, lr_reference_batch=0, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.04
-    ),
-    "adamw": dict(
-        lr=2e-3, lr_reference_batch=0, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.04
-    ),
-    "sgd": dict(
-        lr=0.1, lr_reference_batch=256, min_lr=1e-6, weight_decay=1e-4, weight_decay_end=1e-4
-    ),
-    "lars": dict(
-        lr=0.48, lr_reference_batch=256, min_lr=4.8e-3, weight_decay=1e-6, weight_decay_end=1e-6
-    ),
-}
-
-VIEWS_A_STEP = 512  # on a rank, of the recipe "emp"; see tests/RESULTS.md
 LEAST_STEPS = 2000  # of a training without --epochs or --minutes; more from 64 x 67 images on
-IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
+IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "queue_epochs")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -198,38 +74,6 @@ def flags_of(method: str) -> set[str]:
     parser = argparse.ArgumentParser()
     METHODS[method].add_flags(parser)
     return {*vars(parser.parse_args([])), *METHODS[method].shared}
-
-
-def recipe(args: argparse.Namespace, by_hand: set[str]) -> dict:
-    """The settings of --preset or, without it, of the method, fitted to the flags given by hand."""
-    method = getattr(args, "method", "distillation")
-    found = preset(args.preset or RECIPES.get(method, "small"), args.arch)
-    if "optimizer" in by_hand and args.optimizer != found["optimizer"]:
-        rates = RATES[args.optimizer].items()
-        # A rate given by hand keeps its meaning.
-        found |= {k: v for k, v in rates if "lr" not in by_hand or "lr" not in k}
-    if method == "distillation":
-        found |= recipe_of_distillation(args, by_hand)
-    if args.preset:
-        return found
-    if method == "emp" and "global_crops_number" in by_hand:
-        found["batch_size_per_gpu"] = max(VIEWS_A_STEP // max(args.global_crops_number, 1), 16)
-    if "alpha" in by_hand:
-        found["local_crops_number"] = PRESETS["sslight"]["local_crops_number"]
-    return found
-
-
-def recipe_of_distillation(args: argparse.Namespace, by_hand: set[str]) -> dict:
-    """What distill.py has in place of the settings of a preset."""
-    objective = {"objective": ["kd"]} if by_hand & OF_KD else {}
-    if args.preset:
-        return objective
-    found = DISTILLATION | objective
-    if args.cache_teacher or str(args.teacher).endswith((".npy", ".npz")):
-        found |= OF_WHOLE_IMAGES
-    if "dino" in args.objective:
-        found["global_crops_number"] = 2
-    return found
 
 
 def fit_epochs(args: argparse.Namespace, epochs: float) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 import distill
 import lowdino
-from lowdino import checkpoint, data, demo, distributed, engine, methods, settings, teachers
+from lowdino import checkpoint, data, demo, distributed, engine, settings, teachers
+from lowdino.distillation import Distillation
 
 RANKS = distributed.Ranks(0, 1, torch.device("cpu"))
 SMALL = (
@@ -68,7 +69,7 @@ def distillation(network, text="", **named):
         path, teacher.images = Path(args.cache_teacher), images
         teacher.features = teachers.cached_features(teacher, images, path, 0, RANKS)
     teachers.add_classifier(teacher, args, source, RANKS)
-    return methods.Distillation(engine.build_backbone(args), args, teacher, total_steps=10)
+    return Distillation(engine.build_backbone(args), args, teacher, total_steps=10)
 
 
 def batch_of_demo(indices):

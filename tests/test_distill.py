@@ -20,7 +20,7 @@ from teaching import (
 
 import distill
 import lowdino
-from lowdino import methods
+from lowdino.distillation import kd_term
 from lowdino.losses import KDLoss, SimilarityLoss, SimKDLoss
 
 
@@ -129,7 +129,7 @@ def test_kd_follows_the_classifier_in_the_teachers_file(tmp_path):
         p_s, p_t = softmax([v / 2 for v in s]), softmax([v / 2 for v in t])
         by_hand += 0.7 * 4 * sum(q * math.log(q / p) for p, q in zip(p_s, p_t)) / 6
         by_hand -= 0.3 * math.log(softmax(s)[label]) / 6
-    term = methods.kd_term(method, logits, features, labels)
+    term = kd_term(method, logits, features, labels)
     assert term.item() == pytest.approx(by_hand, rel=1e-4)
 
 

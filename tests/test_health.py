@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowdino import health, monitor
+from lowdino import health, methods, monitor
 
 WELL = dict(
     cross_entropy=3.5,
@@ -97,7 +97,7 @@ def test_what_was_wrong_all_the_time_is_never_called_healthy():
     ],
 )
 def test_each_symptom_alone(name, flag, metrics):
-    symptoms = health.Health(64).symptoms(**WELL | metrics)
+    symptoms = health.Health(64, methods.EMP.remedy).symptoms(**WELL | metrics)
     assert list(symptoms) == [name] and flag in symptoms[name]
     assert health.Health(64).symptoms(**WELL) == {}
 

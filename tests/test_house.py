@@ -13,7 +13,10 @@ GROUND = (
     "distributed evaluate probe monitor health"
 ).split()
 # `flags` and `__init__` know the ground floor alone; each of the others only those before it.
-UPSTAIRS = "flags __init__ frozen methods teachers linear parts settings pace engine".split()
+UPSTAIRS = (
+    "flags __init__ frozen base baselines methods distillation teachers linear parts presets "
+    "settings pace engine"
+).split()
 SCRIPTS = "train distill eval_knn eval_linear".split()
 TABLES = 6  # at most so many true tables keep their own layout, by `fmt: skip`
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import io
 import itertools
 import re
@@ -16,6 +17,7 @@ import distill
 import train
 from lowdino import augment, data, demo, distributed, evaluate, flags, frozen, heads, methods
 from lowdino import teachers as teachers_file
+from lowdino.distillation import Distillation
 
 CPU = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -64,7 +66,7 @@ def distillation(backbone, seed=0, **given):
         "small", "0", 128, CPU.device, network, 32, head=head, center=torch.zeros(1, 64)
     )
     torch.manual_seed(seed)
-    return methods.Distillation(backbone, args, teacher, total_steps=40, epoch_steps=10)
+    return Distillation(backbone, args, teacher, total_steps=40, epoch_steps=10)
 
 
 def mvmr(backbone, **given):
@@ -77,7 +79,16 @@ def dino(backbone, **given):
     return methods.DINO(backbone, args, 40, 10)
 
 
+def baseline(name):
+    few = dict(projector=[32, 16], out_dim=20, queue_size=32, queue_epochs=0.0)
+    return methods.METHODS[name].build(Small(), methods.options(name, **few), 40, 10)
+
+
 BUILD = {
+    **{
+        name: functools.partial(baseline, name)
+        for name in ("byol", "moco", "swav", "simclr", "vicreg", "barlow")
+    },
     "dino": lambda: dino(Small(), koleo_weight=0.1, infonce_weight=0.1),
     "mvmr": lambda: mvmr(Small()),
     "kd and similarity": lambda: distillation(
@@ -148,11 +159,12 @@ def test_options_are_the_defaults_of_the_flags():
     flag_defaults = vars(train.get_parser().parse_args([]))
     for name in methods.METHODS:
         found = vars(methods.options(name))
-        assert found and found.items() <= flag_defaults.items()
+        own = methods.METHODS[name].defaults
+        assert found and all(v == own.get(k, flag_defaults[k]) for k, v in found.items())
     given = methods.options("dino", out_dim=7, more="kept")
     assert (given.out_dim, given.more, given.student_temp) == (7, "kept", 0.1)
     assert given.projector is None  # of another method, which may share it
-    with pytest.raises(ValueError, match="no method 'none'; there are dino, emp, mvmr"):
+    with pytest.raises(ValueError, match="no method 'none'; there are dino, emp, mvmr, byol"):
         methods.options("none")
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from conftest import demo_array
 from torch import nn
 
-from lowdino import augment, data, descriptors, distributed, engine, heads, methods, teachers
+from lowdino import augment, data, descriptors, distillation, distributed, engine, heads, methods
+from lowdino.teachers import Teacher
 
 TOLERANCE = dict(rtol=1e-7, atol=1e-9)
 
@@ -398,7 +399,8 @@ def plain(batch, monkeypatch):
         assert given is batch and size == 32 and backbone.mean == Tiny.mean
         return seen
 
-    monkeypatch.setattr(methods, "plain_view", view)
+    for module in (methods, distillation):
+        monkeypatch.setattr(module, "plain_view", view)
     return seen
 
 
@@ -447,7 +449,7 @@ def teacher_of(cached=False, classifier=False):
     for module in (backbone, head):
         module.eval().requires_grad_(False)
     cpu, center = torch.device("cpu"), torch.randn(1, 9)
-    teacher = teachers.Teacher("tiny", "0", 12, cpu, backbone, 24, head=head, center=center)
+    teacher = Teacher("tiny", "0", 12, cpu, backbone, 24, head=head, center=center)
     if cached:
         teacher.features = torch.randn(8, 12).numpy()
     if classifier:
@@ -567,7 +569,7 @@ def test_distillation(case, batch, plain, in_float64):
     given = {"cached": False, "classifier": False} | CASES[case]
     teacher = teacher_of(given.pop("cached"), given.pop("classifier"))
     args = argparse.Namespace(**DEFAULTS | given)
-    method = methods.Distillation(Tiny(), args, teacher, total_steps=9).double()
+    method = distillation.Distillation(Tiny(), args, teacher, total_steps=9).double()
     reference = DistillationReference(args, teacher)
     for _ in range(2):
         views = [torch.randn(6, 3, side, side, dtype=torch.float64) for side in (32, 32, 16)]
@@ -580,7 +582,7 @@ def test_distillation(case, batch, plain, in_float64):
 def test_the_average_of_the_student_follows_it(in_float64):
     """Weights and batch-norm statistics, by the momentum of the step."""
     args = argparse.Namespace(objective=["dino"], **DEFAULTS)
-    method = methods.Distillation(Tiny(), args, teacher_of(), total_steps=4).double()
+    method = distillation.Distillation(Tiny(), args, teacher_of(), total_steps=4).double()
     for p in (*method.student.parameters(), method.student.backbone.norm.running_mean):
         p.data += torch.randn_like(p)
     before = part(method.average_student.state_dict(), "")
