@@ -5,11 +5,12 @@ import re
 import sys
 from xml.etree import ElementTree
 
-import bench_recipe
+import bench_papers
 import bench_start
 import pytest
 import torch
 import whole_runs
+from curves import drawn, ticks
 from runs import options, small
 
 from lowdino import demo
@@ -56,10 +57,13 @@ def test_what_a_recipe_gives_for_the_time(picture_folder, tmp_path, run_script):
 
 def test_curves_are_drawn_on_their_axes():
     curves = {"one": {1: 0.31, 10: 0.5, 100: 0.69}, "raw pixels": {1: 0.35, 10: 0.35, 100: 0.35}}
-    picture = ElementTree.fromstring(bench_recipe.drawn(curves))
+    picture = ElementTree.fromstring(drawn(curves, "minutes", "k-NN accuracy", logarithmic=True))
     dots = [(float(c.get("cx")), float(c.get("cy"))) for c in picture.iter() if c.get("cx")]
     # From 0.3, at 340, to 0.7, at 40; minutes by their logarithm.
     assert dots[:3] == [(60, 332.5), (300, 190), (540, 47.5)]
+    assert ticks(0.31, 0.69) == [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7]
+    assert ticks(0, 312) == [0, 50, 100, 150, 200, 250, 300, 350] and ticks(2, 2) == [2]
+    assert ticks(0, 9.5) == [0, 2, 4, 6, 8, 10]
     words = [element.text for element in picture.iter() if element.tag.endswith("text")]
     assert {"0.3", "0.7", "1", "10", "100", "one", "raw pixels"} <= set(words)
 
@@ -76,28 +80,51 @@ def test_where_the_time_goes(tmp_path, run_script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script, flags, expected",
+    "flags, expected",
     [
+        ("--table methods --rows 6 3 --label_fraction 0.5", ["`simclr`", "`byol`"]),
+        ("--table terms --rows 0 6", ["L1", "L1 + L2 + L3"]),
         (
-            "bench_mvmr.py",
-            "--arch mobilevit_xxs",
-            ["L1", "L1 + L2 + L3", "all terms, hog alone"],
+            "--table teachers --rows 1 4",
+            ["EMA, and 4 local ones", "student of the step before, two views"],
         ),
-        (
-            "bench_distill.py",
-            "--arch mobilevit_xxs --objectives similarity",
-            ["no teacher, train.py", "similarity"],
-        ),
+        ("--table balance --rows 5 --label_fraction 0.5 --finetune", ["`moco`, balanced"]),
+        ("--table distillation --rows 0 3", ["no teacher", "similarity"]),
     ],
 )
-def test_a_table_has_a_row_for_each_way(
-    script, flags, expected, picture_folder, tmp_path, run_script
-):
+def test_a_table_has_a_row_for_each_way(flags, expected, picture_folder, tmp_path, run_script):
     flags = options(flags, data_path=picture_folder, output_dir=tmp_path / "runs")
-    if script == "bench_distill.py":
+    if "distillation" in flags:
         teacher = tmp_path / "teacher"
         run_script("train.py", *small("--epochs 1", data_path=picture_folder, output_dir=teacher))
         flags += options(teacher=teacher / "backbone.pth")
-    common = options("-- --epochs 1 --batch_size_per_gpu 8 --device cpu")
-    done = run_script(f"tests/{script}", *flags, "--seeds", 0, *common)
-    assert set(expected) <= set(rows(done.stdout)), done.stdout
+    more = "--arch mobilevit_xxs --seeds 0 --epochs 1 --finetune_epochs 1 --device cpu"
+    common = options("-- --batch_size_per_gpu 8")
+    done = run_script("tests/bench_papers.py", *flags, *options(more), *common)
+    found = rows(done.stdout)
+    floors = ["`mobilevit_xxs`, random weights"] if "--label_fraction" in flags else []
+    assert found[-len(expected + floors) - 1 :] == [*expected, *floors, "raw pixels"], done.stdout
+
+
+def test_all_rows_of_a_table_cost_the_same():
+    """Passes an image over the whole training: those of all tables but methods, from the flags."""
+    args = bench_papers.get_parser().parse_args(["--table", "teachers", "--epochs", "60"])
+    args.teacher, args.teacher_head = "t.pth", True
+    for name, table in bench_papers.TABLES.items():
+        for way in table(args).values():
+            parsed = dict(zip(way, way[1:]))
+            local = int(parsed.get("--local_crops_number", 0))
+            method = parsed.get("--method", "mvmr" if "mvmr_small" in way else "dino")
+            passes = 6 if "distill.py" in way else bench_papers.PASSES[method] + 3 * local
+            assert abs(int(parsed["--epochs"]) * passes - 360) <= passes / 2, (name, way)
+
+
+@pytest.mark.slow
+def test_what_centring_and_sharpening_are_for(picture_folder, tmp_path, run_script):
+    flags = options("--arch mobilevit_xxs", data_path=picture_folder, output_dir=tmp_path)
+    more = options("-- --epochs 2 --batch_size_per_gpu 8 --device cpu --log_freq 1")
+    printed = run_script("tests/bench_collapse.py", *flags, *more).stdout
+    assert rows(printed)[-4:] == ["both", "no sharpening", "no centring", "none"]
+    for name in ("entropy", "kl"):
+        picture = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        assert len([x for x in picture.iter() if x.tag.endswith("polyline")]) >= 4

@@ -88,7 +88,7 @@ def test_a_cached_teacher_never_runs_again(tmp_path):
 
 
 def test_a_cache_serves_with_a_classifier_and_without(tmp_path):
-    """It holds what the backbone gives; bench_distill.py shares one among all objectives."""
+    """It holds what the backbone gives; bench_papers.py shares one among all objectives."""
     classifier = {"weight": torch.randn(10, 320), "bias": torch.randn(10)}
     path, cache = save_teacher(tmp_path / "t.pth", classifier=classifier), tmp_path / "cache.npy"
     without = distillation(None, teacher=path, cache_teacher=cache)
