@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT
 from runs import SMALL, forked, in_a_new_process, stepwise, wait_for
 
+from lowdino import settings
+
 # --------------------------------------------------------------------------------------------------
 # Absurd flags
 # --------------------------------------------------------------------------------------------------
@@ -73,8 +75,9 @@ def judge(script, status, said, long):
     return None
 
 
-def try_all(script, base, folder):
-    """In a process of its own: each flag of a script with absurd values, in an empty folder.
+def try_all(script, base, folder, only=None):
+    """In a process of its own: each flag of a script, or of those named in `only`, with absurd
+    values, in an empty folder.
 
     Prints what went wrong, and at the end how many were refused, worked or had to be killed.
     """
@@ -83,7 +86,8 @@ def try_all(script, base, folder):
     os.chdir(folder)
     log, count = Path(folder + ".log"), {"refused": 0, "works": 0, "killed": 0}
     for action in parser._actions:
-        if action.dest in NOT_TRIED or not action.option_strings:
+        left_out = action.dest in NOT_TRIED or not action.option_strings
+        if left_out or (only and action.dest not in only):
             continue
         for values in absurd(action):
             given = [action.option_strings[0], *values]
@@ -141,6 +145,18 @@ def test_absurd_flags_are_one_sentence_or_work(script, base, whole, tmp_path, ca
     counts = ast.literal_eval(last)
     assert not problems, "\n".join(problems)
     assert counts["refused"] > 20 and counts["works"] > 10 and counts["killed"] <= len(LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["byol", "moco", "swav", "simclr", "vicreg", "barlow"])
+def test_absurd_flags_of_a_method_are_one_sentence_or_work(method, whole, tmp_path):
+    base = ["--method", method, *PROJECTED, *TRAINING, "--data_path", str(whole[0])]
+    own = settings.flags_of(method)
+    call = f"try_all('train', {base!r}, {str(tmp_path / 'here')!r}, {own!r})"
+    *problems, last = in_a_new_process(__name__, call).splitlines()
+    assert not problems, "\n".join(problems)
+    counts = ast.literal_eval(last)
+    assert counts["refused"] > 5 and counts["works"] > 0 and not counts["killed"]
 
 
 # --------------------------------------------------------------------------------------------------
