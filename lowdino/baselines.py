@@ -366,7 +366,7 @@ def vicreg(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     with autocast_off(a):
         a, b = rows_of_all_ranks(a.float()), rows_of_all_ranks(b.float())
-        c = sum(off_diagonal(z.T.cov()).square().sum() / z.shape[1] for z in (a, b))
+        c = sum(off_diagonal(covariance(z)).square().sum() / z.shape[1] for z in (a, b))
         return F.mse_loss(a, b), (variance_hinge(a) + variance_hinge(b)) / 2, c
 
 
@@ -411,6 +411,12 @@ def standardized(z: Tensor) -> Tensor:
     """Each column with mean 0 and standard deviation 1, as batch norm without gains does."""
     z = z - z.mean(dim=0)
     return z / (z.var(dim=0, correction=0) + 1e-5).sqrt()
+
+
+def covariance(z: Tensor) -> Tensor:
+    """Of the columns of (n, D): (D, D)."""
+    z = z - z.mean(dim=0)
+    return z.T @ z / (len(z) - 1)
 
 
 def off_diagonal(C: Tensor) -> Tensor:

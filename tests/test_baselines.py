@@ -87,6 +87,9 @@ def test_vicregs_terms_are_the_loops():
     s = np.mean([(a[i, d] - b[i, d]) ** 2 for i in range(6) for d in range(4)])
     found = [x.item() for x in baselines.vicreg(*tensors([a, b]))]
     assert found == pytest.approx([s, v, c], rel=1e-5) and v > 0.1
+    assert (
+        baselines.vicreg(*tensors([a[:, :1], b[:, :1]]))[2] == 0
+    )  # which torch.cov has no matrix of
 
 
 def test_barlow_twins_terms_are_the_correlations():
