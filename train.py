@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a small backbone without labels, by the coding rate of many views (EMP-SSL), by
-self-distillation with a momentum teacher (DINO, LowDINO, SSLight) or by MV-MR.
+self-distillation with a momentum teacher (DINO, LowDINO, SSLight), by MV-MR, or by what these are
+compared with (BYOL, MoCo v2, SwAV, SimCLR, VICReg, Barlow Twins).
 
     python train.py --arch mobilevit_xxs --minutes 1.2                      demo images: k-NN 0.97
     torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
@@ -15,8 +16,8 @@ from lowdino.methods import METHODS
 def get_parser() -> argparse.ArgumentParser:
     parser = flags.parser_of(__doc__)
     help = (
-        "self-distillation (DINO), the coding rate of many views (EMP-SSL), or MV-MR; default: "
-        "the preset's, or the one whose flags are given, or emp"
+        "what is learned, see the README's table; default: the preset's, or the one whose flags "
+        "are given, or emp"
     )
     parser.add_argument("--method", choices=METHODS, help=help)
     for method in METHODS.values():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowdino import ema, health, losses
+from lowdino import distributed, ema, health, losses
 from lowdino.base import (
     Method,
     embedding_metrics,
@@ -170,7 +170,8 @@ class MoCo(Projecting):
 
     Batch norm tells a query which keys were in its batch. MoCo shuffles the keys over the ranks
     against that. Here the teacher's batch norm uses the moving average of the student's statistics
-    (EMAN, Cai et al., 2021): a key depends on its own image alone, on one rank as on many.
+    (EMAN, Cai et al., 2021): a key depends on its own image alone, on one rank as on many. These
+    statistics are of the queries' views, local ones included.
     """
 
     remedy = "lower --temperature, or --lr"
@@ -182,6 +183,7 @@ class MoCo(Projecting):
         self.teacher = ema.make_teacher(self.student)
         self.weights = ema.paired_parameters(self.teacher, self.student)
         self.loss = MoCoLoss(args.projector[-1], args.queue_size, args.temperature, args.alpha)
+        self.train()
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -199,12 +201,16 @@ class MoCo(Projecting):
     def after_step(self, step=0):
         momentum = teacher_momentum(self, step)
         ema.update(*self.weights, momentum)
-        ema.update(*ema.paired_buffers(self.teacher, self.student), momentum)
+        averages, statistics = ema.paired_buffers(self.teacher, self.student)
+        for own in statistics:
+            if losses.ranks() > 1 and own.device.type == "cpu":  # on CUDA they are of all ranks
+                distributed.mean_over_ranks(own)
+        ema.update(averages, statistics, momentum)
 
 
 def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("MoCo and SimCLR").add_argument
-    help = "of the softmax over keys; default: 0.2, of simclr 0.5"
+    help = "of the softmax over keys"
     add("--temperature", type=float, default=0.2, help=help)
     help = "keys that are kept; of swav embeddings of each view, 0: none"
     add("--queue_size", type=int, default=65536, help=help)
@@ -243,8 +249,11 @@ class SwAV(Projecting):
         super().__init__(backbone, args, total_steps, epoch_steps)
         self.prototypes = WeightNormLinear(args.projector[-1], args.out_dim, learn_gain=False)
         self.register_buffer("queue", torch.zeros(2, args.queue_size, args.projector[-1]))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # rows of either
+        self.full = False  # whether all are, which the host need not ask any more then
 
     def forward(self, views, batch=None, step=0):
+        self.full = self.full or bool(self.filled >= self.args.queue_size)
         features, outputs = self.student(views)
         z = F.normalize(outputs["projector"].float(), dim=1)  # (V B, E)
         s = self.prototypes(z).chunk(len(views))
@@ -254,6 +263,7 @@ class SwAV(Projecting):
         if self.training and self.args.queue_size:
             for queue, rows in zip(self.queue, z.detach().chunk(len(views))):
                 queue.copy_(enqueued(queue, rows_of_all_ranks(rows)))
+            self.filled += len(views[0]) * losses.ranks()
         self.keep(step, features, z, views, swapped=loss)
         self.terms |= {"code_entropy": health.mean_entropy(torch.cat(codes))}
         return loss
@@ -261,8 +271,8 @@ class SwAV(Projecting):
     @torch.no_grad()
     def codes(self, s: Tensor, i: int, step: int) -> Tensor:
         """q of global view i: logits (B, K) -> (B, K)."""
-        rows, filled = s, len(self.queue[i]) <= step * len(s) * losses.ranks()
-        if filled and step >= self.args.queue_epochs * self.epoch_steps:
+        rows = s
+        if self.full and step >= self.args.queue_epochs * self.epoch_steps:
             share = self.queue[i][losses.rank() :: losses.ranks()]
             rows = torch.cat([s, self.prototypes(share)])
         return losses.sinkhorn_knopp(rows, self.args.teacher_temp)[: len(s)]

@@ -2,7 +2,8 @@
 
 He et al., 2020; Caron et al., 2021. Only parameters are averaged. Buffers, such as the running
 statistics of batch norm, are the teacher's own, from its own forward passes in training mode:
-averaged statistics would describe the activations of no network.
+averaged statistics would describe the activations of no network. A teacher without such passes
+has no other ones, see `paired_buffers`.
 """
 
 import copy

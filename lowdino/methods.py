@@ -316,7 +316,7 @@ EMP_PROJECTOR = (512, 512, 256)  # of the runs behind the default; the authors' 
 
 def add_emp_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("EMP").add_argument
-    help = "widths of the projector's layers; default: 512 512 256, of MV-MR 8192 three times"
+    help = "widths of the projector's layers; default: the method's"
     add("--projector", type=int, nargs="+", metavar="WIDTH", help=help)
     help = "weight of the cosine between an embedding and the mean of its image's"
     add("--cosine_weight", type=float, default=200.0, help=help)

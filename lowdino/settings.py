@@ -272,6 +272,8 @@ def check_training(args: argparse.Namespace) -> str | None:
 
 def check_warm_ups(args: argparse.Namespace, epochs: float) -> str | None:
     """As `check_training`, where the number of epochs is known."""
+    if getattr(args, "teacher_update", None) == "epoch" and epochs < 1:
+        return f"--teacher_update epoch needs an epoch at least, and there is time for {epochs:.2g}"
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         value = getattr(args, name, 0)
         if value > epochs:

@@ -192,7 +192,7 @@ def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tenso
     """Backbone, head and centre of the momentum teacher in a checkpoint of train.py."""
     settings, state = content["settings"], content.get("method", {})
     weights = under("teacher.", state)
-    if "out_dim" not in settings or not weights:
+    if "loss.center" not in state or not weights:
         raise UserError(
             f"{path} is a checkpoint without a DINO head, as train.py --method dino has"
         )

@@ -38,11 +38,12 @@ def main() -> None:
     args = parser.parse_args()
     common = ["--preset", "small", "--infonce_weight", "0", "--arch", args.arch]
     common += ["--data_path", args.data_path, "--seed", str(args.seed), "--device", args.device]
+    common += ["--log_freq", "1"]  # of more steps the log has the mean loss
     output = Path(args.output_dir)
     entropy, kl, knn = {}, {}, {}
     for name, way in WAYS.items():
         folder = output / name.replace(" ", "_")
-        run("train.py", *common, "--output_dir", str(folder), *way, *args.flags)
+        run("train.py", *args.flags, *common, "--output_dir", str(folder), *way)
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         steps = [record for record in records if "entropy" in record]
         entropy[name] = {r["step"]: r["entropy"] for r in steps}
@@ -55,7 +56,8 @@ def main() -> None:
     rows = [row("", "entropy", "KL", "k-NN"), "|---|---|---|---|"]
     for name in WAYS:
         last = [curve[name][max(curve[name])] for curve in (entropy, kl)]
-        rows.append(row(name, *(f"{value:.3f}" for value in [*last, *knn[name]])))
+        values = [*last, *(knn[name] or [math.nan])]  # there are pictures without labels
+        rows.append(row(name, *(f"{value:.3f}" for value in values)))
     print("\n".join(rows))
 
 

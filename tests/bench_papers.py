@@ -16,11 +16,12 @@
 | projectors | MV-MR's projector | MV-MR, table 8 |
 | distillation | distill.py's objectives, with --teacher | LowDINO, figure 6 |
 
-All rows of a table cost the same passes of images through the network: a forward pass counts 1, a
-backward pass 2. --epochs are those of a method that sees two views and has no teacher, 6 passes an
-image; a row of other passes has more or fewer of them in proportion, in whole epochs. Flags behind
-`--` are those of every training, such as `--amp none`. Prints a Markdown table. The command may be
-given again, and goes on.
+All rows of a table cost the same passes of images through the network, as nearly as whole epochs
+allow: a forward pass counts 1, a backward pass 2. --epochs are those of a method that sees two
+views and has no teacher, 6 passes an image; a row of other passes has more or fewer in proportion.
+Local views are counted as if they had the side of the global ones; give --local_crops_size that
+side. Flags behind `--` are those of every training, such as `--amp none`. Prints a Markdown table.
+The command may be given again, and goes on.
 """
 
 import argparse
@@ -137,7 +138,8 @@ def distillation(args: argparse.Namespace) -> dict[str, list[str]]:
         objectives["kd, the classifier's logits"] = ["kd", "--teacher_head", "file"]
     ways = {"no teacher": ["train.py", *epochs(8, args.epochs)]}
     common = ["distill.py", "--teacher", args.teacher, "--cache_teacher", cache, "--objective"]
-    ways |= {name: [*common, *flags, *epochs(6, args.epochs)] for name, flags in objectives.items()}
+    for name, flags in objectives.items():  # of two views; mvmr's student sees the image too
+        ways[name] = [*common, *flags, *epochs(9 if name == "mvmr" else 6, args.epochs)]
     return {name: [*way, "--preset", "small"] for name, way in ways.items()}
 
 

@@ -68,7 +68,8 @@ def row(*cells: str) -> str:
 
 class Probe(NamedTuple):
     """What is measured beside k-NN: by a linear classifier or by fine-tuning, at fractions of the
-    labels."""
+    labels.
+    """
 
     label_fractions: list[str] = []
     finetune: bool = False
@@ -85,12 +86,12 @@ class Probe(NamedTuple):
         """
         if not self.label_fractions:
             return []
+        random = not Path(model).is_file()
+        way = (["--from_scratch"] if random else ["--finetune"]) if self.finetune else []
+        way += ["--label_fraction", *self.label_fractions, "--seeds", str(seed), *self.flags]
+        folder = folder / file_name(" ".join(way))
         if not (folder / "table.json").exists():
-            random = not Path(model).is_file()
-            ways = (["--from_scratch"] if random else ["--finetune"]) if self.finetune else []
-            fractions = ["--label_fraction", *self.label_fractions, "--seeds", str(seed)]
-            ends = ["--output_dir", str(folder), *self.flags]
-            run("eval_linear.py", model, *ways, *source, *fractions, *ends)
+            run("eval_linear.py", model, *way, *source, "--output_dir", str(folder))
         (found,) = json.loads((folder / "table.json").read_text())["rows"]
         return [cell["top1"][0] for cell in found["trained"]]
 
