@@ -18,16 +18,7 @@ from pathlib import Path
 import torch
 
 import lowdino
-from lowdino import (
-    data,
-    distributed,
-    engine,
-    evaluate,
-    flags,
-    frozen,
-    settings,
-    teachers,
-)
+from lowdino import data, distributed, engine, evaluate, flags, frozen, settings, teachers
 from lowdino.distillation import Distillation
 
 OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")

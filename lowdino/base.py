@@ -1,5 +1,6 @@
 """What every method has: its base class, the numbers that it logs, its momentum teacher."""
 
+import argparse
 import math
 
 import torch
@@ -40,6 +41,16 @@ class Method(nn.Module):
     def metrics(self) -> dict[str, float]:
         """Numbers of the last forward pass, over all ranks, for the log and for `health.Health`."""
         return {}
+
+
+def check_pairs(args: argparse.Namespace) -> str | None:
+    """What is wrong with the numbers of views of a method that pairs two global ones, or None."""
+    if args.global_crops_number != 2:
+        given = args.global_crops_number
+        return f"--method {args.method} takes --global_crops_number 2, not {given}"
+    if getattr(args, "alpha", None) is not None and not args.local_crops_number:
+        return "--alpha balances global against local views, and --local_crops_number is 0"
+    return None
 
 
 def teacher_momentum(method: Method, step: int) -> float:

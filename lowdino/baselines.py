@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowdino import distributed, ema, health, losses
 from lowdino.base import (
     Method,
+    check_pairs,
     embedding_metrics,
     feature_metrics,
     mean_terms,
@@ -94,15 +95,6 @@ def mean_dot(a: Tensor, b: Tensor) -> Tensor:
 def check_byol(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of BYOL, in one sentence, or None."""
     return check_pairs(args) or out_of_range(args, fractions=("momentum_teacher", "alpha"))
-
-
-def check_pairs(args: argparse.Namespace) -> str | None:
-    if args.global_crops_number != 2:
-        given = args.global_crops_number
-        return f"--method {args.method} takes --global_crops_number 2, not {given}"
-    if getattr(args, "alpha", None) is not None and not args.local_crops_number:
-        return "--alpha balances global against local views, and --local_crops_number is 0"
-    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,14 +210,18 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_moco(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of MoCo, in one sentence, or None."""
-    batch, size = args.batch_size_per_gpu, args.queue_size
-    if size < batch:
-        return f"--queue_size {size} is smaller than a batch, --batch_size_per_gpu {batch}"
     fractions = ("momentum_teacher", "alpha")
     wrong = out_of_range(args, above_zero=("temperature",), fractions=fractions)
     if args.momentum_teacher is None:
         wrong = "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
-    return check_pairs(args) or wrong
+    return check_queue(args) or check_pairs(args) or wrong
+
+
+def check_queue(args: argparse.Namespace) -> str | None:
+    batch, size = args.batch_size_per_gpu, args.queue_size
+    if size < batch:
+        return f"--queue_size {size} is smaller than a batch, --batch_size_per_gpu {batch}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,9 +293,8 @@ def check_swav(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of SwAV, in one sentence, or None."""
     if args.out_dim < 2:
         return f"--out_dim must be at least 2, not {args.out_dim}"
-    if 0 < args.queue_size < args.batch_size_per_gpu:
-        batch, size = args.batch_size_per_gpu, args.queue_size
-        return f"--queue_size {size} is smaller than a batch, --batch_size_per_gpu {batch}"
+    if args.queue_size > 0 and (wrong := check_queue(args)):  # 0 is none
+        return wrong
     return check_pairs(args) or out_of_range(
         args,
         above_zero=("student_temp", "teacher_temp"),

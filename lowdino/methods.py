@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lowdino import augment, baselines, data, descriptors, ema, losses, schedules
 from lowdino.base import (
     Method,
+    check_pairs,
     embedding_metrics,
     feature_metrics,
     mean_terms,
@@ -158,11 +159,7 @@ def check_dino(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of DINO, in one sentence, or None."""
     if args.out_dim < 2:
         return f"--out_dim must be at least 2, not {args.out_dim}"
-    if args.global_crops_number != 2:
-        return f"--method dino takes --global_crops_number 2, not {args.global_crops_number}"
-    if args.alpha is not None and args.local_crops_number == 0:
-        return "--alpha balances global against local views, and --local_crops_number is 0"
-    return out_of_range(
+    return check_pairs(args) or out_of_range(
         args,
         not_negative=(
             "warmup_teacher_temp_epochs",
@@ -266,8 +263,8 @@ def check_mvmr(args: argparse.Namespace) -> str | None:
             "--method mvmr has one augmented view: give --local_crops_number 0, not "
             f"{args.local_crops_number}, or --preset mvmr"
         )
-    if args.global_crops_number != 2:
-        return f"--method mvmr takes --global_crops_number 2, not {args.global_crops_number}"
+    if wrong := check_pairs(args):
+        return wrong
     if len(set(args.descriptors)) < len(args.descriptors):
         return f"--descriptors names one twice: {' '.join(args.descriptors)}"
     if wrong := out_of_range(args, not_negative=MVMR_WEIGHTS):

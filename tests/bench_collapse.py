@@ -12,11 +12,10 @@ goes on.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
-from comparison import row, run
+from comparison import records, row, run, settings
 from curves import drawn
 
 WAYS = {
@@ -44,12 +43,12 @@ def main() -> None:
     for name, way in WAYS.items():
         folder = output / name.replace(" ", "_")
         run("train.py", *args.flags, *common, "--output_dir", str(folder), *way)
-        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        steps = [record for record in records if "entropy" in record]
+        log = records(folder)
+        steps = [record for record in log if "entropy" in record]
         entropy[name] = {r["step"]: r["entropy"] for r in steps}
         kl[name] = {r["step"]: r["cross_entropy"] - r["entropy"] for r in steps}
-        knn[name] = [record["knn"] for record in records if "knn" in record][-1:]
-    k = json.loads((folder / "args.json").read_text())["out_dim"]
+        knn[name] = [record["knn"] for record in log if "knn" in record][-1:]
+    k = settings(folder)["out_dim"]
     entropy[f"ln K = {math.log(k):.2f}"] = dict.fromkeys(entropy["both"], math.log(k))
     for file, values, heading in (("entropy", entropy, "entropy, nats"), ("kl", kl, "KL, nats")):
         (output / f"{file}.svg").write_text(drawn(values, "step", heading))

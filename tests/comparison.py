@@ -29,17 +29,22 @@ def settings(folder: Path) -> dict:
     return json.loads((folder / "args.json").read_text())
 
 
+def records(folder: Path) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def read(folder: Path) -> tuple[float, float, float]:
     """From a finished run's log: k-NN before the first step and after the last, and minutes of
     training."""
-    batch = settings(folder)["batch_size_per_gpu"] * settings(folder)["world"]
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    known, log = settings(folder), records(folder)
+    batch = known["batch_size_per_gpu"] * known["world"]
     seconds, step = 0.0, 0
-    for record in records:
+    for record in log:
         if "images_per_s" in record:
             seconds += (record["step"] - step) * batch / record["images_per_s"]
             step = record["step"]
-    knn = [record["knn"] for record in records if "knn" in record]
+    knn = [record["knn"] for record in log if "knn" in record]
     return knn[0], knn[-1], seconds / 60
 
 
@@ -140,16 +145,15 @@ def compare(
 def floors(folder: Path, seeds: list[int], probe: Probe) -> list[str]:
     """Rows of random weights, where more than k-NN is measured, and raw pixels, for a run's images
     and network."""
-    arch, side = (settings(folder)[name] for name in ("arch", "global_crops_size"))
-    source, names, rows = source_of(folder), " ".join(map(str, seeds)), []
+    known, source, rows = settings(folder), source_of(folder), []
+    arch, side, names = known["arch"], known["global_crops_size"], " ".join(map(str, seeds))
+    size = [*source, "--image_size", str(side)]
     if probe.label_fractions:
-        size = [*source, "--image_size", str(side)]
         places = [(seed, folder.parent / f"{arch}_seed{seed}") for seed in seeds]
         found = zip(*(probe.accuracies(arch, size, *place) for place in places))
         rows.append(row(f"`{arch}`, random weights", names, "", "", *map(spread, found), ""))
     pixels = []
     if not probe.finetune:
-        size = [*source, "--image_size", str(side)]
         pixels = probe.accuracies("pixels", size, seeds[0], folder.parent / "pixels")
     knn = knn_of(["--pixels"], source, side)
     cells = pixels or [""] * len(probe.label_fractions)

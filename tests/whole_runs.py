@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import statistics
 import sys
@@ -12,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from comparison import ROOT
+from comparison import ROOT, records
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
@@ -115,8 +114,7 @@ def training_flags(
 
 def logged(folder: Path) -> list[dict]:
     """What a training logged of its steps."""
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record for record in records if "images_per_s" in record]
+    return [record for record in records(folder) if "images_per_s" in record]
 
 
 def measure_train(flags: list[str]) -> dict:
