@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdino import data, distributed, health, schedules
+from lowdino.heads import ManyHeads, Projector
 
 
 class Method(nn.Module):
@@ -41,6 +42,28 @@ class Method(nn.Module):
     def metrics(self) -> dict[str, float]:
         """Numbers of the last forward pass, over all ranks, for the log and for `health.Health`."""
         return {}
+
+
+class Projecting(Method):
+    """Base of methods with a projector, whose embeddings a loss compares."""
+
+    projector = Projector
+
+    def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
+        super().__init__()
+        self.args, self.total_steps, self.epoch_steps = args, total_steps, epoch_steps
+        projector = self.projector(backbone.embed_dim, *args.projector)
+        self.student = ManyHeads(backbone, {"projector": projector})
+
+    def keep(self, step: int, features: Tensor, z: Tensor, views: list, **terms: Tensor) -> None:
+        """What `metrics` reads: of the first view features and embeddings, and the terms."""
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        self.last = (step, *(x.detach()[: len(views[0])] for x in (features, z)))
+
+    def metrics(self):
+        step, features, z = self.last
+        teacher = teacher_metrics(self, step) if hasattr(self, "teacher") else {}
+        return mean_terms(self) | embedding_metrics(z) | feature_metrics(features) | teacher
 
 
 def check_pairs(args: argparse.Namespace) -> str | None:

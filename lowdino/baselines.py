@@ -13,42 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowdino import distributed, ema, health, losses
-from lowdino.base import (
-    Method,
-    check_pairs,
-    embedding_metrics,
-    feature_metrics,
-    mean_terms,
-    teacher_metrics,
-    teacher_momentum,
-)
+from lowdino import ema, health, losses
+from lowdino.base import Projecting, check_pairs, teacher_momentum
 from lowdino.flags import out_of_range
-from lowdino.heads import ManyHeads, Projector, WeightNormLinear
+from lowdino.heads import Projector, WeightNormLinear
 from lowdino.losses import autocast_off, balanced, own_rows, rows_of_all_ranks, variance_hinge
-
-
-class Projecting(Method):
-    """A backbone and a projector, whose embeddings a loss compares."""
-
-    projector = Projector
-
-    def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
-        super().__init__()
-        self.args, self.total_steps, self.epoch_steps = args, total_steps, epoch_steps
-        projector = self.projector(backbone.embed_dim, *args.projector)
-        self.student = ManyHeads(backbone, {"projector": projector})
-
-    def keep(self, step: int, features: Tensor, z: Tensor, views: list, **terms: Tensor) -> None:
-        """What `metrics` reads: of the first view features and embeddings, and the terms."""
-        self.terms = {name: term.detach() for name, term in terms.items()}
-        self.last = (step, *(x.detach()[: len(views[0])] for x in (features, z)))
-
-    def metrics(self):
-        step, features, z = self.last
-        teacher = teacher_metrics(self, step) if hasattr(self, "teacher") else {}
-        return mean_terms(self) | embedding_metrics(z) | feature_metrics(features) | teacher
-
 
 # ---------------------------------------------------------------------------------------------
 # BYOL
@@ -161,9 +130,8 @@ class MoCo(Projecting):
     global view and the local ones are queries, as in SSLight. The projector has no batch norm.
 
     Batch norm tells a query which keys were in its batch. MoCo shuffles the keys over the ranks
-    against that. Here the teacher's batch norm uses the moving average of the student's statistics
-    (EMAN, Cai et al., 2021): a key depends on its own image alone, on one rank as on many. These
-    statistics are of the queries' views, local ones included.
+    against that. Here each rank's keys come in two random halves, each a batch of its own, as the
+    authors' demonstration on one GPU splits its batch: no half has the images of the queries.
     """
 
     remedy = "lower --temperature, or --lr"
@@ -175,29 +143,24 @@ class MoCo(Projecting):
         self.teacher = ema.make_teacher(self.student)
         self.weights = ema.paired_parameters(self.teacher, self.student)
         self.loss = MoCoLoss(args.projector[-1], args.queue_size, args.temperature, args.alpha)
-        self.train()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(self, views, batch=None, step=0):
-        with torch.no_grad():
-            _, k = self.teacher(views[:1])  # (B, E)
+        k = self.keys(views[0], step)
         features, q = self.student(views[1:])  # ((V - 1) B, E)
-        loss = self.loss(q["projector"].chunk(len(views) - 1), k["projector"])
+        loss = self.loss(q["projector"].chunk(len(views) - 1), k)
         self.keep(step, features, q["projector"], views, contrast=loss)
         return loss
 
+    @torch.no_grad()
+    def keys(self, view: Tensor, step: int) -> Tensor:
+        """(B, 3, H, W) -> (B, E), in halves that the step draws."""
+        generator = torch.Generator().manual_seed(step)
+        order = torch.randperm(len(view), generator=generator).to(view.device)
+        halves = [self.teacher([half])[1]["projector"] for half in view[order].chunk(2)]
+        return torch.cat(halves)[order.argsort()]
+
     def after_step(self, step=0):
-        momentum = teacher_momentum(self, step)
-        ema.update(*self.weights, momentum)
-        averages, statistics = ema.paired_buffers(self.teacher, self.student)
-        for own in statistics:
-            if losses.ranks() > 1 and own.device.type == "cpu":  # on CUDA they are of all ranks
-                distributed.mean_over_ranks(own)
-        ema.update(averages, statistics, momentum)
+        ema.update(*self.weights, teacher_momentum(self, step))
 
 
 def add_moco_flags(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +177,9 @@ def check_moco(args: argparse.Namespace) -> str | None:
     wrong = out_of_range(args, above_zero=("temperature",), fractions=fractions)
     if args.momentum_teacher is None:
         wrong = "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
+    if args.batch_size_per_gpu < 4:
+        batch = args.batch_size_per_gpu
+        wrong = f"--batch_size_per_gpu must be at least 4, as moco halves it, not {batch}"
     return check_queue(args) or check_pairs(args) or wrong
 
 

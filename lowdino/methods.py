@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from lowdino import augment, baselines, data, descriptors, ema, losses, schedules
 from lowdino.base import (
     Method,
+    Projecting,
     check_pairs,
-    embedding_metrics,
     feature_metrics,
     mean_terms,
     prototype_metrics,
@@ -34,7 +34,7 @@ from lowdino.base import (
     teacher_momentum,
 )
 from lowdino.flags import bool_flag, number_or_none, out_of_range
-from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
+from lowdino.heads import DINOHead, MultiViewNetwork
 
 # ---------------------------------------------------------------------------------------------
 # DINO
@@ -178,7 +178,7 @@ def check_dino(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-class MVMR(Method):
+class MVMR(Projecting):
     """Multi-view, multi-representation learning (Kinakh et al.), without a teacher or contrast.
 
     The embedding z' of an augmented view is to depend, by distance correlation, on z of the plain
@@ -186,10 +186,7 @@ class MVMR(Method):
     """
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
-        super().__init__()
-        self.args = args
-        projector = Projector(backbone.embed_dim, *(args.projector or MVMR_PROJECTOR))
-        self.student = ManyHeads(backbone, {"projector": projector})
+        super().__init__(backbone, args, total_steps, epoch_steps)
         self.loss = losses.MVMRLoss(
             args.invariance_weight,
             args.variance_weight,
@@ -239,9 +236,6 @@ MVMR_WEIGHTS = (
 )
 
 
-MVMR_PROJECTOR = (8192, 8192, 8192)
-
-
 def add_mvmr_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("MV-MR").add_argument
     help = "fixed representations of the plain image"
@@ -279,7 +273,7 @@ def check_mvmr(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-class EMP(Method):
+class EMP(Projecting):
     """Extreme multi-patch learning (EMP-SSL; Tong et al., 2023): many views of few images.
 
     The embeddings of an image's views are to be near their mean, while those of the batch have the
@@ -289,26 +283,15 @@ class EMP(Method):
     remedy = "lower --cosine_weight, or --lr"
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
-        super().__init__()
-        projector = Projector(backbone.embed_dim, *(args.projector or EMP_PROJECTOR))
-        self.student = ManyHeads(backbone, {"projector": projector})
+        super().__init__(backbone, args, total_steps, epoch_steps)
         self.loss = losses.CodingRateLoss(args.cosine_weight, args.rate_eps)
 
     def forward(self, views, batch=None, step=0):
         features, outputs = self.student(views)
         z = outputs["projector"].unflatten(0, (len(views), -1))  # (V, B, d)
         cosine, rate = self.loss(z)
-        self.terms = {"cosine": cosine.detach(), "coding_rate": rate.detach()}
-        self.last = features.detach().chunk(len(views))[0]
-        self.last_embeddings = z[0].detach()
+        self.keep(step, features, outputs["projector"], views, cosine=cosine, coding_rate=rate)
         return self.loss.loss(cosine, rate)
-
-    def metrics(self):
-        embeddings = embedding_metrics(self.last_embeddings)
-        return mean_terms(self) | embeddings | feature_metrics(self.last)
-
-
-EMP_PROJECTOR = (512, 512, 256)  # of the runs behind the default; the authors' is wider
 
 
 def add_emp_flags(parser: argparse.ArgumentParser) -> None:
@@ -350,8 +333,8 @@ class Entry(NamedTuple):
 
 METHODS = {
     "dino": Entry(DINO, add_dino_flags, check_dino),
-    "emp": Entry(EMP, add_emp_flags, check_emp),
-    "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr, ("projector",)),
+    "emp": Entry(EMP, add_emp_flags, check_emp, defaults=dict(projector=[512, 512, 256])),
+    "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr, ("projector",), dict(projector=[8192] * 3)),
     "byol": Entry(
         baselines.BYOL,
         no_flags,

@@ -77,6 +77,7 @@ RANKS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_steps_of_one(tmp_path, run_script):
     results = saved_by_one_and_two_ranks(RANKS, tmp_path, run_script)
     for one, two in zip(*results, strict=True):
@@ -184,6 +185,7 @@ def test_muon_goes_on_from_its_state():
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters()))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_preset_resumes(
     picture_folder, tmp_path, call_script, stopped_after_a_checkpoint
 ):

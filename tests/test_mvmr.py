@@ -210,6 +210,7 @@ def test_it_is_learned_on_a_batch():
     assert losses[-1] == pytest.approx(terms, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_end(
     picture_folder, tmp_path, call_script, stopped_after_a_checkpoint
 ):
