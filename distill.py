@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import lowdino
-from lowdino import data, distributed, engine, evaluate, flags, frozen, settings, teachers
+from lowdino import distributed, engine, evaluate, flags, frozen, settings, sources, teachers
 from lowdino.distillation import Distillation
 
 OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
@@ -153,7 +153,7 @@ def check_teacher(args: argparse.Namespace) -> str | None:
 class TeacherAccuracy:
     """The teacher's k-NN accuracy in words, measured when first asked for."""
 
-    def __init__(self, args, teacher: teachers.Teacher, source: data.Data, ranks):
+    def __init__(self, args, teacher: teachers.Teacher, source: sources.Data, ranks):
         self.args, self.teacher, self.source, self.ranks = args, teacher, source, ranks
         self.said = None if teacher.backbone else ""
 
@@ -168,7 +168,7 @@ class TeacherAccuracy:
 
 
 def classifier_accuracy(
-    args, method: Distillation, source: data.Data, ranks: distributed.Ranks
+    args, method: Distillation, source: sources.Data, ranks: distributed.Ranks
 ) -> str | None:
     """Accuracy of the teacher's classifier on its own features and, through simkd's projector, on
     the student's; and of the student's own."""

@@ -11,13 +11,10 @@ import argparse
 import os
 
 import torch
-from torch import Tensor
-from torch.utils.data import Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.utils import save_image
 
 import lowdino
-from lowdino import augment, data, distributed, evaluate, flags, frozen, settings
+from lowdino import distributed, evaluate, flags, frozen, pictures, settings
 from lowdino.evaluate import Features
 
 
@@ -38,13 +35,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("--features", metavar="FILE", help=help)
     help = "also write a picture of some test images and their nearest training images"
     add("--neighbours", metavar="FILE", help=help)
+    help = (
+        "write a picture of some images and their PCA maps, the last feature map as colours, and "
+        "nothing else"
+    )
+    add("--maps", metavar="FILE", help=help)
     settings.add_evaluation_flags(add)
     k = [10, 20, 100, 200]
     add("--nb_knn", type=int, nargs="+", default=k, help="numbers of neighbours")
     help = "of the votes, exp(cosine / temperature)"
     add("--temperature", type=float, default=0.07, help=help)
     add("--batch_size_per_gpu", type=int, default=256)
-    add("--seed", type=int, default=0, help="of a random initialisation")
+    add("--seed", type=int, default=0, help="of a random initialisation, and of --test_fraction")
     return parser
 
 
@@ -55,15 +57,22 @@ def check(args: argparse.Namespace) -> str | None:
             "give a backbone, --weights FILE or --arch NAME, or else --pixels or --from_features "
             "FILE"
         )
-    if args.from_features and (args.features or args.neighbours):
-        return "--features and --neighbours need the images, which --from_features does without"
+    if args.from_features and (args.features or args.neighbours or args.maps):
+        return (
+            "--features, --neighbours and --maps need the images, which --from_features does "
+            "without"
+        )
+    if args.maps and (args.pixels or args.features or args.neighbours):
+        return "--maps needs a backbone, --weights or --arch, and is written alone"
     if args.pixels and args.pool != "default":
         return "--pool needs a backbone, and --pixels has none"
     if args.weights == "":
         return "--weights names no file; without it weights are random"
-    if args.neighbours and not args.neighbours.lower().endswith(IMG_EXTENSIONS):
-        return f"--neighbours {args.neighbours} should end as a picture's name does, in .png say"
-    for flag in ("features", "neighbours"):
+    for flag in ("neighbours", "maps"):
+        path = getattr(args, flag)
+        if path and not path.lower().endswith(IMG_EXTENSIONS):
+            return f"--{flag} {path} should end as a picture's name does, in .png say"
+    for flag in ("features", "neighbours", "maps"):
         if path := getattr(args, flag):
             folder = os.path.dirname(path) or "."
             if not os.access(folder, os.W_OK):
@@ -84,52 +93,25 @@ def check(args: argparse.Namespace) -> str | None:
     )
 
 
-def save_neighbours(
-    path: str,
-    images: data.Data,
-    train: Features,
-    test: Features,
-    queries: int = 10,
-    neighbours: int = 8,
-) -> None:
-    """Write a picture: a row a random test image, then its nearest training images, framed green
-    where they are of its class and red where not."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(images.test), generator=generator)[:queries]
-    k = min(neighbours, len(images.train))
-    query = test.features[rows.to(test.features.device)]
-    _, indices = evaluate.nearest_neighbours(train.features, query, k)
-    grey, green, red = (0.5, 0.5, 0.5), (0.1, 0.7, 0.2), (0.9, 0.1, 0.1)
-    cells = []
-    for row, near in zip(rows.tolist(), indices.tolist()):
-        picture, (label,) = thumbnails(images.test, [row])
-        found, labels = thumbnails(images.train, near)
-        colours = [grey, *(green if other == label else red for other in labels)]
-        framed = torch.tensor(colours)[:, :, None, None].repeat(1, 1, 70, 70)
-        framed[:, :, 3:-3, 3:-3] = torch.cat([picture, found])
-        cells.append(framed)
-    save_image(torch.cat(cells), path, nrow=1 + k, padding=1, pad_value=1.0)
-
-
-def thumbnails(
-    images: data.ImageArray | data.ImageFiles, indices: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The central squares of some images, (n, 3, 64, 64), and their labels (n,)."""
-    loader = data.evaluation_loader(Subset(images, indices), len(indices), 0)
-    canvas, sizes, labels, *_ = next(iter(loader))
-    return augment.resized_crop(canvas, augment.central_boxes(sizes, 1.0), 64), labels
-
-
 def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
     """Training and test features of the model that the flags name, on the first rank.
 
-    None on the other ranks, and where there are no labels.
+    None on the other ranks, where there are no labels, and where --maps is all that is asked for.
     """
     model = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
     name, backbone = frozen.open_network(model, args.seed)
-    labelled = bool(args.neighbours) or not args.features
+    labelled = bool(args.neighbours) or not (args.features or args.maps)
     source, size, workers = settings.open_data(args, backbone, ranks, labelled)
+    if ranks.first and source.notes and not args.maps:  # which needs no labels
+        print("\n".join(source.notes), flush=True)
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
+    if args.maps:
+        if ranks.first:
+            shown = source.test or source.pretrain
+            indices = pictures.some(shown, 8)
+            pictures.save_maps(args.maps, backbone.eval(), shown, indices, size, ranks.device)
+            print(f"{args.maps}: PCA maps of {name}")
+        return None
     images = {"train": source.train, "test": source.test}
     if source.test is None:
         images = {"train": source.pretrain}
@@ -153,7 +135,7 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
         f"{source.classes} classes, {size} px, {width} features"
     )
     if args.neighbours:
-        save_neighbours(args.neighbours, source, train, test)
+        pictures.save_neighbours(args.neighbours, source, train, test)
     return train, test
 
 

@@ -73,7 +73,10 @@ def add_training_flags(add) -> None:
 def add_label_flags(add) -> None:
     help = "fractions of each class's training labels to use"
     add("--label_fraction", type=float, nargs="+", default=[1.0], help=help)
-    help = "of the choice of labels and of the training; several give mean and standard deviation"
+    help = (
+        "of the choice of labels and of the training; several give mean and standard deviation; "
+        "the first is that of --test_fraction too"
+    )
     add("--seeds", type=int, nargs="+", default=[0], help=help)
     help = "of the training labels in use, held out to choose settings by"
     add("--val_fraction", type=float, default=0.2, help=help)
@@ -181,6 +184,8 @@ def measure(
     subject = None
     if opened:
         subject, row, train, test = features_of_images(args, *opened, ranks)
+        if ranks.first and number == 1 and subject.source.notes:
+            print("\n".join(subject.source.notes), flush=True)
     else:
         title, train, test = evaluate.load_features(name, ranks.device)
         row = {"model": title}

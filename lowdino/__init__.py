@@ -1,21 +1,26 @@
 """LowDINO: small networks that learn to see without labels."""
 
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
-from lowdino import models, vit
+from lowdino import augment, data, models, reading, vit
 from lowdino.checkpoint import UserError, load, load_backbone_weights, weights_of
 
-__all__ = ["ARCHS", "build_backbone", "load_backbone"]
+__all__ = ["ARCHS", "build_backbone", "load_backbone", "open_image"]
+__version__ = "0.1.0"  # that of setup.py
 
 ARCHS = models.ARCHS + vit.ARCHS
 
 
-def build_backbone(arch: str, **options) -> nn.Module:
+def build_backbone(arch: str, in_chans: int = 3, **options) -> nn.Module:
     """A backbone at random initialisation, its name in `arch`.
 
     See `lowdino.models` and `lowdino.vit` for the contract.
 
     Args:
+        in_chans: channels of the images. For others than 3 set `mean` and `std` from your images.
         options: of a Vision Transformer: patch_size (16) and image_size (224), in pixels.
 
     Raises:
@@ -25,6 +30,7 @@ def build_backbone(arch: str, **options) -> nn.Module:
         raise UserError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHS)}")
     backbone = getattr(vit if arch in vit.ARCHS else models, arch)(**options)
     backbone.arch = arch
+    models.set_in_chans(backbone, in_chans)
     return backbone
 
 
@@ -38,8 +44,8 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
         arch: name of the architecture, which a ConvNet's file needs unless it says it.
 
     Beside the contract of `lowdino.models` it has `arch` and, where the file says them,
-    `image_size` and `epoch`. Feed it float images in [0, 1], resized to about `image_size`, minus
-    `mean`, over `std`, by channel.
+    `image_size`, `value_range` and `epoch`. `open_image` makes its input of a file: float images in
+    [0, 1], resized to about `image_size`, minus `mean`, over `std`, by channel.
 
     Raises:
         UserError: where the file is missing, damaged or of another kind or architecture.
@@ -47,16 +53,22 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
     content = load(path)
     if arch and content.get("arch", arch) != arch:
         raise UserError(f"{path} holds {content['arch']}, not {arch}")
-    backbone = network_for(weights_of(content, path), arch or arch_of(content), path)
+    weights = weights_of(content, path)
+    backbone = network_for(weights, arch or arch_of(content), path)
     if arch and arch != backbone.arch:
         raise UserError(f"{path} holds a {backbone.arch}, not {arch}")
+    stem = weights.get(f"{models.stem_of(backbone)[0]}.weight")
+    channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
+    models.set_in_chans(backbone, channels)
     load_backbone_weights(backbone, content, str(path))
     if "mean" in content and "std" in content:
         backbone.mean, backbone.std = tuple(content["mean"]), tuple(content["std"])
     elif backbone.arch.startswith("mobilevit"):
         # Ours always say their own; timm's, the only others, expect images in [0, 1] as they are.
-        backbone.mean, backbone.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    for key in ("image_size", "epoch"):
+        backbone.mean, backbone.std = (0.0,) * channels, (1.0,) * channels
+    elif backbone.mean is None:  # ImageNet's, averaged over RGB
+        backbone.mean, backbone.std = (0.449,) * channels, (0.226,) * channels
+    for key in ("image_size", "value_range", "epoch"):
         if key in content:
             setattr(backbone, key, content[key])
     return backbone.eval()
@@ -82,3 +94,28 @@ def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.M
             f"{path} does not say of which architecture it is; name it: {', '.join(ARCHS)}"
         )
     return build_backbone(arch)
+
+
+def open_image(path: str | Path, backbone: nn.Module, size: int | None = None) -> Tensor:
+    """A file as a network's input: (1, C, size, size) float32, on the CPU.
+
+    It is what `eval_knn.py` feeds: the upright picture in the backbone's channels and range of
+    values (see `lowdino.reading`), the central square, resized, and normalised by the backbone's
+    mean and std.
+
+    Args:
+        size: side in pixels; None for the backbone's `image_size`, or 224 where it says none.
+
+    Raises:
+        UserError: naming the file, where it cannot be read or has other channels.
+    """
+    size = size or getattr(backbone, "image_size", 224)
+    pixels = reading.Pixels(len(backbone.mean), getattr(backbone, "value_range", None))
+    if not pixels.value_range and reading.deep_values(str(path), pixels) is not None:
+        raise UserError(
+            f"{path} has values of more than 8 bits, and the network was trained on 8: set its "
+            "value_range to what is to be black and white, such as (0, 4095)"
+        )
+    image = data.central_part(reading.read_image(str(path), 2 * size, pixels))
+    sizes = torch.tensor([image.shape[1:]])
+    return augment.central_view(image[None], sizes, size, backbone.mean, backbone.std)

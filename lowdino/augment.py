@@ -6,8 +6,8 @@ two batched matrix products. A CPU applies it as weighted sums of rows, and leav
 uint8 images to torch's resize. Blur is such a map too. Colour operations are arithmetic without a
 comparison per element, because a CPU is slow at those. The data loader only decodes.
 
-Images are (B, 3, H, W) with values in [0, 1] unless said otherwise. Every parameter is a tensor of
-one value per image.
+Images are (B, C, H, W) with values in [0, 1] unless said otherwise. Every parameter is a tensor of
+one value per image. Hue, saturation and grayscale are for RGB alone.
 """
 
 import math
@@ -21,6 +21,10 @@ from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# DINO's strengths of brightness, contrast, saturation and hue, and its probabilities of blur for
+# the first global view, for each other global view and for a local view.
+JITTER, BLUR = (0.4, 0.4, 0.2, 0.1), (1.0, 0.1, 0.5)
 
 
 def derived_seed(*numbers: int) -> int:
@@ -137,14 +141,14 @@ def resized_crop(
     choose per image it would have to resample every image twice, or wait for the host.
 
     Args:
-        images: (B, 3, H, W), uint8, or float in [0, 1].
+        images: (B, C, H, W), uint8, or float in [0, 1].
         boxes: (N, 4) top, left, height, width in pixels, inside the image; N a multiple of B: one
             of each image, then another of each, and so on.
         out_size: side of the result in pixels.
         flip, vertical_flip: (N,) bool, mirror left-right and top-bottom; None for none.
 
     Returns:
-        (N, 3, out_size, out_size) float32 in [0, 1].
+        (N, C, out_size, out_size) float32 in [0, 1].
     """
     if goes_one_by_one(images, out_size):
         return resized_crop_one_by_one(images, boxes, out_size, flip, vertical_flip)
@@ -182,14 +186,10 @@ def goes_one_by_one(images: Tensor, out_size: int) -> bool:
 
 
 def resized_crop_one_by_one(
-    images: Tensor,
-    boxes: Tensor,
-    out_size: int,
-    flip: Tensor | None,
-    vertical_flip: Tensor | None,
+    images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | None, vertical_flip: Tensor | None
 ) -> Tensor:
     """`resized_crop` by torch's own resize of uint8, which goes along the width first."""
-    crops = torch.empty(len(boxes), 3, out_size, out_size, dtype=torch.uint8)
+    crops = torch.empty(len(boxes), images.shape[1], out_size, out_size, dtype=torch.uint8)
     numbers = torch.column_stack([boxes, height_first(boxes, out_size)]).int().tolist()
     for i, (top, left, height, width, transposed) in enumerate(numbers):
         own, out = images[i % len(images), None], crops[i]
@@ -252,6 +252,18 @@ def random_boxes(
     return torch.cat([top, left, h, w], dim=1)
 
 
+def windows(sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A part at random of each image, of at most twice its shorter side: corners, sizes (B, 2).
+
+    Boxes are nearly square, and of a line of text all would be its centre. A part is the whole of
+    most images. These keep their views, for the generator is left as it is.
+    """
+    part = torch.minimum(sizes, 2 * sizes.amin(dim=1, keepdim=True))
+    own = generator and torch.Generator(sizes.device).manual_seed(generator.initial_seed() ^ 1)
+    u = torch.rand(sizes.shape, generator=own, device=sizes.device)
+    return (u * (sizes - part + 1)).floor().minimum(sizes - part), part
+
+
 def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
     """The central square with `fraction` of the shorter side.
 
@@ -276,7 +288,12 @@ def on_cpu(images: Tensor) -> bool:
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma of ITU-R BT.601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W)."""
+    """Luma of ITU-R BT.601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W).
+
+    Of another number of channels it is their mean.
+    """
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
     r, g, b = images.unbind(dim=1)
     return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
@@ -315,13 +332,10 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     and a slot works only on the images that use it.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], left as they are.
+        images: (B, C, H, W) in [0, 1], left as they are; the result is like them.
         factors: (B, 3) of brightness, contrast and saturation; 1 changes nothing.
-        hue: (B,) shift in [-0.5, 0.5] of a full circle; 0 changes nothing.
+        hue: (B,) shift in [-0.5, 0.5] of a full circle; 0 changes nothing, nor does C other than 3.
         order: (B, 4) a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue, first to last.
-
-    Returns:
-        (B, 3, H, W) in [0, 1].
     """
     position = order.argsort(dim=1)  # (B, 4) of each operation in its image's order
     if on_cpu(images):
@@ -347,7 +361,8 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     for slot, part in enumerate(parts):  # three blends, the hue, three blends
         own = images[part]
         if slot == 3:
-            shift_hue(own, hue[part])
+            if own.shape[1] == 3:
+                shift_hue(own, hue[part])
             continue
         k = slot - (slot > 3)
         grey = grayscale(own)
@@ -357,7 +372,7 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, reach: int = 4) -> Tensor:
-    """Blur each image with its own standard deviation: (B, 3, H, W) -> (B, 3, H, W).
+    """Blur each image with its own standard deviation: (B, C, H, W) -> (B, C, H, W).
 
     torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as in DINOv2: sampled, cut,
     normalised, and reflected at the edge pixels.
@@ -436,21 +451,19 @@ SMALLEST_BLUR = 0.3
 class MultiCrop(nn.Module):
     """Global and local views of each image, drawn for each image by itself (DINO's augmentation).
 
-    forward(images, sizes, generator): images (B, 3, H, W) uint8, each in the top left corner of its
+    forward(images, sizes, generator): images (B, C, H, W) uint8, each in the top left corner of its
     canvas, with height and width `sizes` (B, 2) in pixels; a generator on the same device. Returns
-    a list of normalised float32 tensors: `global_number` of (B, 3, global_size, global_size), then
-    `local_number` of (B, 3, local_size, local_size).
+    a list of normalised float32 tensors: `global_number` of (B, C, global_size, global_size), then
+    `local_number` of (B, C, local_size, local_size). C is the number of `mean`'s channels.
 
-    The defaults are those of DINO's official code, and the blur is DINOv2's, of 9 x 9 pixels. The
-    first global view has its own probabilities of blur and solarisation, the others share theirs.
+    The defaults are those of DINO's official code, and the blur is DINOv2's, of 9 x 9 pixels.
 
     Args:
         global_size, local_size: sides in pixels.
         local_number: local views per image; 0 for none.
         global_scale, local_scale: range of the crop's area, as a fraction of the image's.
         vertical_flip: probability of a top-bottom flip (LowDINO's); left-right is always 0.5.
-        jitter: strengths of brightness, contrast, saturation and hue, applied with probability 0.8.
-        blur: probability for the first global view, for each other global view, for a local view.
+        jitter: strengths, see JITTER, applied with probability 0.8. blur: probabilities, see BLUR.
         blur_sigma: range of the blur's standard deviation in pixels. There is no blur where it ends
             at SMALLEST_BLUR or below.
         solarize: probability for each global view but the first.
@@ -469,8 +482,8 @@ class MultiCrop(nn.Module):
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         vertical_flip: float = 0.0,
-        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
-        blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+        jitter: tuple[float, float, float, float] = JITTER,
+        blur: tuple[float, float, float] = BLUR,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         solarize: float = 0.2,
         mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -484,8 +497,10 @@ class MultiCrop(nn.Module):
             raise ValueError(f"at least one global view is needed, not {global_number}")
         self.global_size, self.local_size = global_size, local_size
         self.local_number = local_number
+        rgb = len(mean) == 3
+        jitter, grayscale = (jitter, grayscale) if rgb else ((*jitter[:2], 0.0, 0.0), 0.0)
         self.vertical_flip, self.grayscale = vertical_flip, grayscale
-        self.blur_sigma = blur_sigma
+        self.blur_sigma, self.blurs = blur_sigma, blur_sigma[1] > SMALLEST_BLUR
         # Buffers, because copying a constant to a GPU in every step makes the host wait for it.
         self.register_buffer("jitter", torch.tensor(jitter), persistent=False)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
@@ -505,30 +520,20 @@ class MultiCrop(nn.Module):
         number = len(self.groups[0][2])
         text = f"{number} " * (number != 2) + f"global views {self.global_size} px"
         text += f", {self.local_number} local views {self.local_size} px"
-        if not self.blurs():
+        if not self.blurs:
             text += f"; no blur: its largest sigma is {self.blur_sigma[1]:.2g} pixels at this size"
         return text
 
-    def blurs(self) -> bool:
-        return self.blur_sigma[1] > SMALLEST_BLUR
-
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return [
-            view for group in self.groups for view in self.draw(images, sizes, generator, *group)
-        ]
+        parts = windows(sizes, generator)
+        return [v for group in self.groups for v in self.draw(images, *parts, generator, group)]
 
     def draw(
-        self,
-        images: Tensor,
-        sizes: Tensor,
-        generator: torch.Generator,
-        size: int,
-        scale: tuple[float, float],
-        blur: tuple[float, ...],
-        solar: tuple[float, ...],
+        self, images: Tensor, corners: Tensor, sizes: Tensor, generator: torch.Generator, group
     ) -> Sequence[Tensor]:
         """The views of one size, N in all, view by view: first every draw, then the pixels."""
+        size, scale, blur, solar = group
         device, views = images.device, len(blur)
         N = views * len(images)
 
@@ -540,18 +545,19 @@ class MultiCrop(nn.Module):
             return torch.cat([u < p for u, p in zip(uniform(N).chunk(views), probabilities)])
 
         boxes = random_boxes(torch.cat([sizes] * views), scale, generator)
+        boxes[:, :2] += torch.cat([corners] * views)
         flip, vertical_flip = uniform(N) < 0.5, uniform(N) < self.vertical_flip
         amounts = (2 * uniform(N, 4) - 1) * self.jitter * (uniform(N, 1) < 0.8)
         order = uniform(N, 4).argsort(dim=1)
         # Each with its mask and its values.
-        operations = [(uniform(N) < self.grayscale, lambda x: grayscale(x).expand(-1, 3, -1, -1))]
+        operations = [(uniform(N) < self.grayscale, lambda x: grayscale(x).expand_as(x))]
         low, high = self.blur_sigma
-        if self.blurs():
+        if self.blurs and any(blur):
             operations.append((chance(*blur), gaussian_blur, low + (high - low) * uniform(N)))
         if any(solar):
             operations.append((chance(*solar), solarize))
 
-        made = torch.empty(N, 3, size, size, device=device)
+        made = torch.empty(N, images.shape[1], size, size, device=device)
         for part, whole in blocks(images, N, size):
             x = resized_crop(images[part], boxes[whole], size, flip[whole], vertical_flip[whole])
             x = color_jitter(x, 1 + amounts[whole, :3], amounts[whole, 3], order[whole])
@@ -562,13 +568,10 @@ class MultiCrop(nn.Module):
 
 
 def normalize(
-    images: Tensor,
-    mean: Tensor | tuple[float, ...],
-    std: Tensor | tuple[float, ...],
-    out: Tensor | None = None,
+    images: Tensor, mean: Tensor | Sequence, std: Tensor | Sequence, out: Tensor | None = None
 ) -> Tensor:
-    """(images - mean) / std by channel: (B, 3, H, W) -> (B, 3, H, W), into `out` if given."""
-    mean, std = (torch.as_tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    """(images - mean) / std by channel: (B, C, H, W) -> (B, C, H, W), into `out` if given."""
+    mean, std = (torch.as_tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return torch.sub(images, mean, out=out).div_(std)
 
 
@@ -581,18 +584,15 @@ def central_view(
     std: tuple[float, ...] = IMAGENET_STD,
     fraction: float | None = None,
 ) -> Tensor:
-    """The view for evaluation: the central square, resized and normalised.
+    """The view for evaluation: the central square, resized and normalised, (B, C, size, size).
 
     Args:
-        images: (B, 3, H, W) uint8, or float in [0, 1], each in the top left corner of its canvas.
+        images: (B, C, H, W) uint8, or float in [0, 1], each in the top left corner of its canvas.
         sizes: (B, 2) height and width of each in pixels.
         size: side of the result in pixels.
         mean, std: of the normalisation, by channel; ImageNet's by default.
         fraction: of the shorter side. None takes the usual 0.875 (resize to 256, crop 224) from 128
             pixels on, and the whole side below, where images have no margin to spare.
-
-    Returns:
-        (B, 3, size, size) float32.
     """
     fraction = fraction or (0.875 if size >= 128 else 1.0)
     return normalize(resized_crop(images, central_boxes(sizes, fraction), size), mean, std)

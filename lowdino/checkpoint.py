@@ -185,6 +185,8 @@ def save_backbone(
         "epoch": epoch,
         "state_dict": weights,
     }
+    if getattr(backbone, "value_range", None):
+        content["value_range"] = list(backbone.value_range)
     save_atomic(path, content | more)
 
 

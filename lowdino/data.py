@@ -1,35 +1,28 @@
 """Images in one batch format: uint8 on a common canvas, decoded but not yet augmented.
 
-Augmentation happens on the device. Sources: a folder (with or without class sub-folders), a text
-file of paths, and torchvision's CIFAR-10, CIFAR-100 and STL-10.
+Augmentation happens on the device. What one file becomes is in `reading.py`, and where files come
+from in `sources.py`.
 """
 
 import hashlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from lowdino.reading import Pixels, UserError, read_image, shorter_side
 
 NO_LABEL = -1
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 class Batch(NamedTuple):
-    images: Tensor  # (B, 3, H, W) uint8, each in the top left corner of its canvas
+    images: Tensor  # (B, C, H, W) uint8, each in the top left corner of its canvas
     sizes: Tensor  # (B, 2) int64, height and width of each image
     labels: Tensor  # (B,) int64, NO_LABEL where there is none
     indices: Tensor  # (B,) int64, indices into the data set
@@ -91,8 +84,11 @@ class ImageFiles(Dataset):
     Args:
         paths: of the files. labels: a class for each, or None.
         max_side: larger images are reduced on reading, see `read_image`; None keeps all pixels.
+
+    `pixels` says what the files' values become.
     """
 
+    pixels = Pixels()
     replace_bad = False
     ATTEMPTS = 20
 
@@ -114,7 +110,7 @@ class ImageFiles(Dataset):
         bad: list[str] = []
         for i in candidates:
             try:
-                return read_image(self.paths[i], self.max_side), self.labels[i], i, bad
+                return read_image(self.paths[i], self.max_side, self.pixels), self.labels[i], i, bad
             except UserError as error:
                 bad.append(str(error))
         raise UserError(bad[0])
@@ -128,11 +124,7 @@ class ImageFiles(Dataset):
 
     def shorter_side(self, index: int) -> int:
         """The smaller of height and width, from the file's header."""
-        try:
-            with Image.open(self.paths[index]) as image:
-                return min(image.size)
-        except Exception as error:  # as in `read_image`
-            raise UserError(f"cannot read image {self.paths[index]}: {error}") from error
+        return shorter_side(self.paths[index], self.pixels)
 
     def decoded_bytes(self, sample: int = 32) -> int:
         """An estimate, from an even sample."""
@@ -198,63 +190,74 @@ def cached(
     return CachedImages(dataset, device if where == "device" else torch.device("cpu"), num_workers)
 
 
-def read_image(path: str, max_side: int | None = None) -> Tensor:
-    """Decode any Pillow image to (3, H, W) uint8 RGB; 16-bit grey is scaled, alpha is dropped.
-
-    Args:
-        max_side: reduce the shorter side to at most this many pixels, the longer to twice as many.
-
-    Raises:
-        UserError: naming the file, where it cannot be read or its values have no known range.
-    """
-    try:
-        with Image.open(path) as image:
-            if max_side is not None:
-                # JPEG only: decodes at 1/2, 1/4 or 1/8 of the size, but not below max_side.
-                image.draft("RGB", (max_side, max_side))
-            image.load()
-            image = eight_bits(image).convert("RGB")
-            if max_side is not None:
-                scale = min(max_side / min(image.size), 2 * max_side / max(image.size))
-                if scale < 1:
-                    smaller = [max(round(side * scale), 1) for side in image.size]
-                    image = image.resize(smaller, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    except Exception as error:  # on a damaged file Pillow's decoders raise any kind of exception
-        raise UserError(f"cannot read image {path}: {error}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; an image of other modes as it is."""
-    if image.mode == "F":
-        raise UserError(
-            "floating-point values have no known range; convert it to 8 or 16 bits first"
-        )
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)  # of 16 bits, or of 32 that should fit 16
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(
-            f"values {values.min()} to {values.max()} do not fit 16 bits; convert it first"
-        )
-    return Image.fromarray((values / 257).round().astype(np.uint8))
-
-
 def collate(items: Batch | list[tuple[Tensor, int, int, list[str]]]) -> Batch:
-    """Images of any sizes on the smallest rectangle that holds them all: (B, 3, H, W)."""
+    """Images of any sizes on the smallest rectangle that holds them all: (B, C, H, W)."""
     if isinstance(items, Batch):
         return items
     images, labels, indices, bad = zip(*items)
+    images = fit_canvas(images)
     sizes = torch.tensor([image.shape[1:] for image in images])  # (B, 2)
     if (sizes == sizes[0]).all():
         canvas = torch.stack(images)
     else:
-        height, width = sizes.amax(dim=0).tolist()
-        device = images[0].device
-        canvas = torch.zeros(len(images), 3, height, width, dtype=torch.uint8, device=device)
+        shape = len(images), len(images[0]), *sizes.amax(dim=0).tolist()
+        canvas = torch.zeros(shape, dtype=torch.uint8, device=images[0].device)
         for corner, image in zip(canvas, images):
             corner[:, : image.shape[1], : image.shape[2]] = image
     return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices), sum(bad, []))
+
+
+# A canvas may have so many bytes, or sides of twice the longest of the images' shorter sides.
+CANVAS_BYTES = 2**29
+
+
+def fit_canvas(images: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Reduce the longest images of a batch whose canvas would be larger than CANVAS_BYTES.
+
+    Images keep their shorter side on reading, so a long row and a high column of text may need a
+    canvas that is far larger than both.
+    """
+    sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)  # (B, 2)
+    most = CANVAS_BYTES / (len(images) * len(images[0]))
+    if sizes.amax(dim=0).prod() <= most:
+        return images
+    most = max(most, 4 * sizes.amin(dim=1).max() ** 2)
+    longest = sizes.max()
+    while True:
+        scale = (longest / sizes.amax(dim=1, keepdim=True)).clamp(max=1)
+        if (sizes * scale).amax(dim=0).prod() <= most:
+            break
+        longest *= 0.95
+    fitting = (sizes * scale).floor().clamp(min=1).int().tolist()
+    return [
+        image if list(image.shape[1:]) == size else resized(image, size)
+        for image, size in zip(images, fitting)
+    ]
+
+
+def resized(image: Tensor, size: list[int]) -> Tensor:
+    """(C, H, W) uint8 -> (C, *size) uint8."""
+    image = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
+    return image.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def central_part(image: Tensor) -> Tensor:
+    """The central square of (C, H, W), with another row or column where the rest is odd.
+
+    So its centre is that of the whole, for `augment.central_boxes`.
+    """
+    side = min(image.shape[1:])
+    (top, height), (left, width) = (
+        ((whole - side) // 2, side + (whole - side) % 2) for whole in image.shape[1:]
+    )
+    return image[:, top : top + height, left : left + width]
+
+
+def collate_centres(items: Batch | list[tuple[Tensor, int, int, list[str]]]) -> Batch:
+    """As `collate`, of the images' central parts, which are all that an evaluation sees."""
+    if isinstance(items, Batch):
+        return items
+    return collate([(central_part(image), *others) for image, *others in items])
 
 
 def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
@@ -353,9 +356,61 @@ def processes(dataset: Dataset, num_workers: int) -> int:
     return 0 if isinstance(dataset, CachedImages) or on_gpu else num_workers
 
 
+class ByPipe:
+    """A tensor that a loader's process pickles, where torch would put it into shared memory."""
+
+    def __init__(self, tensor: Tensor):
+        self.array = tensor.numpy()
+
+    def __reduce__(self):
+        return torch.from_numpy, (self.array,)
+
+
+class Piped:
+    """A collate function whose tensors go through the pipe from a loader's process."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, items: list) -> Sequence:
+        batch = self.function(items)
+        parts = [ByPipe(part) if isinstance(part, Tensor) else part for part in batch]
+        return Batch(*parts) if isinstance(batch, Batch) else tuple(parts)
+
+
+# Where less of /dev/shm is free, it is left alone. Docker gives 64 MiB unless told otherwise.
+LEAST_SHARED_MEMORY = 2**30
+PIPES = (
+    "/dev/shm is too small for the batches of the loader processes, which come through pipes, at "
+    "some cost: docker run --shm-size 8g gives more, --num_workers 0 does without"
+)
+
+
+def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> bool:
+    """Whether /dev/shm is too small for the batches that loader processes have ready, two each.
+
+    A process that fills it is killed, and the others wait for ever.
+    """
+    try:
+        found = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):  # not on Linux
+        return False
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    side = getattr(dataset, "max_side", None) or 512
+    channels = getattr(dataset, "pixels", Pixels()).channels
+    # Photographs of both orientations on a canvas have 3/2 of the shorter side both ways.
+    batch = batch_size * channels * (1.5 * side) ** 2
+    free = found.f_bavail * found.f_frsize / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return num_workers > 0 and free < max((2 * num_workers + 1) * batch, LEAST_SHARED_MEMORY)
+
+
 def open_loader(dataset: Dataset, num_workers: int, **options) -> DataLoader:
-    """A loader with what all of them have in common."""
+    """A loader with what all of them have in common; options are DataLoader's."""
     options = {"collate_fn": collate, "worker_init_fn": leave_signals_to_parent} | options
+    batch = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", 64)
+    if lacks_shared_memory(dataset, num_workers, batch):
+        options["collate_fn"] = Piped(options["collate_fn"])
     return DataLoader(dataset, num_workers=num_workers, **options)
 
 
@@ -410,189 +465,6 @@ def evaluation_loader(
         raise UserError(
             f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer"
         )
-    mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    return open_loader(mine, processes(dataset, num_workers), batch_size=batch_size)
-
-
-# --------------------------------------------------------------------------------------------------
-# Sources
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    """What a source holds.
-
-    Attributes:
-        name: in words, for the log.
-        pretrain: all images to learn from; labels are not used.
-        train, test: labelled images, the memory and the queries of k-NN; None where there are none.
-        classes: number of labels; 0 without them.
-    """
-
-    name: str
-    pretrain: ImageArray | ImageFiles
-    train: ImageArray | ImageFiles | None = None
-    test: ImageArray | ImageFiles | None = None
-    classes: int = 0
-
-    def limit_side(self, max_side: int) -> None:
-        """Reduce large files on reading; see `read_image`."""
-        for images in (self.pretrain, self.train, self.test):
-            if isinstance(images, ImageFiles):
-                images.max_side = max_side
-
-
-def load(source: str, root: str = "data", download: bool = False) -> Data:
-    """Open a source by name.
-
-    Args:
-        source: "cifar10", "cifar100" or "stl10", stored under `root`; a text file, see
-            `load_listing`; or a folder, see `load_folder`.
-        download: fetch one of torchvision's data sets where `root` lacks it.
-
-    Raises:
-        UserError: in one sentence, where there is nothing to read.
-    """
-    if source in TORCHVISION:
-        return load_torchvision(source, root, download)
-    path = Path(source)
-    if path.is_file():
-        return load_listing(path)
-    if source and path.is_dir():  # Path("") would be the current folder
-        return load_folder(path)
-    raise UserError(
-        f"no data at {source or 'an empty path'}: give a folder, a text file of paths, "
-        "demo, cifar10, cifar100 or stl10"
-    )
-
-
-def load_listing(listing: Path) -> Data:
-    """The images named in a text file, one a line, relative to the file's own folder."""
-    try:
-        lines = [line.strip() for line in listing.read_text().splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{listing} is not a text file; give a folder of images, or a list of paths"
-        ) from error
-    paths = [str(listing.parent / line) for line in lines if line]
-    if not paths:
-        raise UserError(f"{listing} has no lines; it should name one image a line")
-    missing = next((p for p in paths if not os.path.isfile(p)), None)
-    if missing:
-        raise UserError(f"{listing} names {missing}, which does not exist")
-    return Data(f"{len(paths)} images named in {listing}", ImageFiles(paths))
-
-
-def load_folder(folder: Path) -> Data:
-    """All images below a folder, or below its `train/` where it has one.
-
-    Where `train/` and, beside it, `val/` or `test/` both have class sub-folders, they are the
-    labelled training and test images.
-    """
-    top = folder / "train"
-    if not top.is_dir():
-        return Data(f"folder {folder}", ImageFiles(find_images(folder)))
-    paths = find_images(top)
-    data = Data(f"folder {top}", ImageFiles(paths))
-    test_top = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    names = classes_of(paths, top)
-    if test_top is None or names is None:
-        return data
-    test_paths = find_images(test_top)
-    test_names = classes_of(test_paths, test_top)
-    if test_names is None:
-        return data
-    classes = sorted(set(names))
-    check_classes(classes, test_names, top, test_top)
-    number = {name: i for i, name in enumerate(classes)}
-    data.pretrain.labels = [number[name] for name in names]
-    data.train = data.pretrain
-    data.test = ImageFiles(test_paths, [number[name] for name in test_names])
-    data.classes = len(classes)
-    return data
-
-
-def check_classes(classes: list[str], test_names: list[str], top: Path, test_top: Path) -> None:
-    """Refuse a class folder without images, and a test class that the training images lack."""
-    for folder in sorted(top.iterdir()):
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in classes:
-            raise UserError(f"class folder {folder} has no image: fill it, or remove it")
-    unknown = sorted(set(test_names) - set(classes))
-    if unknown:
-        raise UserError(f"{test_top} has class {unknown[0]!r}, which {top} lacks")
-
-
-def load_on_ranks(source: str, root: str, download: bool, rank: int) -> Data:
-    """`load` in every process of a job; only the first downloads, and the others wait for it."""
-    if not (download and dist.is_initialized()):
-        return load(source, root, download)
-    if rank != 0:
-        dist.barrier()
-    found = load(source, root, download and rank == 0)
-    if rank == 0:
-        dist.barrier()
-    return found
-
-
-def find_images(folder: Path) -> list[str]:
-    """All images below a folder, sorted; a UserError where there are none.
-
-    Links are followed, but each folder is read once. Names that begin with a dot are left out.
-    """
-
-    def refuse(error: OSError):
-        raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-    paths, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in files if name.lower().endswith(IMG_EXTENSIONS))
-        paths += [os.path.join(root, name) for name in images if not name.startswith(".")]
-    if not paths:
-        raise UserError(f"no images under {folder}; looked for {' '.join(IMG_EXTENSIONS)}")
-    return sorted(paths)
-
-
-def classes_of(paths: list[str], folder: Path) -> list[str] | None:
-    """The sub-folder of `folder` that each image is in; None where some are in `folder` itself."""
-    parts = [Path(path).relative_to(folder).parts for path in paths]
-    return [p[0] for p in parts] if all(len(p) > 1 for p in parts) else None
-
-
-TORCHVISION = {
-    "cifar10": ("CIFAR-10", "CIFAR10"),
-    "cifar100": ("CIFAR-100", "CIFAR100"),
-    "stl10": ("STL-10, its unlabelled images", "STL10"),
-}  # source -> name for the log, class of torchvision.datasets
-
-
-def load_torchvision(source: str, root: str, download: bool) -> Data:
-    """One of torchvision's data sets, in memory."""
-    name, kind = TORCHVISION[source]
-
-    def split(**which) -> ImageArray:
-        found = getattr(datasets, kind)(root, download=download, **which)
-        labels = found.targets if hasattr(found, "targets") else found.labels
-        images = torch.from_numpy(found.data)
-        if images.shape[1] != 3:  # CIFAR has channels last, STL-10 first
-            images = images.permute(0, 3, 1, 2).contiguous()
-        return ImageArray(images, torch.as_tensor(labels, dtype=torch.int64))
-
-    try:
-        if source == "stl10":
-            pretrain, train, test = (split(split=s) for s in ("unlabeled", "train", "test"))
-        else:
-            pretrain = train = split(train=True)
-            test = split(train=False)
-    except (RuntimeError, OSError) as error:  # absent, corrupted, or no network
-        hint = "the download failed"
-        if not download:
-            hint = "not found; add --download, or name its folder by --data_root"
-        raise UserError(f"{source} under {root}: {hint}") from error
-    return Data(name, pretrain, train, test, classes=int(train.labels.max()) + 1)
+    mine = Subset(dataset, range(rank, len(dataset), world))
+    workers = processes(dataset, num_workers)
+    return open_loader(mine, workers, batch_size=batch_size, collate_fn=collate_centres)

@@ -1,6 +1,5 @@
 """The training loop, and what surrounds a step: resume, guard, log, save, evaluate, stop."""
 
-import json
 import math
 import sys
 import time
@@ -23,7 +22,10 @@ from lowdino import (
     monitor,
     optim,
     pace,
+    pixels,
+    report,
     settings,
+    sources,
 )
 from lowdino.methods import Method
 from lowdino.parts import (
@@ -52,7 +54,7 @@ class Diverged(UserError, FloatingPointError):
 def train(
     args,
     ranks: distributed.Ranks,
-    source: data.Data,
+    source: sources.Data,
     build: Callable[..., Method],
     more_settings: dict | None = None,
     knn_note: Callable[[], str] = str,
@@ -140,11 +142,10 @@ class Run:
         choose_amp(args, ranks, saved)
 
         backbone = build_backbone(args)
-        if saved:
-            backbone.mean, backbone.std = map(tuple, saved["normalisation"])
+        said = pixels.fit(args, backbone, source, saved)
         self.multicrop = build_views(args, backbone).to(ranks.device)
-        images = f"{source.name}, {len(source.pretrain)} images"
-        self.log.say(f"data: {images}; {self.multicrop.describe()}")
+        images = f"data: {source.name}, {len(source.pretrain)} images"
+        self.log.say(f"{images}; {self.multicrop.describe()}{said}", *source.notes)
         steps = dict(total_steps=self.total_steps or math.inf, epoch_steps=self.epoch_steps)
         self.method = distributed.on_device(build(backbone, args, **steps), ranks)
         self.optimizer = build_optimizer(args, self.method, ranks.device)
@@ -165,6 +166,8 @@ class Run:
         if ranks.first:
             self.log.rewind(self.step)
         self.health = health.Health(self.method.out_dim, self.method.remedy)
+        self.table = monitor.Table()
+        self.reporter = report.Reporter(self.output, args.global_crops_size, ranks.device)
         self.bad_images = monitor.BadImages(
             self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
         )
@@ -247,15 +250,9 @@ class Run:
         """The settings as they are now, known or found."""
         if not self.ranks.first:
             return
-        values = vars(self.args)
-        with checkpoint.atomic(self.output / "args.json") as file:
-            known = values | {"world": self.ranks.world, "total_steps": self.total_steps}
-            file.write(json.dumps(known, indent=2).encode() + b"\n")
-        others = f"--preset {self.args.preset}" if self.args.preset else "the recipe"
-        by_hand = ", ".join(self.args.by_hand)
-        self.log.say(f"settings of {others}" + (f", but by hand {by_hand}" if by_hand else ""))
-        shown = (f"{k}={v}" for k, v in values.items() if k not in settings.UNSAID)
-        self.log.say(f"settings: {' '.join(shown)}")
+        known = {"world": self.ranks.world, "total_steps": self.total_steps}
+        known["run"] = report.facts(self.method, self.source, self.ranks.device)
+        self.log.say(*settings.write(self.output / "args.json", self.args, known))
 
     # -- Start ----------------------------------------------------------------------------------
 
@@ -293,6 +290,8 @@ class Run:
 
     def open_loader(self) -> torch.utils.data.DataLoader:
         args, ranks, source = self.args, self.ranks, self.source
+        if data.lacks_shared_memory(source.pretrain, args.num_workers, args.batch_size_per_gpu):
+            self.log.say(data.PIPES)
         images, where = self.cached_images()
         if source.train is source.pretrain:
             self.source = replace(source, train=images)
@@ -326,6 +325,7 @@ class Run:
                 seconds = pace.seconds_of_evaluation(backbone, args, self.source, self.ranks)
                 self.budget.evaluated(seconds)
                 self.knn_note()  # which has a teacher evaluated, once
+            self.report(page=False)  # which tells how long its pictures take
             plan = self.budget.plan(self.step, found[args.amp])
             self.adopt(*distributed.gather_objects(plan)[0])
             if wrong := settings.check_warm_ups(args, self.total_steps / self.epoch_steps):
@@ -459,6 +459,8 @@ class Run:
     def log_step(self) -> None:
         """A log line where one is due: mean loss since the last, metrics of this step, speed."""
         self.clock.stepped(self.total_batch)
+        left = self.total_steps - self.step
+        self.log.progress(self.step, self.total_steps, self.clock.seconds_left(left))
         if self.step % self.args.log_freq and not self.epoch_ended:
             return
         if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
@@ -469,7 +471,7 @@ class Run:
             )
         if self.skipped:
             return
-        metrics, speed = self.mean_losses(), self.clock.read(self.total_steps - self.step)
+        metrics, speed = self.mean_losses(), self.clock.read(left)
         weights = self.optimizer.param_groups[0]
         values = {
             **metrics,
@@ -478,12 +480,8 @@ class Run:
             "memory_mb": monitor.memory_mb(self.ranks.device),
         }
         epoch = (self.step - 1) // self.epoch_steps
-        self.log.say(
-            f"epoch {epoch} step {self.step}/{self.total_steps} "
-            + " ".join(f"{name} {value:.5g}" for name, value in values.items())
-            + f" {speed['images_per_s']:.0f} images/s wait {speed['data_wait']:.0%}"
-            + f" eta {monitor.duration(speed['eta_s'])}"
-        )
+        steps = f"{self.step}/{self.total_steps}"
+        self.log.say(*self.table.lines(steps, epoch, values | speed))
         self.log.record(step=self.step, epoch=epoch, **values, **speed)
         for text in self.health.read(self.step, **metrics):
             self.log.say(f"health: {text}")
@@ -510,6 +508,7 @@ class Run:
             "loss_steps": self.loss_steps,
             "settings": self.settings,
             "normalisation": [list(values) for values in frozen.normalisation(backbone)],
+            "value_range": getattr(backbone, "value_range", None),
         }
         if self.epoch_ended:
             epoch, size = self.step // self.epoch_steps, args.global_crops_size
@@ -543,9 +542,12 @@ class Run:
             with self.signals.at_once():
                 self.evaluate()
             self.clock.restart()
+        elif self.epoch_ended and (self.reporter.due or self.step == self.total_steps):
+            self.report()
+            self.clock.restart()
 
     def evaluate(self) -> None:
-        """The k-NN accuracy of the backbone."""
+        """The k-NN accuracy of the backbone, and a report."""
         args, source, ranks, start = self.args, self.source, self.ranks, time.perf_counter()
         epoch, backbone = self.step // self.epoch_steps, self.method.backbone
         distributed.broadcast_buffers(backbone)
@@ -562,6 +564,16 @@ class Run:
         said = f"k-NN (k={args.nb_knn}) of the {network} {self.last_knn:.4f}"
         self.log.say(f"epoch {epoch}: {said}{self.knn_note()}")
         self.log.record(step=self.step, epoch=epoch, knn=self.last_knn)
+        self.report((train, test))
+
+    def report(self, features=None, page: bool = True) -> None:
+        """Pictures, of features where an evaluation has them, and the page that shows them."""
+        if not self.ranks.first:
+            return
+        due = self.reporter.due or self.step == self.total_steps
+        whole, parts = due and self.args.knn_freq > 0, (self.method.backbone, self.source)
+        with self.budget.reporting() if self.budget else nullcontext():
+            self.reporter.write(*parts, features, pictures=whole, page=page)
 
     def correct_plan_if_due(self) -> None:
         """Keep to --minutes, where the machine has become slower or faster than it was."""

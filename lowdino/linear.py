@@ -26,6 +26,7 @@ from lowdino import (
     optim,
     probe,
     schedules,
+    sources,
 )
 
 # The probe's grids. `probe.Scaler` brings all features to one scale, so they suit every network.
@@ -51,7 +52,7 @@ class Subject:
     """A backbone, the images it is measured on, and how they are read."""
 
     backbone: nn.Module
-    source: data.Data
+    source: sources.Data
     size: int
     workers: int
     ranks: distributed.Ranks
@@ -212,6 +213,7 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
             "batch norm needs two images a rank or more: give a larger --batch_size_per_gpu, or "
             "more labels"
         )
+    network[0].value_range = getattr(subject.backbone, "value_range", None)
     loader = training_batches(subject, indices, batch, steps, seed)
     model = distributed.data_parallel(network).train()
     for step, images in enumerate(loader):
@@ -361,7 +363,8 @@ def cost(
     """Millions of parameters and of multiply-adds an image, both counted, and milliseconds an
     image in batches of `batch`."""
     backbone.eval()
-    x = torch.randn(batch, 3, size, size, device=device)
+    channels = len(frozen.normalisation(backbone)[0])
+    x = torch.randn(batch, channels, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     # The plain form of attention is matrix products, which the counter knows on every device.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -2,11 +2,12 @@
 
 Every backbone keeps one contract:
     embed_dim                             width of the pooled features
-    mean, std                             the normalisation that its weights expect
+    mean, std                             the normalisation that its weights expect, by channel
     forward((B, 3, H, W))                 -> (B, embed_dim), the mean over the last feature map
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the last feature map
 for any H, W >= 32, odd and non-square sizes included. `mean` and `std` are ImageNet's by default;
-weights that expect others set their own on the network.
+weights that expect others set their own on the network. `set_in_chans` gives any of them, and ViTs,
+another number of channels.
 
     arch                  parameters  embed_dim
     mobilevit_xxs            951,024        320
@@ -23,6 +24,44 @@ from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
 from torchvision.models.resnet import Bottleneck
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+def stem_of(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The convolution that sees the image, and its name."""
+    modules = backbone.named_modules()
+    return next((name, module) for name, module in modules if isinstance(module, nn.Conv2d))
+
+
+@torch.no_grad()
+def set_in_chans(backbone: nn.Module, channels: int) -> None:
+    """Let a network of RGB images see images of `channels` channels.
+
+    Its weights are adapted as timm does: summed over RGB for one channel, else R, G, B, R, ... in
+    turn, times 3 / channels, so that grey images give the features that they gave. `mean` and `std`
+    become None, for the images tell them. Nothing happens where the number is the network's own.
+
+    Raises:
+        UserError: where the network is of neither RGB nor `channels` channels.
+    """
+    _, stem = stem_of(backbone)
+    if stem.in_channels == channels:
+        return
+    if stem.in_channels != 3:
+        raise UserError(
+            f"weights of {stem.in_channels} channels cannot be adapted to {channels}, as those of "
+            "RGB can"
+        )
+    if channels == 1:
+        weight = stem.weight.sum(dim=1, keepdim=True)
+    else:
+        weight = stem.weight[:, torch.arange(channels) % 3] * (3 / channels)
+    stem.in_channels, stem.weight = channels, nn.Parameter(weight)
+    backbone.mean = backbone.std = None
+
 
 # --------------------------------------------------------------------------------------------------
 # MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178). The state_dict has the names and shapes
@@ -88,7 +127,8 @@ class Attention(nn.Module):
             self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         )
         # A single token, as in a view of 32 pixels, can attend to itself only.
-        x = v if N == 1 else F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        alone = not isinstance(N, torch.SymInt) and N == 1  # a symbol in a program for any size
+        x = v if alone else F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
@@ -143,7 +183,8 @@ class MobileViTBlock(nn.Module):
         x = self.conv_1x1(self.conv_kxk(x))
         B, C, H, W = x.shape
         h, w = (H + 1) // 2, (W + 1) // 2
-        odd = (H, W) != (2 * h, 2 * w)
+        # A program for any size has no branch here: it resizes even sides too, to themselves.
+        odd = any(isinstance(side, torch.SymInt) or side % 2 for side in (H, W))
         if odd:
             x = F.interpolate(x, size=(2 * h, 2 * w), mode="bilinear", align_corners=False)
 

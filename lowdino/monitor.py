@@ -1,10 +1,11 @@
-"""What a run tells: log lines for people, JSONL for programs, the first views as a picture."""
+"""What a run tells: a table for people, JSONL for programs, the first views as a picture."""
 
 import json
 import os
+import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,17 +22,39 @@ class UserError(ValueError):
 class Log:
     """Prints lines and appends records to `folder/log.jsonl`.
 
+    Where standard output is a terminal, `progress` keeps a bar below the last line.
+
     Args:
         active: False on ranks other than the first, where it does neither.
     """
 
+    BAR, EVERY = 30, 0.2  # columns of the bar, seconds from one to the next
+
     def __init__(self, folder: str | Path, active: bool = True):
         self.path = Path(folder) / "log.jsonl"
         self.active = active
+        self.bar, self.drawn = "", -self.EVERY  # what the line of the cursor shows, since when
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
         if self.active:
-            print(text, flush=True)
+            self.show("")
+            print(*lines, sep="\n", flush=True)
+
+    def progress(self, done: int, total: int, seconds_left: float) -> None:
+        """Show how far a run is and how long it will take yet."""
+        now = time.perf_counter()
+        if self.active and sys.stdout.isatty() and now - self.drawn >= self.EVERY:
+            full = round(self.BAR * done / total)
+            bar = "#" * full + "." * (self.BAR - full)
+            self.show(f"[{bar}] {done / total:4.0%}  {duration(seconds_left)} left")
+            self.drawn = now
+
+    def show(self, bar: str) -> None:
+        """Write over the bar that is there; the cursor waits at the line's start."""
+        if bar or self.bar:
+            blank = " " * (len(self.bar) - len(bar))
+            print(f"{bar}{blank}", end="\r", flush=True)
+            self.bar = bar
 
     def rewind(self, step: int) -> None:
         """Cut off the records of steps after `step`, which will be made again.
@@ -68,6 +91,60 @@ class Log:
         if self.active:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+
+
+class Table:
+    """Rows of a training's numbers, WIDTH columns wide at most, below a header that names them.
+
+    The header comes again every REPEAT rows. Of the method's metrics there are as many as fit, the
+    telling ones first.
+    """
+
+    WIDTH, REPEAT = 120, 40
+    TELLING = ("effective_rank", "embedding_rank", "loss_over_lnk", "entropy", "entropy_of_mean")
+    UNSHOWN = ("lr", "weight_decay", "memory_mb", "loss", "images_per_s", "data_wait", "eta_s")
+
+    rows = 0
+
+    def lines(self, step: str, epoch: int, values: Mapping[str, float]) -> list[str]:
+        """The row of a step, behind the header where one is due.
+
+        Args:
+            step: "12/100". values: those of the log's record: loss, lr, memory_mb, images_per_s,
+                data_wait, eta_s, and the method's own.
+        """
+        digits = len(step.partition("/")[2])
+        widths = {"step": max(2 * digits + 1, 9), "epoch": 5, "loss": 8, "lr": 8}
+        widths |= {"images/s": 8, "wait": 4, "memory": 7, "left": 9}
+        room = self.WIDTH - sum(1 + width for width in widths.values()) + 1
+        own = [name for name in values if name not in self.UNSHOWN]
+        fits = {}
+        for name in sorted(own, key=(*self.TELLING, *own).index):
+            if (width := max(len(name), 7)) < room:
+                fits[name], room = width, room - 1 - width
+        widths |= {name: fits[name] for name in own if name in fits}
+        memory = values["memory_mb"]
+        cells = dict(values) | {
+            "step": step,
+            "epoch": str(epoch),
+            "images/s": f"{values['images_per_s']:.0f}",
+            "wait": f"{values['data_wait']:.0%}",
+            "memory": f"{memory:.0f} MB" if memory < 1e4 else f"{memory / 1024:.0f} GB",
+            "left": duration(values["eta_s"]),
+        }
+        rows = [" ".join(cell(cells[name], width) for name, width in widths.items())]
+        if self.rows % self.REPEAT == 0:
+            rows.insert(0, " ".join(f"{name:>{width}}" for name, width in widths.items()))
+        self.rows += 1
+        return rows
+
+
+def cell(value: float | str, width: int) -> str:
+    """A text, or a number with four digits or as many as fit, on the right of `width` columns."""
+    if not isinstance(value, str):
+        texts = (f"{float(value):.{digits}g}" for digits in (4, 3, 2, 1))
+        value = next((text for text in texts if len(text) <= width), "")
+    return f"{value:>{width}}"
 
 
 class BadImages:
@@ -141,18 +218,20 @@ class Clock:
         self.steps += 1
         self.mark = time.perf_counter()
 
-    def read(self, steps_left: int) -> dict[str, float]:
-        """Images a second and share of waiting since the last reading, and seconds left.
+    def seconds_left(self, steps_left: int) -> float:
+        """At the mean pace so far."""
+        stepping = self.stepping + time.perf_counter() - self.window
+        return stepping / self.steps * steps_left
 
-        The time left is that at the mean pace so far.
-        """
+    def read(self, steps_left: int) -> dict[str, float]:
+        """Images a second and share of waiting since the last reading, and seconds left."""
         span = time.perf_counter() - self.window
-        self.stepping += span
         values = {
             "images_per_s": self.images / span,
             "data_wait": self.waiting / span,
-            "eta_s": self.stepping / self.steps * steps_left,
+            "eta_s": self.seconds_left(steps_left),
         }
+        self.stepping += span
         self.restart()
         return values
 
@@ -170,6 +249,19 @@ def memory_mb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
+
+
+def machine(device: torch.device) -> str:
+    """What a run computes on, in words."""
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    name = f"{cpu}, {os.cpu_count()} cores, threads a process: {torch.get_num_threads()}"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}; {name}"
+    system = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{name}; {system}, torch {torch.__version__}"
 
 
 def duration(seconds: float) -> str:
@@ -190,10 +282,10 @@ def save_views(
     Small views are framed in grey. `mean` and `std` are those that the views are normalised by.
     """
     side = max(view.shape[-1] for view in views)
-    scale, shift = (torch.tensor(v).view(1, 3, 1, 1) for v in (std, mean))
+    scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
     columns = []
     for view in views:
-        view = view[:images].float().cpu() * scale + shift
+        view = visible(view[:images].float().cpu() * scale + shift)
         room = side - view.shape[-1]
         before = room // 2
         columns.append(F.pad(view, (before, room - before, before, room - before), value=0.5))
@@ -204,3 +296,8 @@ def save_views(
         nrow=len(views),
         pad_value=1.0,
     )
+
+
+def visible(images: Tensor) -> Tensor:
+    """The first three channels of (B, C, H, W), of fewer the first as grey: (B, 3, H, W)."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

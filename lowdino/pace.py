@@ -140,6 +140,7 @@ class Budget:
 
     def __init__(self, minutes: float, started: float, every: int | None = None):
         self.seconds, self.evaluation = 60 * minutes, 0.0  # of one evaluation, 0 without labels
+        self.report = 0.0  # seconds that the report at the end takes
         self.end = started + self.seconds - AROUND
         self.every = every
         self.mark: tuple[int, float] | None = None  # step and time of the last plan
@@ -147,6 +148,19 @@ class Budget:
     def evaluated(self, seconds: float) -> None:
         """An evaluation has taken so long, which belongs to no step."""
         self.evaluation = seconds
+        self.leave_out(seconds)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Around the writing of a report, the last of which belongs to the minutes."""
+        start = time.perf_counter()
+        yield
+        taken = time.perf_counter() - start
+        self.report = max(self.report, taken)  # one may leave the pictures as they are
+        self.leave_out(taken)
+
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that no step has taken."""
         if self.mark:
             self.mark = self.mark[0], self.mark[1] + seconds
 
@@ -158,7 +172,7 @@ class Budget:
         """
         now = time.perf_counter()
         self.mark = step, now
-        left = self.end - now - 1.1 * self.evaluation
+        left = self.end - now - 1.1 * (self.evaluation + self.report)
         every = self.every or round(self.evaluation / EVALUATIONS / pace)
         if not self.every and not 0 < self.evaluation / EVALUATIONS < left / 2:
             every = 0

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import lowdino
-from lowdino import augment, data, frozen, optim, schedules, vit
+from lowdino import augment, data, frozen, models, optim, schedules, vit
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
@@ -49,6 +49,10 @@ def build_backbone(args) -> nn.Module:
     else:
         options = dict(patch_size=args.patch_size, image_size=args.global_crops_size)
         backbone = lowdino.build_backbone(args.arch, **(options if is_vit else {}))
+    try:
+        models.set_in_chans(backbone, args.in_chans)
+    except models.UserError as error:
+        raise UserError(f"--init {args.init}: {error} (--in_chans {args.in_chans})") from error
     if is_vit:
         backbone.set_drop_path_rate(args.drop_path_rate)
     return backbone
@@ -69,6 +73,9 @@ def build_views(args, backbone: nn.Module | None = None) -> augment.MultiCrop:
         blur_sigma=(0.1, 2 * args.global_crops_size / 224),
         mean=mean,
         std=std,
+        jitter=tuple(args.jitter * strength for strength in augment.JITTER),
+        blur=tuple(args.blur * probability for probability in augment.BLUR),
+        solarize=args.solarize,
         global_number=args.global_crops_number,
         grayscale=args.grayscale,
     )

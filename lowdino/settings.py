@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import lowdino
-from lowdino import data, demo, distributed, parts
+from lowdino import checkpoint, data, demo, distributed, parts, pixels, sources
 from lowdino.base import default_momentum
 from lowdino.flags import out_of_range
 from lowdino.methods import METHODS
@@ -27,9 +28,9 @@ IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer",
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Flags by hand, over the settings of the preset or of the recipe, over the parser's defaults.
 
-    `args.by_hand` names the flags given by hand, `args.usual` has the epochs that the settings are
-    made for and what they count in epochs, `args.started` is when --minutes begin. --help shows the
-    defaults as the other flags leave them.
+    `args.by_hand` names the flags given by hand, `args.defaults` has what all would be without
+    them, `args.usual` the epochs that the settings are made for and what they count in epochs,
+    `args.started` is when --minutes begin. --help shows the defaults as the other flags leave them.
     """
     started = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
@@ -47,6 +48,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     parser.set_defaults(**known)
     args = parser.parse_args(argv)
     args.started, args.by_hand = started, sorted(by_hand)
+    args.defaults = {action.dest: action.default for action in parser._actions} | {"method": None}
     in_epochs = (name for name in IN_EPOCHS if hasattr(args, name) and name not in by_hand)
     args.usual = {"epochs": epochs} | {name: getattr(args, name) for name in in_epochs}
     if args.epochs:
@@ -94,20 +96,47 @@ def fit_epochs(args: argparse.Namespace, epochs: float) -> None:
 # Flags of every training, whatever its method
 # ---------------------------------------------------------------------------------------------
 
-UNSAID = ("by_hand", "usual", "started")  # no flags
+UNSAID = ("by_hand", "usual", "started", "defaults")  # no flags
 
 # What a resumed run may change, because it does not change what is computed. A teacher of
 # distill.py and an --init are compared by their weights, wherever their files lie.
 FREE = {
-    "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "device",
+    "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "labels",
+    "device",
     "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq", "save_every_steps",
     "accept_changes", "skip_nonfinite", "max_bad_fraction", *UNSAID,
 }  # fmt: skip
 
 
+def write(path: Path, args: argparse.Namespace, known: dict) -> list[str]:
+    """Write all flags and what is `known` beside them as JSON; in lines, what is unusual.
+
+    Those are the flags by hand, and what differs from the defaults for the images' sake.
+    """
+    values = {name: value for name, value in vars(args).items() if name not in UNSAID}
+    method = getattr(args, "method", None)
+    foreign = set().union(*map(flags_of, METHODS)) - flags_of(method) if method else set()
+    unusual = {
+        name: value
+        for name, value in values.items()
+        if value != args.defaults.get(name) and name not in foreign
+    }
+    with checkpoint.atomic(path) as file:
+        content = values | known | {"unusual": list(unusual)}
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+    others = f"--preset {args.preset}" if args.preset else "the recipe"
+    by_hand = f", but by hand {', '.join(args.by_hand)}" if args.by_hand else ""
+    return [
+        f"settings of {others}{by_hand}",
+        f"settings that differ from the defaults; {path.name} has all:",
+        *(f"  {name}={value}" for name, value in unusual.items()),
+    ]
+
+
 def compared(args: argparse.Namespace, images: data.ImageArray | data.ImageFiles, world: int):
     """The settings that a resumed run must share with the one that stopped."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    names = sorted(vars(args), key=lambda name: name not in args.by_hand)  # those asked for first
+    settings = {name: getattr(args, name) for name in names if name not in FREE}
     if args.amp == "auto":  # it takes what the run had
         del settings["amp"]
     if args.init:
@@ -137,6 +166,8 @@ def add_network_flags(add) -> None:
     add("--drop_path_rate", type=float, default=0.1, help=help)
     help = "backbone file to start from: ours, or a state dict such as timm's MobileViT"
     add("--init", metavar="FILE", help=help)
+    help = "channels of the images, 1 to 16: 3 for colours, 1 for grey, others for files of so many"
+    add("--in_chans", type=int, default=3, metavar="N", help=help)
 
 
 def add_optimisation_flags(add) -> None:
@@ -174,15 +205,40 @@ def add_view_flags(add) -> None:
     add("--local_crops_size", type=int, help=help)
     add("--local_crops_scale", default=[0.05, 0.4], help=f"area of local crops {both}", **area)
     add("--vertical_flip", type=float, default=0.0, help="probability of a top-bottom flip")
+    help = "strength of colour jitter: 0 for none, 1 for DINO's, which is 0.4 0.4 0.2 0.1"
+    add("--jitter", type=float, default=1.0, help=help)
     add("--grayscale", type=float, default=0.2, help="probability of a view without colour")
+    help = "factor of the probabilities of blur, DINO's 1, 0.1 and, of local views, 0.5; 0: none"
+    add("--blur", type=float, default=1.0, help=help)
+    help = "probability of solarisation, of global views but the first"
+    add("--solarize", type=float, default=0.2, help=help)
 
 
 def add_source_flags(add) -> None:
-    """Where a named data set lies."""
+    """Where a named data set lies, and labels that a folder's names do not give."""
     add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
     help = "fetch cifar10, cifar100 or stl10 where --data_root lacks it"
     add("--download", action="store_true", help=help)
+    help = (
+        "labels of a folder's or list's images: a table with the columns path (relative to the "
+        "table or to the folder) and label, perhaps split (train, val or test)"
+    )
+    add("--labels", metavar="FILE.csv", help=help)
+    help = (
+        "hold out this share of each class as test images, chosen by the seed, where there are "
+        "none; a training does not see them"
+    )
+    add("--test_fraction", type=float, metavar="F", help=help)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    help = (
+        "values that become black and white, of images of more than 8 bits; default: the "
+        "network's, or what a sample of the images has"
+    )
+    add("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
+    help = (
+        "larger images are unreadable; a JPEG counts as it is decoded, at 1/8 of its size perhaps"
+    )
+    add("--max_megapixels", type=float, default=256.0, help=help)
 
 
 def add_output_flags(add) -> None:
@@ -205,8 +261,8 @@ def add_output_flags(add) -> None:
     help = "of images that may be unreadable, others standing in for them; see bad_images.txt"
     add("--max_bad_fraction", type=float, default=0.01, help=help)
     help = (
-        "k-NN accuracy every so many epochs, where there are labels; 0: never; default with "
-        "--minutes: as often as a twentieth of the time allows"
+        "k-NN accuracy every so many epochs, where there are labels; 0: never, and no pictures in "
+        "the report; default with --minutes: as often as a twentieth of the time allows"
     )
     add("--knn_freq", type=int, default=10, help=help)
     add("--nb_knn", type=int, default=20, help="neighbours of that k-NN")
@@ -230,8 +286,13 @@ def check_training(args: argparse.Namespace) -> str | None:
         return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {batch}"
     if args.seed >= 2**63:
         return f"--seed must be below 2^63, not {args.seed}"
-    if wrong := check_workers(args):
+    if wrong := check_source(args) or check_reading(args):
         return wrong
+    if not 1 <= args.in_chans <= 16:
+        return f"--in_chans must lie between 1 and 16, not {args.in_chans}"
+    if not 0 <= args.jitter <= 2.5:
+        wanted = "between 0 and 2.5, where brightness falls to 0"
+        return f"--jitter must lie {wanted}, not {args.jitter}"
     if wrong := out_of_range(
         args,
         above_zero=("minutes",),
@@ -241,7 +302,9 @@ def check_training(args: argparse.Namespace) -> str | None:
             "weight_decay_end", "clip_grad", "saveckp_freq", "save_every_steps", "skip_nonfinite",
             "knn_freq", "seed", "lr",
         ),
-        fractions=("vertical_flip", "grayscale", "drop_path_rate", "max_bad_fraction"),
+        fractions=(
+            "vertical_flip", "grayscale", "blur", "solarize", "drop_path_rate", "max_bad_fraction",
+        ),
     ):  # fmt: skip
         return wrong
     for name in ("global_crops_scale", "local_crops_scale"):
@@ -291,10 +354,27 @@ def foreign_flag(args: argparse.Namespace) -> str | None:
     return None
 
 
-def check_workers(args: argparse.Namespace) -> str | None:
+def check_source(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of `add_source_flags`, in one sentence, or None."""
+    if args.test_fraction is not None and not 0 < args.test_fraction < 1:
+        return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
+    for name in ("labels", "test_fraction"):
+        if getattr(args, name) is not None and args.data_path in ("demo", *sources.TORCHVISION):
+            return (
+                f"--{name} goes with a folder or list of images; {args.data_path} has labels and "
+                "test images of its own"
+            )
+    return None
+
+
+def check_reading(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with how images are read, in one sentence, or None."""
+    if args.value_range and not -math.inf < args.value_range[0] < args.value_range[1] < math.inf:
+        low, high = args.value_range
+        return f"--value_range needs LOW < HIGH, not {low:g} {high:g}"
     if args.num_workers is not None and args.num_workers > 1000:
         return f"--num_workers must be at most 1000, not {args.num_workers}"
-    return out_of_range(args, not_negative=("num_workers",))
+    return out_of_range(args, not_negative=("num_workers",), above_zero=("max_megapixels",))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,8 +384,8 @@ def check_workers(args: argparse.Namespace) -> str | None:
 
 def add_evaluation_flags(add) -> None:
     help = (
-        "folder with train/ and val/ (or test/) of class sub-folders, cifar10, cifar100, stl10 or "
-        "demo"
+        "folder with train/ and val/ (or test/) of class sub-folders, or any with --labels or "
+        "--test_fraction; or cifar10, cifar100, stl10 or demo"
     )
     add("--data_path", default="demo", help=help)
     add_source_flags(add)
@@ -325,9 +405,11 @@ def check_evaluation(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of `add_evaluation_flags`, in one sentence, or None."""
     if args.from_features and (args.pool != "default" or args.image_size):
         return "--pool and --image_size need the images, which --from_features does without"
+    if args.from_features and (args.labels or args.test_fraction):
+        return "--labels and --test_fraction need the images, which --from_features does without"
     if args.image_size is not None and args.image_size < 32:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    return check_workers(args)
+    return check_source(args) or check_reading(args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,23 +417,27 @@ def check_evaluation(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
+def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
     """What --data_path names; of a set to be fetched the first rank fetches it.
 
     Raises:
         UserError: in one sentence, where there is nothing to read.
     """
     if args.data_path != "demo":
-        return data.load_on_ranks(args.data_path, args.data_root, args.download, ranks.rank)
+        seed = args.seed if hasattr(args, "seed") else args.seeds[0]
+        where = args.data_path, args.data_root, args.download, ranks.rank
+        return sources.load_on_ranks(
+            *where, table=args.labels, test_fraction=args.test_fraction, seed=seed
+        )
     splits = range(demo.TRAIN), range(demo.TEST_START, demo.TEST_START + demo.TEST)
     # Half the side shows the glyphs as well, at a quarter of the cost.
     train, test = (
         data.ImageArray(*demo.demo_images(indices), view_side=demo.SIDE // 2) for indices in splits
     )
-    return data.Data("the built-in demo images", train, train, test, classes=10)
+    return sources.Data("the built-in demo images", train, train, test, classes=10)
 
 
-def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
+def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
     """Open the data of a training, and fill in what depends on it and on the machine.
 
     Raises:
@@ -359,6 +445,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> data.Data:
     """
     parts.check_amp(args.amp, ranks.device)
     source = load_data(args, ranks)
+    pixels.read_as(source, channels=args.in_chans, max_megapixels=args.max_megapixels)
     if args.global_crops_size is None:
         args.global_crops_size = data.suitable_size(source.pretrain)
     if args.local_crops_size is None:
@@ -399,7 +486,7 @@ def make_output_folder(path: str) -> Path:
 
 def open_data(
     args: argparse.Namespace, backbone, ranks: distributed.Ranks, labelled: bool = True
-) -> tuple[data.Data, int, int]:
+) -> tuple[sources.Data, int, int]:
     """The images of an evaluation, the side of the network's input, and the number of workers.
 
     Raises:
@@ -407,12 +494,14 @@ def open_data(
     """
     source = load_data(args, ranks)
     if labelled and source.test is None:
-        raise UserError(
-            f"{source.name} has no labels to test on: that needs train/ and val/ (or test/), each "
-            "with class sub-folders"
-        )
+        raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
+    channels = len(getattr(backbone, "mean", (0, 0, 0)))
+    pixels.read_as(source, channels=channels, max_megapixels=args.max_megapixels)
     size = args.image_size or getattr(backbone, "image_size", None)
     size = size or data.suitable_size(source.pretrain)
     source.limit_side(2 * size)
+    said = pixels.fit_evaluation(args, backbone, source)
+    if said and ranks.first:
+        print(f"{source.name}{said}")
     workers = args.num_workers
     return source, size, data.default_workers(source.pretrain) if workers is None else workers

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import lowdino
-from lowdino import checkpoint, data, distributed, evaluate, frozen, probe
+from lowdino import checkpoint, data, distributed, evaluate, frozen, probe, sources
 from lowdino.heads import DINOHead, MultiViewNetwork
 
 CHUNK = 8192  # images whose features are computed and written to a cache at once
@@ -47,7 +47,9 @@ class Teacher:
         """Features of a view that is normalised for the student: (B, 3, H, W) -> (B, D) float32."""
         theirs, own = frozen.normalisation(student), frozen.normalisation(self.backbone)
         if theirs != tuple(map(tuple, own)):
-            values = (torch.tensor(v, device=view.device).view(1, 3, 1, 1) for v in (*theirs, *own))
+            values = (
+                torch.tensor(v, device=view.device).view(1, -1, 1, 1) for v in (*theirs, *own)
+            )
             student_mean, student_std, mean, std = values
             view = (view * student_std + student_mean - mean) / std
         if view.shape[-1] != self.size:
@@ -106,7 +108,7 @@ def digest_of(module: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def open_teacher(args, source: data.Data, ranks: distributed.Ranks) -> Teacher:
+def open_teacher(args, source: sources.Data, ranks: distributed.Ranks) -> Teacher:
     """The teacher that --teacher names.
 
     Args:
@@ -142,6 +144,9 @@ def open_teacher(args, source: data.Data, ranks: distributed.Ranks) -> Teacher:
         )
     classifier = classifier_of_file(path, content) if args.teacher_head == "file" else None
     backbone, head, classifier = (freeze(m, ranks) for m in (backbone, head, classifier))
+    channels = len(frozen.normalisation(backbone)[0])
+    if channels != args.in_chans:
+        raise UserError(f"{name} sees {channels} channels, and --in_chans is {args.in_chans}")
     width = width_of(name, backbone, size, ranks)
     key = fingerprint(backbone, head, classifier)
     return Teacher(
@@ -160,7 +165,8 @@ def width_of(name: str, backbone: nn.Module, size: int, ranks: distributed.Ranks
     """Number of features that a network gives for an image."""
     try:
         with torch.no_grad():
-            features = backbone(torch.zeros(1, 3, size, size, device=ranks.device))
+            channels = len(frozen.normalisation(backbone)[0])
+            features = backbone(torch.zeros(1, channels, size, size, device=ranks.device))
     except Exception as error:  # somebody else's code fails in any way there is
         raise UserError(
             f"{name} cannot take an image of {size} x {size} pixels, see --teacher_size: {error}"
@@ -199,6 +205,7 @@ def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tenso
     arch, own = settings["arch"], under("backbone.", weights)
     is_vit = arch in lowdino.vit.ARCHS
     backbone = lowdino.vit.like(own) if is_vit else lowdino.build_backbone(arch)
+    lowdino.models.set_in_chans(backbone, settings.get("in_chans", 3))
     head = DINOHead(
         backbone.embed_dim,
         settings["out_dim"],
@@ -230,7 +237,7 @@ def classifier_of_file(path: str, content: dict) -> nn.Linear:
     return classifier
 
 
-def features_of_file(path: str, source: data.Data, ranks: distributed.Ranks) -> Teacher:
+def features_of_file(path: str, source: sources.Data, ranks: distributed.Ranks) -> Teacher:
     """A teacher that is an array (N, D): an .npy, or `train` of eval_knn.py --features."""
     try:
         arrays = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -429,7 +436,7 @@ def fill_cache(teacher, images, path: Path, own: dict, done: int, workers: int, 
 # ---------------------------------------------------------------------------------------------
 
 
-def add_classifier(teacher: Teacher, args, source: data.Data, ranks: distributed.Ranks) -> None:
+def add_classifier(teacher: Teacher, args, source: sources.Data, ranks: distributed.Ranks) -> None:
     """Train the classifier that --teacher_head train asks for, and see that it fits.
 
     Raises:

@@ -15,8 +15,10 @@ import argparse
 import math
 from pathlib import Path
 
-from comparison import records, row, run, settings
-from curves import drawn
+from comparison import row, run, settings
+
+from lowdino.curves import drawn
+from lowdino.report import Run
 
 WAYS = {
     "both": [],
@@ -43,11 +45,9 @@ def main() -> None:
     for name, way in WAYS.items():
         folder = output / name.replace(" ", "_")
         run("train.py", *args.flags, *common, "--output_dir", str(folder), *way)
-        log = records(folder)
-        steps = [record for record in log if "entropy" in record]
-        entropy[name] = {r["step"]: r["entropy"] for r in steps}
-        kl[name] = {r["step"]: r["cross_entropy"] - r["entropy"] for r in steps}
-        knn[name] = [record["knn"] for record in log if "knn" in record][-1:]
+        found = Run(folder)
+        entropy[name], kl[name] = found.curves["entropy"], found.curves["kl"]
+        knn[name] = [percent / 100 for percent in found.values("knn")][-1:]
     k = settings(folder)["out_dim"]
     entropy[f"ln K = {math.log(k):.2f}"] = dict.fromkeys(entropy["both"], math.log(k))
     for file, values, heading in (("entropy", entropy, "entropy, nats"), ("kl", kl, "KL, nats")):

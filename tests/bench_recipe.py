@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 from comparison import file_name, knn_of, read, row, run, settings, spread
-from curves import drawn
+
+from lowdino.curves import drawn
 
 # Of the minutes of TEACHER:STUDENT: a student of cached features needs few, see RESULTS.md.
 TEACHERS_SHARE = 0.65

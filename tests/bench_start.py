@@ -12,7 +12,6 @@ I = 0 are the uniform collapse.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import lowdino  # noqa: E402
 import train  # noqa: E402
 from lowdino import augment, demo, distributed, engine, methods, models, settings  # noqa: E402
 from lowdino.heads import DINOHead  # noqa: E402
+from lowdino.report import read_log  # noqa: E402
 
 # The parts of MobileViT.init_to_agree, and the weights that each of them sets.
 PARTS = {
@@ -99,7 +99,7 @@ def trained(make: Callable[[str], nn.Module], flags: list[str]) -> list[dict]:
             return methods.DINO(make(args.arch), args, **steps)
 
         engine.train(args, ranks, settings.settle(args, ranks), build)
-        return [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+        return read_log(Path(output) / "log.jsonl")
 
 
 def main() -> None:

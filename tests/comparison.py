@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # scripts of tests/ find the library once they have imported this
+
+from lowdino import report  # noqa: E402
 
 
 def run(script: str, *flags: str) -> str:
@@ -26,26 +29,15 @@ def run(script: str, *flags: str) -> str:
 
 def settings(folder: Path) -> dict:
     """The settings of a run."""
-    return json.loads((folder / "args.json").read_text())
-
-
-def records(folder: Path) -> list[dict]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return report.read_settings(folder / "args.json")
 
 
 def read(folder: Path) -> tuple[float, float, float]:
     """From a finished run's log: k-NN before the first step and after the last, and minutes of
     training."""
-    known, log = settings(folder), records(folder)
-    batch = known["batch_size_per_gpu"] * known["world"]
-    seconds, step = 0.0, 0
-    for record in log:
-        if "images_per_s" in record:
-            seconds += (record["step"] - step) * batch / record["images_per_s"]
-            step = record["step"]
-    knn = [record["knn"] for record in log if "knn" in record]
-    return knn[0], knn[-1], seconds / 60
+    found = report.Run(folder)
+    knn = [record["knn"] for record in found.records if "knn" in record]
+    return knn[0], knn[-1], found.seconds() / 60
 
 
 def spread(values: list[float], digits: int = 3) -> str:

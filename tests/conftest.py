@@ -111,7 +111,10 @@ def as_in_a_new_process():
 
 @pytest.fixture
 def call_script(capfd, monkeypatch):
-    """As run_script, but by main() in this process: a new one takes seconds to import torch."""
+    """As run_script, but by main() in this process: a new one takes seconds to import torch.
+
+    It runs modules, as `python -m` does, by their names too.
+    """
 
     def call(script, *flags, check=True, cwd=None):
         monkeypatch.chdir(cwd or ROOT)
@@ -119,7 +122,7 @@ def call_script(capfd, monkeypatch):
         capfd.readouterr()
         code = 0
         try:
-            importlib.import_module(Path(script).stem).main()
+            importlib.import_module(script.removesuffix(".py")).main()
         except SystemExit as stop:
             code = stop.code
         restore_signals()
@@ -194,6 +197,24 @@ def draw_pictures(top):
                 values = rng.integers(shade - 40, shade + 40, (40, 32, 3))
                 Image.fromarray(values.astype(np.uint8)).save(folder / f"{i}.png")
     return top
+
+
+def draw(top, *names):
+    """A small picture of each name below a folder, in the format of its suffix."""
+    for name in names:
+        path = top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {".jfif": "JPEG"}.get(path.suffix)
+        Image.new("RGB", (32, 32), (len(name), 60, 200)).save(path, kind)
+    return top
+
+
+def numbered(folder, count, suffix="png"):
+    return [f"{folder}/{i:02}.{suffix}" for i in range(count)]
+
+
+def classes(split, count, names="ab"):
+    return [path for name in names for path in numbered(f"{split}/{name}", count)]
 
 
 @pytest.fixture

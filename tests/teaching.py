@@ -10,7 +10,7 @@ from torch import nn
 
 import distill
 import lowdino
-from lowdino import checkpoint, data, demo, distributed, engine, settings, teachers
+from lowdino import checkpoint, data, demo, distributed, engine, settings, sources, teachers
 from lowdino.distillation import Distillation
 
 RANKS = distributed.Ranks(0, 1, torch.device("cpu"))
@@ -61,7 +61,7 @@ def distillation(network, text="", **named):
     args = parse(*student("--knn_freq 0 --num_workers 0"), *options(text, **named), teacher="a:b")
     assert distill.check(args) is None
     images = demo_array(range(40))
-    source = data.Data("some", images, images, demo_array(range(50, 60)), 10)
+    source = sources.Data("some", images, images, demo_array(range(50, 60)), 10)
     with MonkeyPatch.context() as patch:
         patch.setattr(teachers, "imported", lambda path: network)
         teacher = teachers.open_teacher(args, source, RANKS)

@@ -77,6 +77,7 @@ def test_nothing_changes_in_a_step_that_is_not_finite(where, picture_folder, tmp
     assert_equal(last["optimizer"]["state"], before["optimizer"]["state"], "optimizer")
 
 
+@pytest.mark.slow
 def test_float16_that_overflows_is_left_out_and_stops_where_no_scale_helps(
     picture_folder, tmp_path, capsys
 ):
@@ -142,6 +143,7 @@ def spoil_some(folder):
     return {"truncated.png", "empty.png", "text.jpg", "bomb.png"}
 
 
+@pytest.mark.slow
 def test_bad_images_are_named_and_replaced_alike_whatever_the_workers(
     picture_folder, tmp_path, call_script
 ):
@@ -187,6 +189,7 @@ def test_a_folder_of_bad_images_only_is_refused(tmp_path):
         data.suitable_size(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_one_sentence(picture_folder, tmp_path, call_script, workers):
     (picture_folder / "train" / "dark" / "5.png").write_bytes(b"no picture")

@@ -10,16 +10,17 @@ import bench_start
 import pytest
 import torch
 import whole_runs
-from curves import drawn, ticks
 from runs import options, small
 
 from lowdino import demo
+from lowdino.curves import drawn, ticks
 
 
 def rows(printed):
     return re.findall(r"^\| (\S.*?) \|.*\d.* \|$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_starts_it(capsys, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN", 256)
     monkeypatch.setattr(demo, "TEST", 20)
@@ -30,6 +31,7 @@ def test_what_starts_it(capsys, monkeypatch):
     assert rows(capsys.readouterr().out)[-2:] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["small", "emp"])
 def test_a_training_is_timed_between_bare_passes(preset, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN", 8 * 24)

@@ -189,6 +189,7 @@ def test_a_student_without_buffers_may_leave_steps_out(picture_folder, tmp_path,
     assert "backbone: " in done.stdout
 
 
+@pytest.mark.slow
 # The latter has no buffers.
 @pytest.mark.parametrize("arch, use_bn", [("mobilevit_xxs", "true"), ("vit_tiny", "false")])
 def test_dino_objective_takes_the_head_of_a_run(
@@ -214,6 +215,7 @@ def test_dino_objective_takes_the_head_of_a_run(
     assert is_one_sentence(done, "holds a run with")
 
 
+@pytest.mark.slow
 def test_a_stopped_distillation_goes_on_to_the_same_end(
     picture_folder, tmp_path, call_script, stopped_after_a_checkpoint
 ):

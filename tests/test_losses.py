@@ -247,6 +247,7 @@ RANKS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_centre_and_gradients_of_one(tmp_path, run_script):
     results = saved_by_one_and_two_ranks(RANKS, tmp_path, run_script)
     for centering in ("softmax", "sinkhorn"):

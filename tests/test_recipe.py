@@ -23,7 +23,7 @@ from torch import nn
 
 import distill
 import train
-from lowdino import data, distributed, engine, pace, settings
+from lowdino import data, distributed, engine, pace, settings, sources
 
 CPU = torch.device("cpu")
 
@@ -133,8 +133,8 @@ class Images:
     ],
 )
 def test_settings_follow_from_the_images(images, ranks, flags, expected, tmp_path, monkeypatch):
-    source = data.Data("some", Images(images, 224), None, None, classes=0)
-    monkeypatch.setattr(data.Data, "limit_side", lambda self, side: None)
+    source = sources.Data("some", Images(images, 224), None, None, classes=0)
+    monkeypatch.setattr(sources.Data, "limit_side", lambda self, side: None)
     monkeypatch.setattr(settings, "load_data", lambda args, ranks: source)
     monkeypatch.setattr(data, "suitable_size", lambda images: images.view_side)
     monkeypatch.setattr(data, "default_workers", lambda images: 0)
@@ -268,7 +268,7 @@ def test_an_evaluation_is_foreseen_from_its_first_batches(monkeypatch):
 
 def test_foreseen_is_the_time_of_extraction_and_of_neighbours(monkeypatch):
     clock = FakeClock(monkeypatch)
-    source = data.Data("some", None, demo_array(range(600)), demo_array(range(600, 1000)), 10)
+    source = sources.Data("some", None, demo_array(range(600)), demo_array(range(600, 1000)), 10)
     knn = pace.evaluate.knn_accuracy
 
     class Network(nn.Module):
@@ -330,6 +330,7 @@ def test_a_plan_is_corrected_by_the_pace_of_the_steps_alone(monkeypatch):
     assert budget.correction(66, 200) == (66 + int(left / 1.0), 0)
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
     picture_folder, tmp_path, monkeypatch, capsys
 ):

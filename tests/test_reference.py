@@ -16,6 +16,7 @@ from conftest import demo_array
 from torch import nn
 
 from lowdino import augment, data, descriptors, distillation, distributed, engine, heads, methods
+from lowdino.sources import Data
 from lowdino.teachers import Teacher
 
 TOLERANCE = dict(rtol=1e-7, atol=1e-9)
@@ -125,12 +126,12 @@ def part(state, prefix):
 
 BATCH, EPOCH, EPOCHS = 5, 2, 5  # images, steps an epoch, epochs
 SETTINGS = dict(
-    preset=None, by_hand=[], usual={}, minutes=None,
+    preset=None, by_hand=[], usual={}, defaults={}, minutes=None, in_chans=3, value_range=None,
     arch="mobilevit_xxs", init=None, seed=0, compile=False, cache="none", num_workers=0, amp="none",
     optimizer="adamw", batch_size_per_gpu=BATCH, epochs=EPOCHS, lr=0.04, lr_reference_batch=10,
     min_lr=1e-3, warmup_epochs=1.5, weight_decay=0.1, weight_decay_end=0.8, clip_grad=0.05,
     global_crops_size=32, local_crops_size=24, local_crops_number=2, vertical_flip=0.0,
-    global_crops_number=2, grayscale=0.2,
+    global_crops_number=2, grayscale=0.2, jitter=1.0, blur=1.0, solarize=0.2,
     global_crops_scale=[0.4, 1.0], local_crops_scale=[0.05, 0.4], skip_nonfinite=0,
     max_bad_fraction=0.0, accept_changes=False, log_freq=1, knn_freq=0, saveckp_freq=0,
     save_every_steps=0, out_dim=12, hidden_dim=10, use_bn_in_head=True, norm_last_layer=False,
@@ -167,7 +168,7 @@ def trained_by_engine(folder, **changes):
         return method
 
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
-    source = data.Data("few images", demo_array(range(BATCH * EPOCH)))
+    source = Data("few images", demo_array(range(BATCH * EPOCH)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "build_backbone", lambda args: Tiny())
         return engine.train(args, ranks, source, build)

@@ -23,7 +23,7 @@ from runs import (
 
 import lowdino
 import train
-from lowdino import augment, data, distributed, engine, frozen, methods, settings
+from lowdino import augment, data, distributed, engine, frozen, methods, settings, sources
 
 # --------------------------------------------------------------------------------------------------
 # Training
@@ -45,7 +45,7 @@ def drawn(monkeypatch):
 
 FILES = (
     "args.json backbone.pth checkpoint.pth checkpoint.prev.pth checkpoint0001.pth "
-    "checkpoint0002.pth crops.png log.jsonl"
+    "checkpoint0002.pth crops.png log.jsonl maps.png neighbours.png report.html"
 ).split()
 WRITING = (
     "--epochs 2 --saveckp_freq 1 --koleo_weight 0.1 --alpha 0.4 --optimizer lars --num_workers 0"
@@ -59,12 +59,20 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, d
     assert set(os.listdir(out)) == set(FILES)
     views = "24 images; global views 32 px, 1 local views 32 px"
     assert views in done.stdout.splitlines()[0]
-    assert re.search(
-        r"epoch 0 step 2/12 loss \d.\d+ cross_entropy \d.\d+ loss_over_lnk \d.\d+ "
-        r"entropy .* entropy_of_mean .* feature_std .* effective_rank .* momentum .* "
-        r"lr .* weight_decay .* memory_mb .* images/s wait .* eta",
-        done.stdout,
+    header = "step epoch loss lr images/s wait memory left loss_over_lnk entropy"
+    lines = done.stdout.splitlines()
+    table = next(
+        i for i, line in enumerate(lines) if line.split()[: len(header.split())] == header.split()
     )
+    row = r" +2/12 +0 +\d\.\d+ +\S+ +\d+ +\d+% +\d+ MB +\d:\d\d:\d\d +\d\.\d+ +\d\.\d+ +\d\.\d+ +.*"
+    assert re.fullmatch(row, lines[table + 1]) and len(lines[table + 1]) <= 120
+    assert len(lines[table + 1]) == len(lines[table])
+    logged = json.loads((out / "log.jsonl").read_text().splitlines()[1])
+    names = (
+        "step epoch loss cross_entropy loss_over_lnk entropy entropy_of_mean feature_std "
+        "effective_rank momentum lr weight_decay memory_mb images_per_s data_wait eta_s"
+    )
+    assert set(names.split()) <= logged.keys()
     said = r"k-NN \(k=20\) accuracy: \d.\d+ after 2 epochs, \d.\d+ before the first"
     assert re.search(said, done.stdout)
     assert "health: too short to tell: 11 steps, a verdict needs 200" in done.stdout
@@ -141,9 +149,9 @@ def test_cached_images_are_decoded_once_and_train_alike(
 ):
     reads, read = [], data.read_image
 
-    def counted(path, max_side=None):
+    def counted(path, *how):
         reads.append(path)
-        return read(path, max_side)
+        return read(path, *how)
 
     monkeypatch.setattr(data, "read_image", counted)
     (picture_folder / "train" / "dark" / "3.png").write_text("not a picture")
@@ -206,7 +214,8 @@ def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, call_script):
     tested = call_script("eval_knn.py", "--pixels", "--data_path", pictures, check=False)
     assert is_one_sentence(tested, "has no labels to test on: that needs train/ and val/")
     flags = small("--epochs 1", data_path=pictures, output_dir=tmp_path / "o")
-    assert "k-NN" not in call_script("train.py", *flags).stdout
+    said = call_script("train.py", *flags).stdout.splitlines()
+    assert [line[:9] for line in said if "k-NN" in line] == ["no k-NN: "]
 
 
 def test_bad_output_folder_is_one_sentence(picture_folder, tmp_path):
@@ -287,7 +296,7 @@ def test_weights_of_a_known_architecture_are_used(picture_folder, tmp_path, call
     named = dict(weights=file, data_path=picture_folder, features=features)
     call_script("eval_knn.py", *options("--arch resnet18 --device cpu", **named))
     found = torch.from_numpy(np.load(features)["train"])
-    source = data.load(str(picture_folder)).pretrain
+    source = sources.load(str(picture_folder)).pretrain
     images, sizes, *_ = data.collate([source[i] for i in range(24)])
     with torch.no_grad():
         expected = network(augment.central_view(images, sizes, 32))

@@ -98,6 +98,7 @@ def test_a_cache_serves_with_a_classifier_and_without(tmp_path):
     assert without.teacher.fingerprint != with_one.teacher.fingerprint
 
 
+@pytest.mark.slow
 def test_a_cache_has_no_features_of_substitutes(picture_folder, tmp_path, call_script):
     (picture_folder / "train" / "dark" / "5.png").write_text("not a picture")
     flags = student(

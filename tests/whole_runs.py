@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from comparison import ROOT, records
+from comparison import ROOT
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from lowdino import data, demo, distributed, engine, methods, settings  # noqa: E402
+from lowdino.report import read_log  # noqa: E402
 
 BLOCK = 5  # steps of train.py between two stops for as many bare passes
 
@@ -114,7 +115,7 @@ def training_flags(
 
 def logged(folder: Path) -> list[dict]:
     """What a training logged of its steps."""
-    return [record for record in records(folder) if "images_per_s" in record]
+    return [record for record in read_log(folder / "log.jsonl") if "images_per_s" in record]
 
 
 def measure_train(flags: list[str]) -> dict:

@@ -1,0 +1,336 @@
+"""A trained backbone as a file for elsewhere: a phone, a browser, C++, another library.
+
+    python -m lowdino.export runs/first/backbone.pth backbone.onnx --normalise
+
+OUT's suffix says what it becomes. `.pt2` is torch.export's program, for C++ and ExecuTorch; `.onnx`
+needs onnx and onnxscript; `.safetensors` holds the weights alone, by their names in timm for
+MobileViT, and needs safetensors. Programs take float32 images (batch, channels, height, width) of
+any batch and any height and width in whole 32s, a Vision Transformer those of one size.
+"""
+
+import argparse
+import copy
+import importlib.util
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.fx.experimental._config as symbols
+from torch import Tensor, nn
+
+import lowdino
+from lowdino import checkpoint, distributed, flags, vit
+
+# The largest difference to PyTorch's features that is allowed, relative to their root mean square.
+# Rounding in another order gives a few 1e-6.
+TOLERANCE = 1e-4
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+class Exported(NamedTuple):
+    """What a written file was found to do, run at batch 1 by one thread."""
+
+    megabytes: float
+    by: str  # what ran it
+    difference: float  # the largest to PyTorch's features, relative to their root mean square
+    ms: float  # milliseconds of processor time an image
+    torch_ms: float  # the same of the network itself
+
+
+class Normalised(nn.Module):
+    """A backbone and the normalisation that its weights expect: it takes pixels in [0, 1]."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(backbone, name), dtype=torch.float32)
+            self.register_buffer(name, value.view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone((x - self.mean) / self.std)
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs
+# --------------------------------------------------------------------------------------------------
+
+
+def at_one_size(backbone: vit.VisionTransformer, side: int) -> vit.VisionTransformer:
+    """A copy for square images of one side, its position embedding resized for good.
+
+    torch.export does not take the resize to a size that it does not know.
+    """
+    backbone = copy.deepcopy(backbone)
+    with torch.no_grad():
+        backbone.pos_embed = nn.Parameter(backbone.positions(side, side))
+    backbone.grid = side // backbone.patch_size
+    return backbone
+
+
+def program_of(backbone: nn.Module, side: int, normalise: bool) -> torch.export.ExportedProgram:
+    """For any batch and any height and width in whole 32s; of a ViT for `side` alone."""
+    channels, height, width = len(backbone.mean), 96, 160
+    shape = {0: torch.export.Dim("batch", min=1)}
+    if isinstance(backbone, vit.VisionTransformer):
+        backbone, height, width = at_one_size(backbone, side), side, side
+    else:  # torch 2.4 needs a maximum
+        dims = (torch.export.Dim(name, min=1, max=2**20) for name in ("rows", "columns"))
+        shape |= {axis: 32 * dim for axis, dim in enumerate(dims, start=2)}
+    network = Normalised(backbone) if normalise else backbone
+    images = torch.zeros(2, channels, height, width)
+    # Else newer versions of torch refuse maps of one pixel: those of 32 pixels at stride 32.
+    wanted = {"backed_size_oblivious": True} if hasattr(symbols, "backed_size_oblivious") else {}
+    with symbols.patch(wanted):
+        return torch.export.export(network, (images,), dynamic_shapes=(shape,), strict=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Formats: of each, what writes the file's bytes, what makes a function of them, and what it needs.
+# --------------------------------------------------------------------------------------------------
+
+Function = Callable[[Tensor], Tensor]
+
+
+def about(backbone: nn.Module, side: int) -> dict[str, str]:
+    """What travels with a file."""
+    known = {"mean": backbone.mean, "std": backbone.std}
+    if getattr(backbone, "value_range", None):
+        known["value_range"] = backbone.value_range  # the files' values at pixels 0 and 1
+    known = {name: json.dumps(list(values)) for name, values in known.items()}
+    return {"arch": backbone.arch, "image_size": str(side)} | known
+
+
+def input_of(backbone: nn.Module, side: int, normalise: bool) -> str:
+    """What a program takes, in words."""
+    channels = len(backbone.mean)
+    words = f"float32 images (batch, {channels}, height, width) of {'RGB ' * (channels == 3)}pixels"
+    words += " in [0, 1]" if normalise else " in [0, 1], minus mean, over std"
+    if isinstance(backbone, vit.VisionTransformer):
+        return f"{words}, {side} x {side} alone (torch.export cannot resize positions)"
+    return f"{words}, height and width in whole 32s"
+
+
+def pt2_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
+    file = io.BytesIO()
+    extra = about(backbone, side) | {"input": input_of(backbone, side, normalise)}
+    torch.export.save(program_of(backbone, side, normalise), file, extra_files=extra)
+    return file.getvalue()
+
+
+def function_of_pt2(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
+    return "torch.export", torch.export.load(io.BytesIO(content)).module()
+
+
+def onnx_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
+    program = program_of(backbone, side, normalise)
+    names = {"input_names": ["images"], "output_names": ["features"]}
+    try:
+        model = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f"the exporter of torch {torch.__version__} cannot write a {backbone.arch} as .onnx: "
+            "take a newer torch (2.14 can), or .pt2"
+        ) from error
+    graph, dims = model.graph, ("batch", "channels", "height", "width")
+    del graph.value_info[:]  # shapes in between, in torch's own names of the sizes
+    for value in (*graph.input, *graph.output):
+        for dim, name in zip(value.type.tensor_type.shape.dim, dims):
+            if dim.dim_param:
+                dim.dim_param = name
+    extra = about(backbone, side) | {"input": input_of(backbone, side, normalise)}
+    for key, value in extra.items():
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString()
+
+
+def function_of_onnx(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
+    """By onnxruntime on one thread where it is installed, else by onnx's own reference."""
+    if installed("onnxruntime"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        by, run = "onnxruntime", onnxruntime.InferenceSession(content, options).run
+    else:
+        from onnx import load_from_string
+        from onnx.reference import ReferenceEvaluator
+
+        by, run = "onnx's reference evaluator", ReferenceEvaluator(load_from_string(content)).run
+    return by, lambda x: torch.from_numpy(run(None, {"images": x.numpy()})[0])
+
+
+def safetensors_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
+    from safetensors.torch import save
+
+    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    return save(weights, metadata=about(backbone, side))
+
+
+def function_of_safetensors(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
+    from safetensors.torch import load
+
+    empty = copy.deepcopy(backbone)
+    for value in empty.state_dict().values():
+        value.zero_()
+    empty.load_state_dict(load(content))
+    return "a network of these weights", empty
+
+
+FORMATS = {
+    ".pt2": (pt2_of, function_of_pt2, ()),
+    ".onnx": (onnx_of, function_of_onnx, ("onnx", "onnxscript")),
+    ".safetensors": (safetensors_of, function_of_safetensors, ("safetensors",)),
+}
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+# --------------------------------------------------------------------------------------------------
+# Export, and run what was exported
+# --------------------------------------------------------------------------------------------------
+
+
+def problem(path: str, normalise: bool) -> str | None:
+    """What keeps a file of this name from being written, in one sentence, or None."""
+    suffix, folder = Path(path).suffix.lower(), Path(path).parent
+    if suffix not in FORMATS:
+        return f"{path} should end in {' or '.join(FORMATS)}, which says what to write"
+    if suffix == ".onnx" and torch.__version__ < (2, 6):
+        return f".onnx needs torch 2.6 or newer, not {torch.__version__}; .pt2 does not"
+    lacking = [package for package in FORMATS[suffix][2] if not installed(package)]
+    if lacking:
+        return f"{suffix} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}"
+    if suffix == ".safetensors" and normalise:
+        return "--normalise needs .pt2 or .onnx: .safetensors holds weights alone"
+    if not os.access(folder, os.W_OK):
+        return f"{path}: no folder {folder} that can be written to"
+    return None
+
+
+@torch.no_grad()
+def export(
+    backbone: nn.Module, path: str, image_size: int | None = None, normalise: bool = False
+) -> Exported:
+    """Write a backbone in the format that the path's suffix names, once what is written was run.
+
+    Args:
+        backbone: of `lowdino.load_backbone` or `lowdino.build_backbone`; it stays as it is.
+        image_size: side in pixels at which the file is run and, of a Vision Transformer, the only
+            one that it takes; by default the backbone's own, or 224 where it has none.
+        normalise: whether `mean` and `std` are applied in the file, so that it takes pixels.
+
+    Raises:
+        UserError: where the file cannot be written, or its features differ by more than TOLERANCE.
+    """
+    if sentence := problem(path, normalise):
+        raise UserError(sentence)
+    side, unit = size_of(backbone, image_size), getattr(backbone, "patch_size", 32)
+    if side < unit or side % unit:
+        near = max(round(side / unit), 1) * unit
+        raise UserError(f"image size {side} is not in whole {unit}s: give --image_size {near}")
+    write, function_of, _ = FORMATS[Path(path).suffix.lower()]
+    backbone = copy.deepcopy(backbone).cpu().float().eval()
+    content = write(backbone, side, normalise)
+    by, function = function_of(content, backbone)
+    network = Normalised(backbone) if normalise else backbone
+    x = torch.rand(1, len(backbone.mean), side, side, generator=torch.Generator().manual_seed(0))
+    difference = difference_of(function(x), network(x))
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{path} is not written: its features differ from PyTorch's by {difference:.1e} of "
+            f"their root mean square, more than {TOLERANCE:.0e}"
+        )
+    with checkpoint.atomic(path) as file:
+        file.write(content)
+    return Exported(len(content) / 1e6, by, difference, *milliseconds([function, network], x))
+
+
+def size_of(backbone: nn.Module, image_size: int | None) -> int:
+    return image_size or getattr(backbone, "image_size", 224)
+
+
+def difference_of(features: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the root mean square of what was expected."""
+    size = expected.square().mean().sqrt().clamp(min=torch.finfo().tiny)
+    return ((features - expected).abs().max() / size).item()
+
+
+def milliseconds(works: list[Function], x: Tensor, repeats: int = 11) -> list[float]:
+    """Median milliseconds of each on x, run in turns by one thread; the first turn is not counted.
+
+    A function of onnxruntime has chosen its own threads.
+    """
+    threads, rounds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(1 + repeats):
+            rounds.append([seconds(work, x) for work in works])
+    finally:
+        torch.set_num_threads(threads)
+    return [1e3 * statistics.median(times) for times in zip(*rounds[1:])]
+
+
+def seconds(work: Function, x: Tensor) -> float:
+    """Of the processor: of one thread those of an idle machine, whatever else runs beside it."""
+    start = time.process_time()
+    work(x)
+    return time.process_time() - start
+
+
+# --------------------------------------------------------------------------------------------------
+# Command
+# --------------------------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = flags.parser_of(__doc__)
+    add = parser.add_argument
+    help = "backbone.pth, or another file of load_backbone; ARCH=FILE for a plain state dict"
+    add("backbone", help=help)
+    add("out", metavar="OUT", help=f"file to write, ending in {' or '.join(FORMATS)}")
+    help = "apply mean and std in the file, which then takes pixels in [0, 1]"
+    add("--normalise", action="store_true", help=help)
+    help = (
+        "side in pixels at which the file is run and, of a Vision Transformer, the only one that "
+        "it takes; by default the backbone's own, or 224"
+    )
+    add("--image_size", type=int, help=help)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    arch, _, file = args.backbone.partition("=")
+    known = arch in lowdino.ARCHS and file
+    backbone = lowdino.load_backbone(file, arch) if known else lowdino.load_backbone(args.backbone)
+    found = export(backbone, args.out, args.image_size, args.normalise)
+    side = size_of(backbone, args.image_size)
+    print(f"{args.out}: {backbone.arch}, {backbone.embed_dim} features, {found.megabytes:.1f} MB")
+    if not args.out.lower().endswith(".safetensors"):
+        print(f"takes {input_of(backbone, side, args.normalise)}")
+    print(
+        f"run by {found.by} at 1 x {side} x {side} pixels, one thread: {found.ms:.1f} ms, "
+        f"PyTorch {found.torch_ms:.1f} ms; largest difference {found.difference:.1e} of the "
+        "features' root mean square"
+    )
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    wrong = problem(args.out, args.normalise)
+    distributed.launch("lowdino.export", wrong, "cpu", lambda ranks: run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,526 @@
+"""One page on a run, or on several beside each other: does it learn, how fast, what does it see?
+
+    python -m lowdino.report runs/a                                  writes runs/a/report.html
+    python -m lowdino.report runs/a runs/b --output both.html
+
+It is made of what a run's folder holds: log.jsonl, args.json and the pictures. train.py and
+distill.py write it into --output_dir at every evaluation and at the end. The page needs no other
+file and asks for none: its curves are SVG, its pictures are within it.
+"""
+
+import argparse
+import base64
+import html
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import nn
+
+import lowdino
+from lowdino import checkpoint, distributed, evaluate, health, monitor, sources
+from lowdino.curves import COLOURS, Curve, drawn, thinned
+from lowdino.pictures import save_all
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+# --------------------------------------------------------------------------------------------------
+# What a folder tells of its run
+# --------------------------------------------------------------------------------------------------
+
+
+class Chart(NamedTuple):
+    heading: str
+    unit: str
+    note: str
+    curves: dict[str, str]  # name -> that of its numbers in `Run.curves`
+    from_zero: bool = True
+
+
+CHARTS = (
+    Chart(
+        "k-NN accuracy",
+        "%",
+        "Of held-out images, by the labels of their nearest training images. It should rise.",
+        {"k-NN": "knn"},
+    ),
+    Chart(
+        "Loss",
+        "cross-entropy / ln K",
+        "At 1 the student knows nothing yet. It should fall.",
+        {"loss": "loss_over_lnk"},
+    ),
+    Chart(
+        "Loss",
+        "loss",
+        "It should fall, fast at first. Its height tells nothing by itself.",
+        {"loss": "loss"},
+        from_zero=False,
+    ),
+    Chart(
+        "Entropy of the teacher",
+        "nats",
+        "Both at ln K, or both near 0: it has collapsed. The wider apart the two, the better.",
+        {"of an image": "entropy", "of the mean": "entropy_of_mean", "ln K": "ln_k"},
+    ),
+    Chart(
+        "KL divergence",
+        "nats",
+        "What the student has yet to learn of the teacher. At 0 there is nothing left.",
+        {"KL": "kl"},
+    ),
+    Chart(
+        "Effective rank",
+        "directions",
+        "Over how many directions a batch scatters. Near 1 everything looks alike.",
+        {"features": "effective_rank", "embeddings": "embedding_rank"},
+    ),
+    Chart("Learning rate", "learning rate", "It follows its schedule.", {"learning rate": "lr"}),
+    Chart("Throughput", "images/s", "Of all ranks together.", {"images/s": "images_per_s"}),
+)
+
+PICTURES = {
+    "crops.png": (
+        "Views",
+        "What the network is trained on: a row an image, a column a view of it. Views of an image "
+        "should still show the same thing.",
+    ),
+    "neighbours.png": ("Nearest neighbours", ""),
+    "maps.png": ("Feature maps", ""),
+    "attention.png": ("Attention", ""),
+}
+
+
+def finite(value: object) -> float | None:
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if known else None
+
+
+class Run:
+    """A run, read from its folder.
+
+    Raises:
+        UserError: where there is no log, or files are damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.name = str(folder)
+        self.records = read_log(self.folder / "log.jsonl")
+        self.args = read_settings(self.folder / "args.json")
+        self.facts, self.unusual = self.args.pop("run", {}), self.args.pop("unusual", [])
+        self.curves: dict[str, Curve] = {}
+        k = self.facts.get("out_dim")
+        for record in self.records:
+            more = {}
+            if {"entropy", "cross_entropy"} <= record.keys():
+                both = [finite(record[name]) for name in ("cross_entropy", "entropy")]
+                more = {"kl": None if None in both else both[0] - both[1]}
+                more |= {"ln_k": math.log(k)} if k else {}
+            if finite(record.get("knn")) is not None:
+                more["knn"] = 100 * record["knn"]
+            for name, value in (record | more).items():
+                self.curves.setdefault(name, {})[record["step"]] = finite(value)
+        self.step = max((record["step"] for record in self.records), default=0)
+
+    def values(self, name: str) -> list[float]:
+        """The finite values of a curve."""
+        return [y for _, y in sorted(self.curves.get(name, {}).items()) if y is not None]
+
+    def verdict(self) -> str:
+        """That of `health.Health` on the whole log."""
+        losses = [record["loss"] for record in self.records if "loss" in record]
+        if losses and finite(losses[-1]) is None:
+            return (
+                "diverging loss: the last one is not finite: lower --lr, or lengthen "
+                "--warmup_epochs"
+            )
+        watch = health.Health(self.facts.get("out_dim"), self.facts.get("remedy", "lower --lr"))
+        for record in self.records:
+            metrics = {key: finite(value) for key, value in record.items() if key != "step"}
+            if "loss" in record and None not in metrics.values():
+                if {"feature_std", "effective_rank"} <= metrics.keys():
+                    watch.read(record["step"], **metrics)
+        return watch.verdict()
+
+    def seconds(self) -> float:
+        """Time of all steps, those before a stop too."""
+        images = self.args.get("batch_size_per_gpu", 0) * self.args.get("world", 1)
+        total, step = 0.0, 0
+        for at, speed in sorted(self.curves.get("images_per_s", {}).items()):
+            total += (at - step) * images / speed if speed else 0.0
+            step = at
+        return total
+
+    def progress(self) -> str:
+        """How far it is, in words."""
+        left = [record["eta_s"] for record in self.records if "eta_s" in record]
+        if not left:
+            return "before the first step"
+        if not left[-1]:
+            return f"finished after {self.step:,} steps"
+        known = finite(left[-1])
+        then = f", {monitor.duration(known)} left" if known is not None else ""
+        total = finite(self.args.get("total_steps"))
+        return f"{self.step:,}{f' of {total:,.0f}' if total else ''} steps{then}"
+
+    def figures(self) -> dict[str, str]:
+        """The key figures, by name."""
+        found = {}
+        if knn := self.values("knn"):
+            first = f"{knn[0]:.1f} → " if len(knn) > 1 else ""
+            found["k-NN accuracy"] = f"{first}{knn[-1]:.1f} %"
+        for key, name in (("loss_over_lnk", "loss / ln K"), ("loss", "loss")):
+            if name == "loss" and "loss / ln K" in found:
+                continue
+            if values := self.values(key):
+                found[name] = f"{values[0]:.3g} → {values[-1]:.3g}"
+        if ranks := self.values("effective_rank"):
+            found["effective rank"] = f"{ranks[0]:.1f} → {ranks[-1]:.1f}"
+        found["steps"] = f"{self.step:,}"
+        if speeds := self.values("images_per_s"):
+            found["time of the steps"] = monitor.duration(self.seconds())
+            found["images/s"] = f"{statistics.median(speeds):,.0f}"
+        return found
+
+
+def facts(method, source: sources.Data, device: torch.device) -> dict:
+    """What the report of a run needs beside its flags and its log."""
+    return {
+        "version": lowdino.__version__,
+        "machine": monitor.machine(device),
+        "images": f"{source.name}, {len(source.pretrain):,} images",
+        "out_dim": method.out_dim,
+        "remedy": method.remedy,
+    }
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log. A last line that is not whole is left out, as a resumed run does."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path.parent} holds no log.jsonl that can be read: give the --output_dir of a run"
+        ) from error
+    records = []
+    for number, words in enumerate(lines, 1):
+        try:
+            record = json.loads(words)
+            record["step"] + 0  # a number
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not words.endswith("\n"):
+                break
+            raise UserError(
+                f"{path} is damaged: line {number} is not a JSON object with a step; delete the "
+                "line, or give another run"
+            ) from error
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} has no line yet: wait for the run's first step")
+    return records
+
+
+def read_settings(path: Path) -> dict:
+    """What args.json holds; nothing where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: it is not a JSON object") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1d2226; --soft: #66707a;
+  --rule: #e3e6e8; --well: #24804f; --wait: #a86b00; --ill: #c0392b;
+  --c0: #1b6ca8; --c1: #c0392b; --c2: #2e8b57; --c3: #8e44ad; --c4: #c77d0a; --c5: #555; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1c2024; --ink: #e4e7ea;
+  --soft: #98a2ab; --rule: #30363c; --well: #55c08a; --wait: #e0a844; --ill: #ef7b6d;
+  --c0: #6db3e8; --c1: #ef7b6d; --c2: #67c98f; --c3: #c792e0; --c4: #e8ae4d; --c5: #b5bcc2; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 48px; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 40px 0 12px; }
+h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+p, figcaption { margin: 4px 0; }
+.soft, figcaption { color: var(--soft); font-size: .875rem; }
+.grid { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
+.fit { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
+.fit + .fit { margin-top: 16px; }
+.seen { columns: 2 460px; column-gap: 16px; }
+.seen figure { break-inside: avoid; margin-bottom: 16px; }
+.card, figure { margin: 0; padding: 16px 18px; background: var(--card); min-width: 0;
+  border: 1px solid var(--rule); border-radius: 10px; }
+.run { border-left: 6px solid var(--state); margin-top: 16px; }
+.run h2 { color: var(--state); margin: 0; font-size: 1.3rem; }
+.well { --state: var(--well); } .wait { --state: var(--wait); } .ill { --state: var(--ill); }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px 20px;
+  margin: 16px 0 2px; }
+dt { color: var(--soft); font-size: .8rem; }
+dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: auto; margin-top: 8px; }
+svg text { fill: var(--ink); } svg .paper { fill: none; } svg .grid { stroke: var(--rule); }
+img { display: block; max-width: 100%; height: auto; margin: 10px 0 8px; border-radius: 4px; }
+.small { image-rendering: pixelated; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 3px 20px 3px 0; border-bottom: 1px solid var(--rule);
+  vertical-align: top; overflow-wrap: anywhere; }
+th { font-weight: 600; } tr.own td { font-weight: 600; }
+summary { cursor: pointer; color: var(--soft); margin: 12px 0; }
+code { font: .9em ui-monospace, Menlo, Consolas, monospace; background: var(--rule);
+  border-radius: 4px; padding: 1px 4px; white-space: nowrap; }
+footer { margin-top: 40px; }
+@media (max-width: 700px) { main { padding: 18px 12px 32px; } h1 { font-size: 1.4rem; }
+  .card, figure { padding: 12px; } .grid { grid-template-columns: minmax(0, 1fr); } }
+"""
+STYLE += "\n".join(
+    f"polyline.c{i} {{ stroke: var(--c{i}) }} circle.c{i} {{ fill: var(--c{i}) }}"
+    for i in range(len(COLOURS))
+)
+
+
+def prose(words: str) -> str:
+    """Escaped, its flags set as code."""
+    return re.sub(r"(--\w+(?: sinkhorn)?)", r"<code>\1</code>", html.escape(words))
+
+
+def card(run: Run, level: str) -> str:
+    """The verdict on a run and its key figures, below a heading of a level."""
+    verdict = run.verdict()
+    state = "wait" if verdict.startswith("too short") else "ill"
+    state = "well" if verdict == "no sign of collapse" else state
+    heading, _, rest = verdict.partition(": ")
+    words = f"<h2>{html.escape(heading.capitalize())}</h2>"
+    if rest:
+        words += f"<p>{prose(rest[0].upper() + rest[1:])}.</p>"
+    knn = run.values("knn")
+    if len(knn) > 1:
+        change = "risen" if knn[-1] > knn[0] else "not risen"
+        words += f"<p>The k-NN accuracy has {change}: {knn[0]:.1f} % → {knn[-1]:.1f} %.</p>"
+    if (loss := run.values("loss_over_lnk")) and loss[-1] > 0.98:
+        words += f"<p>The loss is still {loss[-1]:.3f} ln K: little is learned so far.</p>"
+        state = "wait" if state == "well" else state
+    if not knn and (run.folder / "neighbours.png").exists():
+        words += "<p>No k-NN accuracy is known: judge by the nearest neighbours below.</p>"
+    terms = (
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in run.figures().items()
+    )
+    about = [run.args.get("arch"), run.args.get("method"), run.facts.get("images"), run.progress()]
+    about = " · ".join(html.escape(str(part)) for part in about if part)
+    return (
+        f'<section class="card run {state}"><{level}>{html.escape(run.name)}</{level}>'
+        f'<p class="soft">{about}</p>{words}<dl>{"".join(terms)}</dl></section>'
+    )
+
+
+def charts(runs: Sequence[Run]) -> list[str]:
+    """A figure a chart; of several runs a figure a number, a curve a run."""
+    found = []
+    for chart in CHARTS:
+        if len(runs) == 1:
+            groups = [(chart.heading, {name: (runs[0], key) for name, key in chart.curves.items()})]
+        else:
+            many = len(chart.curves) > 1
+            groups = [
+                (
+                    f"{chart.heading}, {name}" if many else chart.heading,
+                    {r.name: (r, key) for r in runs},
+                )
+                for name, key in chart.curves.items()
+                if key != "ln_k"
+            ]
+        for heading, group in groups:
+            curves = {
+                name: run.curves.get(key, {})
+                for name, (run, key) in group.items()
+                if run.values(key) and not (key == "loss" and "loss_over_lnk" in run.curves)
+            }
+            if not curves:
+                continue
+            if len(runs) > 1 and len(curves) == 1:  # which has no legend
+                heading += f", {next(iter(curves))}"
+            note = chart.note
+            if any(None in curve.values() for curve in curves.values()):
+                note += " In a gap it is not finite."
+            curves = {name: thinned(curve) for name, curve in curves.items()}
+            svg = drawn(curves, "step", chart.unit, from_zero=chart.from_zero)
+            found.append(
+                f"<figure><h3>{html.escape(heading)}</h3>{svg}"
+                f"<figcaption>{html.escape(note)}</figcaption></figure>"
+            )
+    return found
+
+
+def picture(run: Run, file: str, several: bool) -> str:
+    """A figure of one of the run's pictures, or nothing."""
+    path, (heading, caption) = run.folder / file, PICTURES[file]
+    try:
+        with Image.open(path) as image:
+            (width, height), caption = image.size, image.info.get("caption", caption)
+        content = base64.b64encode(path.read_bytes()).decode()
+    except OSError:  # not there, or not whole
+        return ""
+    heading = f"{heading}, {run.name}" if several else heading
+    scale = max(min(480 // width, 560 // height), 1)  # a small one in whole pixels
+    return (
+        f"<figure><h3>{html.escape(heading)}</h3>"
+        f'<img {"class=small " if scale > 1 else ""}style="width:{width * scale}px" alt="" '
+        f'src="data:image/png;base64,{content}"><figcaption>{html.escape(caption)}</figcaption>'
+        "</figure>"
+    )
+
+
+def settings_table(runs: Sequence[Run], names: Sequence[str], kind: str = "") -> str:
+    """A row a setting, a column a run."""
+    head = ""
+    if len(runs) > 1:
+        head = "<tr><th></th>" + "".join(f"<th>{html.escape(r.name)}</th>" for r in runs) + "</tr>"
+    rows = (
+        f'<tr class="{kind}"><th>{html.escape(name)}</th>'
+        + "".join(f"<td>{html.escape(shown(r.args.get(name)))}</td>" for r in runs)
+        + "</tr>"
+        for name in names
+    )
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def all_settings(runs: Sequence[Run]) -> str:
+    """Those that differ from the defaults, or between the runs, and then the others."""
+    names = list(dict.fromkeys(name for run in runs for name in run.args))
+    unusual = {name for run in runs for name in run.unusual}
+    unusual |= {n for n in names if len({str(run.args.get(n)) for run in runs}) > 1}
+    first = [name for name in names if name in unusual]
+    others = [name for name in names if name not in unusual]
+    note = "Those that differ from the defaults" + " or between the runs" * (len(runs) > 1)
+    return (
+        f'<h2>Settings</h2><p class="soft">{note}.</p>{settings_table(runs, first, "own")}'
+        f"<details><summary>The {len(others)} others</summary>{settings_table(runs, others)}"
+        "</details>"
+    )
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole report."""
+    several = len(runs) > 1
+    title = f"{len(runs)} runs" if several else runs[0].name
+    rows = ["".join(picture(run, file, several) for run in runs) for file in PICTURES]
+    if several:  # a picture of one run beside that of another
+        rows = [f'<div class="grid fit">{row}</div>' for row in rows if row]
+    else:
+        rows = [f'<div class="seen">{"".join(rows)}</div>'] if any(rows) else []
+    machines = dict.fromkeys(run.facts.get("machine", "an unknown machine") for run in runs)
+    versions = dict.fromkeys(run.facts.get("version", "unknown") for run in runs)
+    written = time.strftime("%Y-%m-%d %H:%M")
+    parts = [
+        f"<h1>{html.escape(title)}</h1>" if several else "",
+        *(card(run, "h3" if several else "h1") for run in runs),
+        "<h2>Curves</h2>",
+        f'<div class="grid">{"".join(charts(runs))}</div>',
+        *(["<h2>What the network sees</h2>", *rows] if rows else []),
+        all_settings(runs),
+        f'<footer class="soft"><p>LowDINO {html.escape(", ".join(versions))} on '
+        f"{html.escape('; '.join(machines))}.</p><p>Written {written}.</p></footer>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)} – LowDINO</title>\n"
+        f'<link rel="icon" href="data:,">\n<style>{STYLE}</style></head>\n<body><main>\n'
+        + "\n".join(filter(None, parts))
+        + "\n</main></body></html>\n"
+    )
+
+
+def write(folders: Sequence[str | Path], output: str | Path) -> None:
+    """Write the report of the runs in some folders.
+
+    Raises:
+        UserError: of this file or of checkpoint.py, where a folder holds no run, or `output` cannot
+            be written.
+    """
+    content = page([Run(folder) for folder in folders])
+    with checkpoint.atomic(output) as file:
+        file.write(content.encode("utf-8", "backslashreplace"))
+
+
+class Reporter:
+    """Keeps the pictures and the report of a run, on its first rank.
+
+    Pictures are made anew where all that were made take at most SHARE of the time, and at the end.
+
+    Args:
+        size: side of the views that the network knows.
+    """
+
+    SHARE = 1 / 50
+
+    def __init__(self, folder: Path, size: int, device: torch.device):
+        self.folder, self.size, self.device = folder, size, device
+        self.next = 0.0
+
+    @property
+    def due(self) -> bool:
+        return time.perf_counter() >= self.next
+
+    def write(
+        self,
+        backbone: nn.Module,
+        source: sources.Data,
+        features: tuple[evaluate.Features, evaluate.Features] | None = None,
+        pictures: bool = True,
+        page: bool = True,
+    ) -> None:
+        """The pictures, see `lowdino.pictures.save_all`, and the page that shows them."""
+        start = time.perf_counter()
+        if pictures:
+            save_all(self.folder, backbone, source, self.size, self.device, features)
+            end = time.perf_counter()
+            self.next = end + (end - start) / self.SHARE
+        if page:
+            write([self.folder], self.folder / "report.html")
+
+
+def main() -> None:
+    description, usage = __doc__.split("\n\n")[:2]
+    parser = argparse.ArgumentParser("python -m lowdino.report", description=description)
+    parser.add_argument("runs", nargs="+", help="folders, each the --output_dir of a run")
+    help = "default: report.html, in the folder of a single run or else here"
+    parser.add_argument("--output", metavar="FILE", help=help)
+    args = parser.parse_args()
+    output = Path(args.output or Path(args.runs[0] if len(args.runs) == 1 else "") / "report.html")
+
+    def work(ranks: distributed.Ranks) -> None:
+        write(args.runs, output)
+        print(output)
+
+    distributed.launch("report", None, "cpu", work)
+
+
+if __name__ == "__main__":
+    main()
