@@ -1,4 +1,8 @@
-"""Demo images made by code, ten classes of 64 x 64 pixels, to try everything without a file."""
+"""Demo images made by code, to try everything without a file.
+
+`demo_images` are of ten classes, 64 x 64 pixels. `demo_scenes` have several glyphs each, with their
+boxes and masks, for detection and segmentation.
+"""
 
 from collections.abc import Sequence
 
@@ -12,30 +16,55 @@ TEST_START = 10**6  # first index of the test split; the training split starts a
 GLYPH_SIDE = 13
 GLYPHS_PER_IMAGE = 28
 
+SCENE_SIDE = 96
+SCENE_TRAIN, SCENE_TEST = 2000, 400  # scenes of the two splits; the test split as above
+SCENE_CLASSES = ("disc", "ring", "square", "frame", "diamond", "plus", "saltire", "rows", "columns")
+SCENE_CLASSES += ("dots",)  # labels 1 to 10; 0 is the background
 
-def draw_glyphs() -> np.ndarray:
-    """The ten classes: shapes of about equal area with smooth edges, (10, 13, 13) in [0, 1]."""
-    y, x = np.mgrid[-6:7, -6:7].astype(np.float64)
+
+def splits(train: int, test: int) -> tuple[range, range]:
+    """Indices of so many training and test images."""
+    return range(train), range(TEST_START, TEST_START + test)
+
+
+def shapes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The ten classes as signed distances in pixels, negative inside: (H, W) twice -> (10, H, W).
+
+    They are of about equal area, about (0, 0), and reach 6 pixels from there.
+    """
     r, square, diamond = np.hypot(x, y), np.maximum(abs(x), abs(y)), abs(x) + abs(y)
 
     def bar(t: np.ndarray, width: float) -> np.ndarray:
         """A band of half-width `width` about t = 0."""
         return abs(t) - width
 
-    # Signed distances, negative inside, in pixels.
-    shapes = [
-        r - 4.1,  # disc
-        abs(r - 4.6) - 0.95,  # ring
-        square - 3.6,  # square
-        abs(square - 4.3) - 0.8,  # frame
-        abs(diamond - 5.2) / 1.4 - 0.95,  # hollow diamond
-        np.maximum(np.minimum(bar(x, 1.2), bar(y, 1.2)), square - 5.4),  # plus
-        np.maximum(np.minimum(bar(x - y, 1.7), bar(x + y, 1.7)), square - 4.6) / 1.4,  # saltire
-        np.maximum(abs(abs(y) - 3.2) - 1.2, abs(x) - 5.2),  # two horizontal bars
-        np.maximum(abs(abs(x) - 3.2) - 1.2, abs(y) - 5.2),  # two vertical bars
-        np.hypot(abs(x) - 3.4, abs(y) - 3.4) - 2.0,  # four dots
-    ]
-    return np.clip(0.5 - np.stack(shapes), 0, 1)
+    return np.stack(
+        [
+            r - 4.1,  # disc
+            abs(r - 4.6) - 0.95,  # ring
+            square - 3.6,  # square
+            abs(square - 4.3) - 0.8,  # frame
+            abs(diamond - 5.2) / 1.4 - 0.95,  # hollow diamond
+            np.maximum(np.minimum(bar(x, 1.2), bar(y, 1.2)), square - 5.4),  # plus
+            np.maximum(np.minimum(bar(x - y, 1.7), bar(x + y, 1.7)), square - 4.6) / 1.4,  # saltire
+            np.maximum(abs(abs(y) - 3.2) - 1.2, abs(x) - 5.2),  # two horizontal bars
+            np.maximum(abs(abs(x) - 3.2) - 1.2, abs(y) - 5.2),  # two vertical bars
+            np.hypot(abs(x) - 3.4, abs(y) - 3.4) - 2.0,  # four dots
+        ]
+    )
+
+
+def draw_glyphs() -> np.ndarray:
+    """The ten classes with smooth edges: (10, 13, 13) in [0, 1]."""
+    y, x = np.mgrid[-6:7, -6:7].astype(np.float64)
+    return np.clip(0.5 - shapes(x, y), 0, 1)
+
+
+def clouds(colours: np.ndarray, side: int) -> np.ndarray:
+    """Grids of 5 x 5 colours stretched bilinearly: (..., 5, 5) -> (..., side, side)."""
+    at = np.linspace(0, 4 - 1e-6, side)
+    stretch = np.maximum(0, 1 - abs(at[:, None] - np.arange(5))).astype(np.float32)  # (side, 5)
+    return 0.2 + 0.2 * (stretch @ colours @ stretch.T)
 
 
 def draw_chunk(indices: np.ndarray, glyphs: np.ndarray) -> np.ndarray:
@@ -45,10 +74,7 @@ def draw_chunk(indices: np.ndarray, glyphs: np.ndarray) -> np.ndarray:
         [np.random.default_rng(int(i)).random(75 + n * 5, dtype=np.float32) for i in indices]
     )  # (N, 75 + n * 5)
     colours, u = u[:, :75].reshape(-1, 3, 5, 5), u[:, 75:].reshape(len(indices), n, 5)
-    # Bilinear weights that stretch a grid of 5 x 5 random colours into clouds.
-    at = np.linspace(0, 4 - 1e-6, SIDE)
-    stretch = np.maximum(0, 1 - abs(at[:, None] - np.arange(5))).astype(np.float32)  # (64, 5)
-    background = 0.2 + 0.2 * (stretch @ colours @ stretch.T)  # (N, 3, 64, 64)
+    background = clouds(colours, SIDE)  # (N, 3, 64, 64)
     canvas = np.pad(background, [(0, 0), (0, 0), (border, border), (border, border)])
     corner = (u[:, :, :2] * SIDE).astype(int)  # (N, n, 2), top and left
     ink = 0.3 + 0.3 * u[:, :, 2:]  # (N, n, 3)
@@ -80,3 +106,70 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
     parts = np.split(indices, range(chunk, len(indices), chunk))
     images = np.concatenate([draw_chunk(part, glyphs) for part in parts])
     return torch.from_numpy(images), torch.from_numpy(indices % 10)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scenes
+# --------------------------------------------------------------------------------------------------
+
+CANDIDATES = 8  # glyphs of a scene, of which those that would touch others are left out
+
+
+def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """One scene: (3, 96, 96) uint8, and its boxes, labels and masks as `demo_scenes` gives them."""
+    generator = np.random.default_rng([int(index), 1])
+    image = clouds(generator.random((3, 5, 5), dtype=np.float32), SCENE_SIDE)
+    boxes, labels, masks, places = [], [], [], []
+    for u in generator.random((CANDIDATES, 9)):
+        scale = 1.2 + 1.3 * u[0]  # of a glyph of 13 pixels
+        radius = 6 * scale
+        centre = radius + (SCENE_SIDE - 2 * radius) * u[1:3]  # inside the scene in frame 0
+        if any(np.hypot(*(centre - other)) < 0.9 * (radius + r) for other, r in places):
+            continue
+        places.append((centre, radius))
+        centre = centre + frame * (4 * u[3:5] - 2)
+        mask = np.zeros((SCENE_SIDE, SCENE_SIDE), dtype=bool)
+        low, high = (np.clip(centre + d, 0, SCENE_SIDE).astype(int) for d in (-radius, radius + 2))
+        window = tuple(slice(*ends) for ends in zip(low, high))
+        y, x = ((at - middle) / scale for at, middle in zip(np.mgrid[window], centre))
+        kind, ink = int(10 * u[5]), np.float32(0.3 + 0.4 * u[6:9])
+        cover = np.clip(0.5 - shapes(x, y)[kind] * scale, 0, 1)
+        image[(slice(None), *window)] += cover * ink[:, None, None]
+        mask[window] = cover > 0.5
+        if mask.any():
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+            labels.append(1 + kind)
+            masks.append(mask)
+    target = dict(
+        boxes=np.float32(boxes).reshape(-1, 4),
+        labels=np.int64(labels),
+        masks=np.uint8(masks).reshape(-1, SCENE_SIDE, SCENE_SIDE),
+    )
+    return (image.clip(0, 1) * 255).round().astype(np.uint8), target
+
+
+def demo_scenes(indices: Sequence[int], frame: float = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Scenes uint8 (N, 3, 96, 96) by index and, for each, what is in it.
+
+    The same index always gives the same scene: two to eight glyphs of 9 to 31 pixels on a cloudy
+    background, of any class, colour, size and place.
+
+    Args:
+        frame: number of a frame of the scene's film, in which every glyph moves by its own velocity
+            of at most two pixels a frame and axis.
+
+    Returns:
+        The scenes, and a dict for each as torchvision's detectors take it: boxes (n, 4) float32 of
+        left, top, right and bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES), masks
+        (n, 96, 96) uint8.
+    """
+    drawn = [draw_scene(index, frame) for index in indices]
+    images = torch.from_numpy(np.stack([image for image, _ in drawn]))
+    targets = [{name: torch.from_numpy(value) for name, value in t.items()} for _, t in drawn]
+    return images, targets
+
+
+def semantic_mask(target: dict[str, Tensor]) -> Tensor:
+    """What each pixel of a scene shows: (96, 96) uint8, 0 for the background."""
+    return (target["masks"] * target["labels"][:, None, None]).amax(dim=0).to(torch.uint8)

@@ -244,7 +244,7 @@ def add_source_flags(add) -> None:
 def add_output_flags(add) -> None:
     help = (
         "folder (with or without sub-folders), text file with one path a line, cifar10, cifar100, "
-        "stl10 or demo"
+        "stl10, demo or demo_scenes"
     )
     add("--data_path", default="demo", help=help)
     add_source_flags(add)
@@ -359,7 +359,7 @@ def check_source(args: argparse.Namespace) -> str | None:
     if args.test_fraction is not None and not 0 < args.test_fraction < 1:
         return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
     for name in ("labels", "test_fraction"):
-        if getattr(args, name) is not None and args.data_path in ("demo", *sources.TORCHVISION):
+        if getattr(args, name) is not None and args.data_path in NAMED:
             return (
                 f"--{name} goes with a folder or list of images; {args.data_path} has labels and "
                 "test images of its own"
@@ -417,24 +417,30 @@ def check_evaluation(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
+NAMED = ("demo", "demo_scenes", *sources.TORCHVISION)  # what --data_path takes beside files
+
+
 def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
     """What --data_path names; of a set to be fetched the first rank fetches it.
 
     Raises:
         UserError: in one sentence, where there is nothing to read.
     """
-    if args.data_path != "demo":
-        seed = args.seed if hasattr(args, "seed") else args.seeds[0]
-        where = args.data_path, args.data_root, args.download, ranks.rank
-        return sources.load_on_ranks(
-            *where, table=args.labels, test_fraction=args.test_fraction, seed=seed
-        )
-    splits = range(demo.TRAIN), range(demo.TEST_START, demo.TEST_START + demo.TEST)
-    # Half the side shows the glyphs as well, at a quarter of the cost.
-    train, test = (
-        data.ImageArray(*demo.demo_images(indices), view_side=demo.SIDE // 2) for indices in splits
+    if args.data_path == "demo":
+        # Half the side shows the glyphs as well, at a quarter of the cost.
+        side, splits = demo.SIDE // 2, demo.splits(demo.TRAIN, demo.TEST)
+        train, test = (data.ImageArray(*demo.demo_images(i), view_side=side) for i in splits)
+        return sources.Data("the built-in demo images", train, train, test, classes=10)
+    if args.data_path == "demo_scenes":
+        scenes, _ = demo.demo_scenes(range(demo.SCENE_TRAIN))
+        why = "each has several classes; use demo, or eval_linear.py --task segmentation"
+        images = data.ImageArray(scenes, view_side=64)
+        return sources.Data("the built-in demo scenes", images, no_labels=why)
+    seed = args.seed if hasattr(args, "seed") else args.seeds[0]
+    where = args.data_path, args.data_root, args.download, ranks.rank
+    return sources.load_on_ranks(
+        *where, table=args.labels, test_fraction=args.test_fraction, seed=seed
     )
-    return sources.Data("the built-in demo images", train, train, test, classes=10)
 
 
 def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:

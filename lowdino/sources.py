@@ -77,7 +77,7 @@ def load(
     else:
         raise UserError(
             f"no data at {source or 'an empty path'}: give a folder, a text file of paths, "
-            "demo, cifar10, cifar100 or stl10"
+            "demo, demo_scenes, cifar10, cifar100 or stl10"
         )
     if rows:
         read_labels(files, rows, file)

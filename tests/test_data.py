@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import demo_array
 from PIL import Image
+from torchvision.ops import masks_to_boxes
 
 from lowdino import augment, data, demo, evaluate, sources
 
@@ -257,6 +258,31 @@ def test_demo_is_deterministic_by_index_and_balanced():
     assert labels.tolist() == [3, 4, 7] and labels.dtype == torch.int64
     assert torch.equal(several[1], one[0])
     assert not torch.equal(demo.demo_images([4])[0][0], one[0])
+
+
+def test_demo_scenes_are_deterministic_by_index_and_say_what_they_show():
+    several, one = (demo.demo_scenes(i)[0] for i in ([5, 1_000_002], [1_000_002]))
+    assert several.shape == (2, 3, 96, 96) and several.dtype == torch.uint8
+    assert torch.equal(several[1], one[0])
+    counts = []
+    for image, target in zip(*demo.demo_scenes(range(30))):
+        counts.append(len(target["labels"]))
+        assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
+        assert 1 <= target["labels"].min() and target["labels"].max() <= 10
+        # torchvision's own way from masks to boxes counts the last pixel, not its far side.
+        edges = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
+        assert torch.equal(target["boxes"], edges)
+        shown = demo.semantic_mask(target)
+        assert set(shown.unique().tolist()) == {0, *target["labels"].tolist()}
+        # Glyphs are brighter than the clouds about them.
+        light = image.float().mean(dim=0)
+        assert light[shown > 0].mean() > light[shown == 0].mean() + 20
+    assert 2 <= min(counts) < max(counts) <= demo.CANDIDATES
+
+
+def test_a_scene_moves_from_frame_to_frame():
+    boxes, later = (demo.demo_scenes([7], frame)[1][0]["boxes"] for frame in (0, 1))
+    assert 0 < (later - boxes).abs().max() <= 2 + 1  # two pixels, and what rounding adds
 
 
 def test_demo_is_not_solved_by_pixels():
