@@ -5,6 +5,9 @@ Every backbone keeps one contract:
     mean, std                             the normalisation that its weights expect, by channel
     forward((B, 3, H, W))                 -> (B, embed_dim), the mean over the last feature map
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the last feature map
+    forward_pyramid((B, 3, H, W))         -> the maps that detectors want, the finest first: of
+                                          pyramid_strides, 4 to 32 or, of ResNet5M, 4 to 16, and
+                                          pyramid_dims channels; the last is forward_features'
 for any H, W >= 32, odd and non-square sizes included. `mean` and `std` are ImageNet's by default;
 weights that expect others set their own on the network. `set_in_chans` gives any of them, and ViTs,
 another number of channels.
@@ -220,6 +223,7 @@ class MobileViT(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         d1, d2, d3, d4, d5 = dims
+        self.pyramid_strides, self.pyramid_dims = (4, 8, 16, 32), (d2, d3, d4, embed_dim)
         t3, t4, t5 = transformer_dims
 
         def local(in_dim: int, out_dim: int, stride: int) -> InvertedResidual:
@@ -263,6 +267,14 @@ class MobileViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.final_conv(self.stages(self.stem(x)))
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        x = self.stages[0](self.stem(x))
+        maps = []
+        for stage in self.stages[1:]:
+            x = stage(x)
+            maps.append(x)
+        return [*maps[:-1], self.final_conv(x)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_features(x).mean(dim=(2, 3))
@@ -321,6 +333,7 @@ class ResNet5M(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed_dim = 512
+        self.pyramid_strides, self.pyramid_dims = (4, 8, 16), (64, 128, 512)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = nn.Sequential(*(BasicBlock(64, 64) for _ in range(3)))
@@ -334,10 +347,14 @@ class ResNet5M(nn.Module):
             if isinstance(block, BasicBlock):
                 nn.init.zeros_(block.bn2.weight)
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        return self.layer3(self.layer2(self.layer1(x)))
+        c2 = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
+        c3 = self.layer2(c2)
+        return [c2, c3, self.layer3(c3)]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.forward_pyramid(x)[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_features(x).mean(dim=(2, 3))
@@ -355,25 +372,44 @@ class ResNet(torchvision.models.ResNet):
         super().__init__(block, layers)
         self.embed_dim = self.fc.in_features
         self.fc = nn.Identity()
+        self.pyramid_strides = 4, 8, 16, 32
+        self.pyramid_dims = tuple(self.embed_dim // n for n in (8, 4, 2, 1))
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        return [c2, c3, c4, self.layer4(c4)]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.forward_pyramid(x)[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_features(x).mean(dim=(2, 3))
 
 
 class MobileNet(nn.Module):
+    """torchvision's `features`; `ends` are the last layers of each stride from 4 on."""
+
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
-    def __init__(self, features: nn.Sequential):
+    def __init__(self, features: nn.Sequential, ends: tuple[int, ...]):
         super().__init__()
-        self.features = features
+        self.features, self.ends = features, ends
         self.embed_dim = features[-1].out_channels
+        self.pyramid_strides = 4, 8, 16, 32
+        self.pyramid_dims = tuple(features[end].out_channels for end in ends)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.features(x)
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.ends:
+                maps.append(x)
+        return maps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x).mean(dim=(2, 3))
@@ -425,8 +461,8 @@ def resnet50() -> ResNet:
 
 
 def mobilenet_v2() -> MobileNet:
-    return MobileNet(torchvision.models.mobilenet_v2(weights=None).features)
+    return MobileNet(torchvision.models.mobilenet_v2(weights=None).features, (3, 6, 13, 18))
 
 
 def mobilenet_v3_small() -> MobileNet:
-    return MobileNet(torchvision.models.mobilenet_v3_small(weights=None).features)
+    return MobileNet(torchvision.models.mobilenet_v3_small(weights=None).features, (1, 3, 8, 12))

@@ -11,6 +11,7 @@ The contract is that of the ConvNets:
     forward((B, 3, H, W))                 -> (B, embed_dim), the class token
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the patch tokens as a map
     forward_tokens((B, 3, H, W))          -> both of them, from one pass
+    forward_pyramid((B, 3, H, W))         -> its one map in a list, of pyramid_strides and _dims
 for any H, W of at least one patch. Pixels beyond the last whole patch are ignored.
 
     arch         parameters (patch 16, 224 px)    embed_dim    heads
@@ -139,6 +140,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.embed_dim, self.patch_size = dim, patch_size
+        self.pyramid_strides, self.pyramid_dims = (patch_size,), (dim,)
         self.grid = image_size // patch_size
         self.antialias = registers > 0
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -208,6 +210,9 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.forward_tokens(x)[1]
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        return [self.forward_features(x)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_tokens(x)[0]

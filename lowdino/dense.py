@@ -1,0 +1,207 @@
+"""Backbones under torchvision's detectors and segmenters.
+
+from torchvision.models.detection import MaskRCNN
+
+body = fpn_backbone(lowdino.load_backbone("backbone.pth"))
+detector = MaskRCNN(body, num_classes=91, image_mean=body.mean, image_std=body.std)
+
+network = segmenter(lowdino.load_backbone("backbone.pth"), classes=21)
+logits = network(images)["out"]  # (B, 21, H, W)
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCN, FCNHead
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Replace batch norm by one whose statistics and weights stay as they are, in place.
+
+    So Mask R-CNN (He et al., 2017) is fine-tuned: its batches of one or two images a GPU are too
+    small for statistics of their own.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen.to(child.weight.device))
+        else:
+            freeze_batch_norm(child)
+
+
+# --------------------------------------------------------------------------------------------------
+# Detection
+# --------------------------------------------------------------------------------------------------
+
+
+class Finer(nn.Sequential):
+    """A map of twice the side and half the channels, by a transposed convolution, as in ViTDet (Li
+    et al., 2022) from a ViT's one map."""
+
+    def __init__(self, dim: int):
+        super().__init__(
+            nn.ConvTranspose2d(dim, dim // 2, 2, stride=2), nn.GroupNorm(1, dim // 2), nn.GELU()
+        )
+
+
+class FPNBackbone(nn.Module):
+    """A feature pyramid network (Lin et al., 2017) on a backbone's maps; see `fpn_backbone`."""
+
+    def __init__(self, backbone: nn.Module, out_channels: int, strides: tuple[int, ...]):
+        super().__init__()
+        self.backbone, self.out_channels = backbone, out_channels
+        self.mean, self.std = backbone.mean, backbone.std
+        own, dims = backbone.pyramid_strides, backbone.pyramid_dims
+        # A ViT's stride may be 14, which counts as 16: detectors measure what scale a map has.
+        levels = [round(math.log2(stride)) for stride in own]
+        wanted = [round(math.log2(stride)) for stride in strides]
+        self.chosen = [i for i, level in enumerate(levels) if level in wanted]
+        dims = [dims[i] for i in self.chosen]
+        finer = range(max(levels[0] - wanted[0], 0))
+        self.finer = nn.ModuleList(Finer(dims[0] // 2**n) for n in finer)
+        dims = [dims[0] // 2 ** (n + 1) for n in reversed(finer)] + dims
+        self.fpn = FeaturePyramidNetwork(dims, out_channels)
+        self.coarser = len(wanted) - len(dims)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.backbone.forward_pyramid(x)
+        maps = [maps[i] for i in self.chosen]
+        for finer in self.finer:
+            maps.insert(0, finer(maps[0]))
+        maps = self.fpn(OrderedDict((str(i), map) for i, map in enumerate(maps)))
+        for _ in range(self.coarser):
+            last = next(reversed(maps.values()))
+            maps[str(len(maps))] = F.max_pool2d(last, 1, stride=2)
+        return maps
+
+
+def fpn_backbone(
+    backbone: nn.Module,
+    out_channels: int = 256,
+    strides: tuple[int, ...] = (4, 8, 16, 32, 64),
+    freeze_bn: bool = True,
+) -> FPNBackbone:
+    """What torchvision's MaskRCNN, FasterRCNN, RetinaNet and FCOS take as their backbone.
+
+    Give them `image_mean` and `image_std` too, the backbone's `mean` and `std`: they normalise.
+
+    Args:
+        backbone: is made part of the result, and changed where `freeze_bn`.
+        out_channels: of every map.
+        strides: of the maps, each twice the one before. These are Mask R-CNN's, for which also the
+            anchors of torchvision's RetinaNet and FCOS can be given; by default they are those for
+            (8, 16, 32, 64, 128). Those coarser than the backbone's are max-pooled, as in the FPN.
+            Of a ViT, which has one map, the finer ones are made by transposed convolutions.
+        freeze_bn: keep batch norm as it is, as Mask R-CNN's recipe does. Random weights, whose
+            statistics say nothing yet, need False.
+
+    Returns:
+        A module with `out_channels`; of (B, C, H, W) it gives maps by name, "0" the finest.
+
+    Raises:
+        UserError: for strides that are not each twice the one before, or none of the backbone's.
+    """
+    if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
+        raise UserError(f"strides must be each twice the one before, not {strides}")
+    if not strides[0] <= max(backbone.pyramid_strides) < 2 * strides[-1]:
+        own = ", ".join(map(str, backbone.pyramid_strides))
+        raise UserError(f"strides {strides} have none of the backbone's own, {own}")
+    if freeze_bn:
+        freeze_batch_norm(backbone)
+    return FPNBackbone(backbone, out_channels, strides)
+
+
+# --------------------------------------------------------------------------------------------------
+# Segmentation
+# --------------------------------------------------------------------------------------------------
+
+
+class LastMap(nn.Module):
+    """The last feature map, under the name that torchvision's segmenters read."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.backbone.forward_features(x)}
+
+
+def segmenter(backbone: nn.Module, classes: int) -> FCN:
+    """torchvision's FCN (Long et al., 2015) on the last feature map.
+
+    Images (B, C, H, W), normalised by the backbone's `mean` and `std`, -> {"out": logits (B,
+    classes, H, W)}. The backbone is made part of it.
+    """
+    return FCN(LastMap(backbone), FCNHead(backbone.embed_dim, classes))
+
+
+def confusion(logits: Tensor, mask: Tensor, ignore: int = 255) -> Tensor:
+    """Pixels of each class (rows) by what was predicted: (C, H, W), (H, W) -> (C, C) int64."""
+    classes, known = len(logits), mask != ignore
+    pairs = mask[known].long() * classes + logits.argmax(dim=0)[known]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean over the classes of intersection over union, of a confusion matrix (C, C).
+
+    A class that neither occurs nor is predicted is left out.
+    """
+    confusion = confusion.double()
+    both = confusion.diag()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - both
+    return (both[union > 0] / union[union > 0]).mean().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Label propagation
+# --------------------------------------------------------------------------------------------------
+
+
+def propagate(
+    maps: Tensor,
+    labels: Tensor,
+    memory: int = 7,
+    k: int = 5,
+    radius: int = 12,
+    temperature: float = 0.1,
+) -> Tensor:
+    """Carry the labels of a film's first frame to the others, by nearest neighbours among cells.
+
+    The protocol of DINO's evaluation on DAVIS 2017 (Jabri et al., 2020): a cell takes the labels of
+    its k most similar ones in the first frame and the `memory` frames before, weighted by
+    exp(cosine / temperature), of cells at most `radius` cells away on each axis.
+
+    Args:
+        maps: feature maps of the frames, (T, D, h, w).
+        labels: of the first frame, (C, h, w), such as one-hot or the shares of a cell.
+
+    Returns:
+        Labels of all frames, (T, C, h, w); those of the first are as given.
+    """
+    frames, _, h, w = maps.shape
+    cells = F.normalize(maps.float().flatten(2), dim=1).transpose(1, 2)  # (T, h * w, D)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    at = torch.stack([y.flatten(), x.flatten()]).to(maps.device)  # (2, h * w)
+    far = (at[:, :, None] - at[:, None]).abs().amax(dim=0) > radius  # (h * w, h * w)
+    carried = [labels.flatten(1).T.float()]  # (h * w, C) of each frame
+    for t in range(1, frames):
+        known = [0, *range(max(t - memory, 1), t)]
+        similar = torch.cat(
+            [(cells[t] @ cells[i].T).masked_fill(far, -torch.inf) for i in known], 1
+        )
+        values, indices = similar.topk(min(k, similar.shape[1]), dim=1)  # (h * w, k)
+        weights = (values / temperature).softmax(dim=1)
+        votes = torch.cat([carried[i] for i in known])[indices]  # (h * w, k, C)
+        carried.append((weights[:, :, None] * votes).sum(dim=1))
+    return torch.stack(carried).transpose(1, 2).unflatten(2, (h, w))
