@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import lowdino
-from lowdino import distributed, evaluate, flags, frozen, pictures, settings
+from lowdino import demo, distributed, evaluate, flags, frozen, pictures, segmentation, settings
 from lowdino.evaluate import Features
 
 
@@ -40,6 +40,16 @@ def get_parser() -> argparse.ArgumentParser:
         "nothing else"
     )
     add("--maps", metavar="FILE", help=help)
+    help = (
+        "also the mean average precision of retrieval: test images rank the training images, of "
+        "which those of their own class are relevant"
+    )
+    add("--map", action="store_true", help=help)
+    help = (
+        "mean IoU of labels carried from the first frame of films of demo scenes to the others, by "
+        "nearest neighbours among the cells of the last map, and nothing else"
+    )
+    add("--propagate", action="store_true", help=help)
     settings.add_evaluation_flags(add)
     k = [10, 20, 100, 200]
     add("--nb_knn", type=int, nargs="+", default=k, help="numbers of neighbours")
@@ -64,6 +74,12 @@ def check(args: argparse.Namespace) -> str | None:
         )
     if args.maps and (args.pixels or args.features or args.neighbours):
         return "--maps needs a backbone, --weights or --arch, and is written alone"
+    if args.propagate and (args.pixels or args.from_features):
+        return "--propagate needs a backbone, --weights or --arch"
+    if args.propagate and args.data_path != "demo_scenes":
+        return "--propagate is measured on the films of --data_path demo_scenes"
+    if args.propagate and (args.map or args.maps or args.features or args.neighbours):
+        return "--propagate is measured alone: leave --map, --maps, --features, --neighbours out"
     if args.pixels and args.pool != "default":
         return "--pool needs a backbone, and --pixels has none"
     if args.weights == "":
@@ -93,13 +109,17 @@ def check(args: argparse.Namespace) -> str | None:
     )
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """What the flags name, as `frozen.open_network` takes it."""
+    return "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
+
+
 def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
     """Training and test features of the model that the flags name, on the first rank.
 
     None on the other ranks, where there are no labels, and where --maps is all that is asked for.
     """
-    model = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
-    name, backbone = frozen.open_network(model, args.seed)
+    name, backbone = frozen.open_network(model_name(args), args.seed)
     labelled = bool(args.neighbours) or not (args.features or args.maps)
     source, size, workers = settings.open_data(args, backbone, ranks, labelled)
     if ranks.first and source.notes and not args.maps:  # which needs no labels
@@ -149,7 +169,26 @@ def features_of_file(args, ranks: distributed.Ranks) -> tuple[Features, Features
     return train, test
 
 
+def propagate(args, ranks: distributed.Ranks) -> None:
+    """--propagate, by the first rank."""
+    name, backbone = frozen.open_network(
+        "=".join(filter(None, (args.arch, args.weights))), args.seed
+    )
+    if not ranks.first:
+        return
+    features = backbone.to(ranks.device).eval().forward_features
+    size = args.image_size or 4 * demo.SCENE_SIDE
+    found, still = segmentation.propagated_iou(
+        features, size, *frozen.normalisation(backbone), ranks
+    )
+    print(f"{name}; films of demo scenes, {size} px")
+    print(f"label propagation: mean IoU {found:.4f}, of labels that stay {still:.4f}")
+
+
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    if args.propagate:
+        propagate(args, ranks)
+        return
     found = (features_of_file if args.from_features else features_of_images)(args, ranks)
     if found is None:
         return
@@ -164,6 +203,8 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         if classes > 5:
             line += f" top-5 {evaluate.accuracy(scores, test.labels, top=5):.4f}"
         print(line, flush=True)
+    if args.map:
+        print(f"retrieval mAP {evaluate.retrieval_map(train, test):.4f}")
 
 
 def main() -> None:

@@ -15,16 +15,11 @@ pixels. Several give one table.
 import argparse
 import json
 import math
-import statistics
-import time
-from functools import partial
 
-import torch
-from torch import nn
+from lowdino import classification, distributed, flags, frozen, segmentation, settings
 
-import lowdino
-from lowdino import distributed, evaluate, flags, frozen, linear, probe, settings
-from lowdino.evaluate import Features
+# Each offers FLAGS, check, settle, protocol, measure, headings and cells.
+TASKS = {"classification": classification, "segmentation": segmentation}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -33,11 +28,18 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=help)
     help = "probe an .npz of features, as eval_knn.py --features writes, instead"
     parser.add_argument("--from_features", metavar="FILE", help=help)
+    help = "what the labels name: images, pixels or boxes"
+    parser.add_argument("--task", choices=TASKS, default="classification", help=help)
     title = "what is trained (default: a linear classifier on features computed once)"
     add_training_flags(parser.add_argument_group(title).add_argument)
     add_label_flags(parser.add_argument_group("labels").add_argument)
     add = parser.add_argument_group("data and output").add_argument
     settings.add_evaluation_flags(add)
+    help = (
+        "of --task segmentation, what the linear layer sees: the last feature map, or all maps of "
+        "the backbone's pyramid, resized to the finest"
+    )
+    add("--maps", choices=["last", "pyramid"], default="last", help=help)
     add("--nb_knn", type=int, default=20, help="neighbours of the k-NN that is printed beside")
     help = (
         "for table.md, table.json, the images chosen at each fraction, and networks that were "
@@ -66,8 +68,10 @@ def add_training_flags(add) -> None:
         "with --from_scratch, where no block knows more than another"
     )
     add("--layer_decay", type=float, help=help)
-    add("--epochs", type=int, default=100)
-    add("--batch_size_per_gpu", type=int, default=256)
+    help = "default: 100; 20 of --task segmentation"
+    add("--epochs", type=int, help=help)
+    help = "images a process and step; default: 256; 16 of --task segmentation"
+    add("--batch_size_per_gpu", type=int, help=help)
 
 
 def add_label_flags(add) -> None:
@@ -84,7 +88,7 @@ def add_label_flags(add) -> None:
 
 def check(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    if wrong := check_training(args) or settings.check_evaluation(args):
+    if wrong := foreign_flag(args) or TASKS[args.task].check(args):
         return wrong
     for name in ("lr", "weight_decay"):
         values = getattr(args, name) or []
@@ -94,181 +98,41 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--label_fraction must lie above 0, up to 1, not {args.label_fraction}"
     if not all(0 <= seed < 2**63 for seed in args.seeds):
         return f"--seeds must lie between 0 and 2^63, not {args.seeds}"
-    if not 0 < args.val_fraction < 1:
-        return f"--val_fraction must lie between 0 and 1, not {args.val_fraction}"
-    return flags.out_of_range(args, at_least_one=("epochs", "batch_size_per_gpu", "nb_knn"))
+    return flags.out_of_range(args, at_least_one=("epochs", "batch_size_per_gpu"))
 
 
-def check_training(args: argparse.Namespace) -> str | None:
-    """As `check`, of what is trained."""
-    whole, views = args.finetune or args.from_scratch, "--augment, --finetune and --from_scratch"
-    if bool(args.models) == bool(args.from_features):
-        return "give one MODEL or more, or --from_features FILE"
-    if args.augment + args.finetune + args.from_scratch > 1:
-        return f"{views} are three ways of training; give one"
-    if args.from_features and (args.augment or whole):
-        return f"{views} need the images, which --from_features does without"
-    if args.solver == "lbfgs" and (args.augment or whole):
-        return (
-            "--solver lbfgs needs features that stay the same: not with --augment, --finetune or "
-            "--from_scratch"
-        )
-    if args.solver == "lbfgs" and args.lr:
-        return "--solver lbfgs has no learning rate; leave --lr out"
-    if whole and len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
-        return "the whole network is trained with one --lr and one --weight_decay"
-    if whole and (args.pool != "default" or "pixels" in args.models):
-        return "the whole network is trained as it is: no --pool, no pixels"
-    if "pixels" in args.models and (args.augment or args.pool != "default"):
-        return "--augment and --pool need backbones; pixels has none"
-    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
-        return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
-    if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
-        return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
+def foreign_flag(args: argparse.Namespace) -> str | None:
+    """A flag of other tasks that differs from its default, in one sentence, or None."""
+    parser = get_parser()
+    for name, value in vars(args).items():
+        owners = [task for task, module in TASKS.items() if name in module.FLAGS]
+        if owners and args.task not in owners and value != parser.get_default(name):
+            return f"--{name} goes with --task {' or '.join(owners)}, not with {args.task}"
     return None
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on what is trained."""
-    if args.finetune or args.from_scratch:
-        lr, weight_decay = [1e-3], [0.05]
-    elif args.solver == "lbfgs":
-        lr, weight_decay = [0.0], linear.LBFGS_WEIGHT_DECAY
-    else:
-        lr, weight_decay = linear.PROBE_LR, linear.PROBE_WEIGHT_DECAY
-    args.lr, args.weight_decay = args.lr or lr, args.weight_decay or weight_decay
-    args.layer_decay = args.layer_decay or (0.75 if args.finetune else 1.0)
-
-
-def protocol(args: argparse.Namespace) -> str:
-    """What was done, in a sentence for people who compare."""
-    if args.finetune or args.from_scratch:
-        return (
-            f"whole network {'from random weights' if args.from_scratch else 'fine-tuned'}: "
-            f"AdamW, learning rate {args.lr[0]:g}, x {args.layer_decay:g} a block downwards, "
-            f"weight decay {args.weight_decay[0]:g}, {args.epochs} epochs of crops and flips; the "
-            "last epoch"
-        )
-    sgd, grid = args.solver == "sgd", f"{len(args.weight_decay)} weight decays"
-    if sgd:
-        grid = f"{len(args.lr)} learning rates x {grid}"
-    if len(args.lr) * len(args.weight_decay) > 1:
-        grid += (
-            f", chosen by squared error of probabilities on {args.val_fraction:g} of the training "
-            "labels in use"
-        )
-        grid += " after a training on a sixteenth of the batch; then" if sgd else ", then"
-        grid += " fitted to all of them"
-    views = "features of crops and flips" if args.augment else "features"
-    solver = f"SGD, {args.epochs} epochs" if sgd else "logistic regression to its optimum"
-    return f"linear classifier on {views}, half-whitened by all training images: {solver}; {grid}"
-
-
-# ---------------------------------------------------------------------------------------------
-# A row of the table
-# ---------------------------------------------------------------------------------------------
-
-
-def measure(
-    args: argparse.Namespace,
-    name: str,
-    opened: tuple[str, nn.Module] | None,
-    number: int,
-    ranks: distributed.Ranks,
-) -> dict:
-    """All figures of one model: row `number` of the table.
-
-    Args:
-        opened: what `frozen.open_network` gave for `name`; None where that is a file of features.
-    """
-    subject = None
-    if opened:
-        subject, row, train, test = features_of_images(args, *opened, ranks)
-        if ranks.first and number == 1 and subject.source.notes:
-            print("\n".join(subject.source.notes), flush=True)
-    else:
-        title, train, test = evaluate.load_features(name, ranks.device)
-        row = {"model": title}
-    classes, last = int(train.labels.max()) + 1, int(test.labels.max())
-    if last >= classes:
-        raise linear.UserError(
-            f"the test images have class {last}, the training images none above {classes - 1}"
-        )
-    row["knn"] = evaluate.knn_accuracy(train, test, args.nb_knn, classes)
-    if ranks.first:
-        k = min(args.nb_knn, len(train.labels))
-        print(f"  k-NN (k={k}) top-1 {row['knn']:.4f}", flush=True)
-    if args.finetune or args.from_scratch:
-        learn = partial(linear.learn_whole, args, subject, name, number)
-    else:
-        scaler = probe.Scaler(train.features)
-        inputs = linear.ProbeInputs(scaler, scaler(train.features), train.labels, classes)
-        learn = partial(linear.learn_probe, args, subject, inputs, scaler(test.features))
-    row["trained"] = linear.results(args, learn, train.labels, test.labels, ranks)
-    return row
-
-
-def features_of_images(
-    args: argparse.Namespace, title: str, backbone: nn.Module, ranks: distributed.Ranks
-) -> tuple[linear.Subject, dict, Features, Features]:
-    """The images, the row so far, and training and test features of a network."""
-    source, size, workers = settings.open_data(args, backbone, ranks)
-    backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
-    row = {"model": title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
-    start = time.perf_counter()
-    train, test = (
-        frozen.features(backbone, images, size, ranks, workers=workers, pool=args.pool)
-        for images in (source.train, source.test)
-    )
-    if ranks.first:
-        seconds, width = time.perf_counter() - start, train.features.shape[1]
-        print(
-            f"{title}: {len(train.labels)} training and {len(test.labels)} test images, {size} px, "
-            f"{width} features in {seconds:.0f} s",
-            flush=True,
-        )
-    return linear.Subject(backbone, source, size, workers, ranks), row, train, test
-
-
 def table(args: argparse.Namespace, rows: list[dict]) -> str:
-    """The rows in Markdown, accuracies in percent."""
-    costs = {
-        "parameters (M)": lambda row: f"{row['parameters_M']:.2f}",
-        "multiply-adds (M)": lambda row: f"{row['multiply_adds_M']:.1f}",
-        "ms an image": lambda row: f"{row['ms_an_image']:.2f}",
-        "pixels": lambda row: f"{row['image_size']}",
-    }
-    if args.from_features:
-        costs = {}
-    kind = "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
-    trained = [f"{kind} {100 * fraction:g} %" for fraction in args.label_fraction]
-    heads = ["model", *costs, f"k-NN (k={args.nb_knn})", *trained]
+    """The rows in Markdown."""
+    task = TASKS[args.task]
+    heads = ["model", *task.headings(args)]
     lines = [heads, ["---"] * len(heads)]
-    for row in rows:
-        accuracies = [[row["knn"]], *(cell["top1"] for cell in row["trained"])]
-        numbers = [cost(row) for cost in costs.values()] + [percent(a) for a in accuracies]
-        lines.append([row["model"], *numbers])
+    lines += [[row["model"], *task.cells(args, row)] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def percent(values: list[float]) -> str:
-    """Mean in percent and, of several, the standard deviation."""
-    text = f"{100 * statistics.mean(values):.2f}"
-    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     output = settings.make_output_folder(args.output_dir)
-    settle(args)
+    task = TASKS[args.task]
+    task.settle(args)
     if ranks.first:
-        print(f"protocol: {protocol(args)}", flush=True)
+        print(f"protocol: {task.protocol(args)}", flush=True)
     # All models first: a wrong one is said before anything is computed.
     opened = [(name, frozen.open_network(name, args.seeds[0])) for name in args.models]
     rows = []
     for number, (name, model) in enumerate(opened or [(args.from_features, None)], start=1):
-        rows.append(measure(args, name, model, number, ranks))
+        rows.append(task.measure(args, name, model, number, ranks))
         if ranks.first:  # after every model: a stopped run keeps what it has
-            content = {"protocol": protocol(args), "settings": vars(args), "rows": rows}
+            content = {"protocol": task.protocol(args), "settings": vars(args), "rows": rows}
             (output / "table.md").write_text(table(args, rows))
             (output / "table.json").write_text(json.dumps(content, indent=2) + "\n")
     if ranks.first:

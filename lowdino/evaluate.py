@@ -190,3 +190,25 @@ def accuracy(scores: Tensor, labels: Tensor, top: int = 1) -> float:
     highest = scores.topk(top, dim=1)
     hits = (highest.indices == labels[:, None]) & (highest.values > -torch.inf)
     return hits.any(dim=1).float().mean().item()
+
+
+def retrieval_map(train: Features, test: Features, chunk: int = 256) -> float:
+    """Mean average precision of retrieval: each test image ranks all training images by cosine.
+
+    Those of its own class are the relevant ones. The average precision of a query is the mean, over
+    its relevant images, of the share of relevant ones among all down to that rank. Queries of a
+    class without training images are left out.
+
+    Args:
+        chunk: queries ranked at a time, which bounds the memory.
+    """
+    memory = F.normalize(train.features.float(), dim=1)
+    ranks = torch.arange(1, len(memory) + 1, device=memory.device, dtype=torch.float64)
+    found = []
+    for queries, labels in zip(test.features.split(chunk), test.labels.split(chunk)):
+        order = (F.normalize(queries.float(), dim=1) @ memory.T).argsort(dim=1, descending=True)
+        relevant = train.labels[order] == labels[:, None]
+        precision = relevant.cumsum(dim=1).double() / ranks
+        counts = relevant.sum(dim=1)
+        found.append(((precision * relevant).sum(dim=1) / counts)[counts > 0])
+    return torch.cat(found).mean().item()

@@ -351,6 +351,12 @@ def learn_probe(
     return test @ weights, chosen
 
 
+def percent(values: list[float]) -> str:
+    """Mean in percent and, of several, the standard deviation."""
+    text = f"{100 * statistics.mean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+
+
 # ---------------------------------------------------------------------------------------------
 # What a network costs
 # ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from bench_speed import table  # this import first: it makes the scripts importable
 
 import eval_linear
-from lowdino import evaluate, linear, probe
+from lowdino import classification, evaluate, linear, probe
 
 COLUMNS = {
     "labels": "labels",
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args()
     args = eval_linear.get_parser().parse_args(["--from_features", given.features])
-    eval_linear.settle(args)
+    classification.settle(args)
     title, train, _ = evaluate.load_features(given.features)
     if max(given.labels) >= len(train.labels):
         parser.error(f"--labels must leave some of the {len(train.labels)} images to measure on")

@@ -115,3 +115,22 @@ def test_features_are_those_of_each_image_in_eval_mode():
     for i in range(10):
         x = augment.central_view(images.images[i : i + 1], torch.tensor([[64, 64]]), 32)
         torch.testing.assert_close(features[i], model(x)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_retrieval_map_against_a_loop():
+    torch.manual_seed(0)
+    train = evaluate.Features(torch.randn(40, 6), torch.randint(0, 4, (40,)), [])
+    test = evaluate.Features(torch.randn(9, 6), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 7]), [])
+    precisions = []
+    for query, label in zip(test.features[:8].double(), test.labels):  # of class 7 there are none
+        cosines = [(query @ x / x.norm()).item() for x in train.features.double()]
+        order = sorted(range(40), key=lambda i: -cosines[i])
+        hits = [rank for rank, i in enumerate(order, 1) if train.labels[i] == label]
+        precisions.append(sum(n / rank for n, rank in enumerate(hits, 1)) / len(hits))
+    expected = sum(precisions) / len(precisions)
+    assert evaluate.retrieval_map(train, test, chunk=4) == pytest.approx(expected)
+
+
+def test_retrieval_map_from_outside(call_script, picture_folder):
+    flags = ["--pixels", "--data_path", picture_folder, "--map", "--nb_knn", "1"]
+    assert "retrieval mAP 1.0000" in call_script("eval_knn.py", *flags).stdout  # dark and light

@@ -1,0 +1,405 @@
+"""Classes of pixels: a linear layer on a backbone's frozen maps, or an FCN trained whole.
+
+`eval_linear.py --task segmentation` runs it.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lowdino
+from lowdino import (
+    augment,
+    data,
+    demo,
+    dense,
+    distributed,
+    frozen,
+    linear,
+    masks,
+    optim,
+    probe,
+    reading,
+    schedules,
+    settings,
+)
+
+# The flags of eval_linear.py that this task has beside those of every task.
+FLAGS = ("finetune", "from_scratch", "layer_decay", "epochs", "test_fraction", "maps")
+
+VIEWS = 2  # the stream of random numbers of the training views, see augment.derived_seed
+
+
+class UserError(ValueError):
+    """What a user can mend, said in one sentence."""
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of what is trained, in one sentence, or None."""
+    whole = args.finetune or args.from_scratch
+    if not args.models or "pixels" in args.models:
+        return "--task segmentation needs one backbone or more"
+    if args.finetune and args.from_scratch:
+        return "--finetune and --from_scratch are two ways of training; give one"
+    if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
+        return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
+    if whole and args.maps != "last":
+        return "--maps is of the linear layer; a network that is trained whole has the last map"
+    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
+        return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
+    if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
+        return "--task segmentation takes one --lr and one --weight_decay"
+    if args.image_size is not None and args.image_size < 32:
+        return f"--image_size must be at least 32 pixels, not {args.image_size}"
+    if args.test_fraction is not None and not 0 < args.test_fraction < 1:
+        return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
+    return settings.check_reading(args)
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in the defaults. Those of the linear layer are the best of a few on 400 of the training
+    scenes of the demo, held out; those of whole networks are the classification's."""
+    whole = args.finetune or args.from_scratch
+    args.lr = args.lr or [1e-3 if whole else 0.03]
+    args.weight_decay = args.weight_decay or [0.05 if whole else 0.0]
+    args.layer_decay = args.layer_decay or (0.75 if args.finetune else 1.0)
+    args.epochs, args.batch_size_per_gpu = args.epochs or 20, args.batch_size_per_gpu or 16
+
+
+def protocol(args: argparse.Namespace) -> str:
+    """What is done, in a sentence for people who compare."""
+    rates = f"AdamW, learning rate {args.lr[0]:g}"
+    squares = "pictures resized to squares; mean IoU at their own size"
+    if args.finetune or args.from_scratch:
+        start = "from random weights" if args.from_scratch else "fine-tuned"
+        return (
+            f"FCN on the last feature map, {start}: {rates}, x {args.layer_decay:g} a block "
+            f"downwards, {args.epochs} epochs of crops and flips; {squares}"
+        )
+    of = "the last feature map" if args.maps == "last" else "all maps, resized to the finest"
+    return (
+        f"linear layer on {of}, half-whitened, upsampled: {rates}, {args.epochs} epochs; {squares}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and masks as tensors
+# --------------------------------------------------------------------------------------------------
+
+
+def whole(image: Tensor) -> Tensor:
+    """The box of a whole picture: (1, 4)."""
+    return torch.tensor([[0.0, 0.0, *image.shape[1:]]], device=image.device)
+
+
+def square(image: Tensor, size: int, box: Tensor, flip: Tensor | None = None) -> Tensor:
+    """A box of a picture (C, H, W), resized: (1, C, size, size) in [0, 1]."""
+    return augment.resized_crop(image[None], box, size, flip)
+
+
+def square_mask(mask: Tensor, size: int, box: Tensor, flip: bool = False) -> Tensor:
+    """The same box of a mask (H, W), each pixel the nearest one: (size, size)."""
+    top, left, height, width = box[0].tolist()
+    at = (torch.arange(size, device=mask.device) + 0.5) / size
+    rows, columns = ((low + side * at).long() for low, side in ((top, height), (left, width)))
+    return mask[rows][:, columns.flip(0) if flip else columns]
+
+
+def batches(
+    images: torch.utils.data.Dataset, order, workers: int, device: torch.device
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Lists of pictures and masks, those of each list of indices in `order`."""
+    loader = DataLoader(images, batch_sampler=order, num_workers=workers, collate_fn=list)
+    for batch in loader:
+        yield [(image.to(device), mask.to(device)) for image, mask in batch]
+
+
+def in_order(count: int, batch: int, ranks: distributed.Ranks) -> list[list[int]]:
+    """This rank's share of so many pictures, in batches."""
+    own = range(ranks.rank, count, ranks.world)
+    return [list(own[i : i + batch]) for i in range(0, len(own), batch)]
+
+
+# --------------------------------------------------------------------------------------------------
+# A linear layer on frozen maps
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def maps_of(backbone: nn.Module, x: Tensor, which: str) -> Tensor:
+    """The last map, or all maps side by side, resized to the finest: (B, D, h, w)."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
+        if which == "last":
+            return backbone.forward_features(x).float()
+        maps = [map.float() for map in backbone.forward_pyramid(x)]
+    finest = maps[0].shape[-2:]
+    resized = (F.interpolate(m, finest, mode="bilinear", align_corners=False) for m in maps[1:])
+    return torch.cat([maps[0], *resized], dim=1)
+
+
+def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Tensor, Tensor]:
+    """Maps of the training pictures, float16 (N, D, h, w), and their masks, (N, size, size).
+
+    Raises:
+        UserError: where they would not fit into half of the memory.
+    """
+    mean, std = frozen.normalisation(backbone)
+    count, maps, found = len(source.train), [], []
+    order = in_order(count, args.batch_size_per_gpu, ranks)
+    for batch in batches(source.train, order, args.num_workers or 0, ranks.device):
+        x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
+        maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps).half())
+        found += [square_mask(mask, size, whole(mask[None])) for _, mask in batch]
+        if len(maps) == 1:
+            check_memory(maps[0][0].numel() * 2 * count, count)
+    parts = torch.cat(maps), torch.stack(found)
+    return tuple(distributed.gather_strided(part, count) for part in parts)
+
+
+def check_memory(needed: int, count: int) -> None:
+    """Refuse maps of `needed` bytes where they are more than half of the host's memory."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory / 2:
+        raise UserError(
+            f"the maps of {count} pictures take {needed / 1e9:.0f} GB, more than half of the "
+            "memory: give a smaller --image_size, or --maps last"
+        )
+
+
+class LinearLayer(nn.Module):
+    """A linear layer on scaled maps, upsampled: (B, D, h, w) -> logits (B, C, size, size)."""
+
+    def __init__(self, scaler: probe.Scaler, width: int, classes: int):
+        super().__init__()
+        self.scaler = scaler
+        self.weight = nn.Parameter(torch.zeros(width + 1, classes, device=scaler.mean.device))
+
+    def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        # The scaler is linear too: both are one layer on the maps as they are.
+        weight = self.scaler.matrix @ self.weight[:-1]  # (D, C)
+        bias = self.weight[-1] - self.scaler.mean @ weight
+        logits = F.conv2d(maps.float(), weight.T[:, :, None, None], bias)
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def learn_linear(args, maps: Tensor, found: Tensor, classes: int, seed: int) -> LinearLayer:
+    """Train on maps (N, D, h, w) and masks (N, size, size); every rank trains the whole."""
+    some = maps[:: max(maps[:, 0].numel() // 100_000, 1)]  # about 100,000 cells tell their scale
+    cells = some.float().movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
+    layer = LinearLayer(probe.Scaler(cells), maps.shape[1], classes)
+    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=args.weight_decay[0])
+    batch = min(args.batch_size_per_gpu, len(maps))
+    steps = args.epochs * (len(maps) // batch)
+    order = data.TrainingBatches(len(maps), batch, seed, 0, steps)
+    for step, indices in enumerate(order):
+        logits = layer(maps[indices], found.shape[1:])
+        loss = F.cross_entropy(logits, found[indices].long(), ignore_index=masks.IGNORED)
+        optimizer.param_groups[0]["lr"] = schedules.cosine(step, steps, args.lr[0], 0.0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return layer
+
+
+def learn_frozen(
+    args, backbone, maps: Tensor, found: Tensor, classes: int, size: int, chosen: list[int], seed
+) -> Callable[[Tensor], Tensor]:
+    """What gives logits of squares (B, C, size, size): the backbone and a linear layer on it."""
+    layer = learn_linear(args, maps[chosen], found[chosen], classes, seed)
+    return lambda x: layer(maps_of(backbone, x, args.maps), (size, size))
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole network
+# --------------------------------------------------------------------------------------------------
+
+
+def training_batch(batch, size: int, network, seed: int, step: int, ranks) -> tuple[Tensor, Tensor]:
+    """A random-resized crop (area 0.25 to 1) and a flip of each picture and its mask."""
+    device = ranks.device
+    generator = augment.seeded_generator(device, VIEWS, seed, step, ranks.rank)
+    sizes = torch.tensor([image.shape[1:] for image, _ in batch], device=device)
+    boxes = augment.random_boxes(sizes, (0.25, 1.0), generator)
+    flips = torch.rand(len(batch), generator=generator, device=device) < 0.5
+    parts = [(*pair, box[None], flip) for pair, box, flip in zip(batch, boxes, flips)]
+    x = torch.cat([square(image, size, box, flip[None]) for image, _, box, flip in parts])
+    found = [square_mask(mask, size, box, bool(flip)) for _, mask, box, flip in parts]
+    return augment.normalize(x, *frozen.normalisation(network)), torch.stack(found)
+
+
+def learn_whole(
+    args, name: str, source: masks.Data, size: int, ranks, chosen: list[int], seed: int
+) -> Callable[[Tensor], Tensor]:
+    """What gives logits of squares (B, C, size, size): the network `name`, trained whole."""
+    _, backbone = frozen.open_network(name, seed)
+    torch.manual_seed(seed)
+    network = dense.segmenter(backbone, source.classes)
+    network.mean, network.std = frozen.normalisation(backbone)
+    network = distributed.on_device(network, ranks)
+    groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
+    images = torch.utils.data.Subset(source.train, chosen)
+    batch, steps = linear.batch_and_steps(args, torch.tensor(chosen), ranks.world)
+    order = data.TrainingBatches(len(chosen), batch, seed, 0, steps, ranks.rank, ranks.world)
+    model = distributed.data_parallel(network).train()
+    loader = batches(images, order, args.num_workers or 0, ranks.device)
+    for step, pairs in enumerate(loader):
+        x, found = training_batch(pairs, size, network, seed, step, ranks)
+        lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
+            logits = model(x)["out"]
+        loss = F.cross_entropy(logits.float(), found.long(), ignore_index=masks.IGNORED)
+        if (step + 1) % max(steps // 5, 1) == 0:
+            linear.report(loss.item(), step + 1, steps, ranks)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    distributed.broadcast_buffers(network)
+    network.eval()
+    return lambda x: network(x)["out"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Mean IoU
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
+    """Mean IoU on the test pictures, each at its own size.
+
+    Args:
+        logits_of: squares (B, C, size, size) -> logits (B, classes, h, w), of any h and w.
+    """
+    total = torch.zeros(source.classes, source.classes, dtype=torch.int64, device=ranks.device)
+    order = in_order(len(source.test), args.batch_size_per_gpu, ranks)
+    for batch in batches(source.test, order, args.num_workers or 0, ranks.device):
+        x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
+        for logits, (_, mask) in zip(logits_of(augment.normalize(x, *normalisation)), batch):
+            own = F.interpolate(
+                logits[None].float(), mask.shape, mode="bilinear", align_corners=False
+            )
+            total += dense.confusion(own[0], mask, masks.IGNORED)
+    if ranks.world > 1:
+        torch.distributed.all_reduce(total)
+    return dense.mean_iou(total)
+
+
+def suitable_size(images: torch.utils.data.Dataset) -> int:
+    """The median of the shorter side of some pictures, in whole 32s, 32 to 512."""
+    some = range(0, len(images), max(len(images) // 32, 1))
+    sides = torch.tensor([float(min(images[i][1].shape)) for i in some])
+    return min(max(int(sides.median()) // 32 * 32, 32), 512)
+
+
+def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
+    """All figures of one model: row `number` of the table."""
+    title, backbone = opened
+    value_range = args.value_range or getattr(backbone, "value_range", None)
+    channels = len(frozen.normalisation(backbone)[0])
+    pixels = reading.Pixels(channels, value_range, args.max_megapixels)
+    where = args.data_path, args.data_root, args.download
+    source = masks.load(*where, pixels, args.test_fraction, args.seeds[0])
+    size = args.image_size or suitable_size(source.train)
+    if ranks.first:
+        if number == 1 and source.notes:
+            print("\n".join(source.notes))
+        counts = f"{len(source.train)} training and {len(source.test)} test pictures"
+        print(f"{title}; {source.name}: {counts}, {source.classes} classes, {size} px", flush=True)
+    backbone = backbone.to(ranks.device).eval()
+    if args.finetune or args.from_scratch:
+        learn = partial(learn_whole, args, name, source, size, ranks)
+    else:
+        maps, found = frozen_maps(args, backbone, source, size, ranks)
+        learn = partial(learn_frozen, args, backbone, maps, found, source.classes, size)
+    results = []
+    for fraction in args.label_fraction:
+        results.append([])
+        for seed in args.seeds:
+            start, chosen = time.perf_counter(), some_of(len(source.train), fraction, seed)
+            logits_of = learn(chosen, seed)
+            iou = evaluate(args, logits_of, frozen.normalisation(backbone), source, size, ranks)
+            results[-1].append(iou)
+            if ranks.first:
+                said = f"{fraction:g} of the masks ({len(chosen)} pictures), seed {seed}"
+                seconds = time.perf_counter() - start
+                print(f"  {said}: mean IoU {iou:.4f} in {seconds:.0f} s", flush=True)
+    return {"model": title, "image_size": size, "mean_iou": results}
+
+
+def some_of(count: int, fraction: float, seed: int) -> list[int]:
+    """A seeded share of so many pictures, at least two, in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[: max(round(fraction * count), 2)].tolist())
+
+
+def headings(args: argparse.Namespace) -> list[str]:
+    """The columns behind the model's name."""
+    kind = "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
+    return ["pixels", *(f"mIoU, {kind} {100 * f:g} %" for f in args.label_fraction)]
+
+
+def cells(args: argparse.Namespace, row: dict) -> list[str]:
+    """What a row has in these columns, in percent."""
+    return [str(row["image_size"]), *map(linear.percent, row["mean_iou"])]
+
+
+# --------------------------------------------------------------------------------------------------
+# Label propagation
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def propagated_iou(
+    features: Callable[[Tensor], Tensor],
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    ranks: distributed.Ranks,
+    films: int = 40,
+    frames: int = 8,
+) -> tuple[float, float]:
+    """Mean IoU of labels carried through films of demo scenes by `dense.propagate`, and of labels
+    that stay where they were.
+
+    DAVIS's J in small: of the classes in a film's first frame, over its other frames.
+
+    Args:
+        features: images (B, 3, size, size) -> maps (B, D, h, w).
+    """
+    carried, still = [], []
+    for index in demo.splits(0, films)[1]:
+        drawn = [demo.demo_scenes([index], frame) for frame in range(frames)]
+        scenes = torch.cat([scene for scene, _ in drawn]).to(ranks.device)
+        shown = torch.stack([demo.semantic_mask(target) for _, (target,) in drawn])
+        shown = shown.to(ranks.device).long()
+        boxes = whole(scenes[0]).expand(frames, -1)
+        views = augment.resized_crop(scenes, boxes, size)
+        maps = features(augment.normalize(views, mean, std)).float()
+        classes = [0, *shown[0].unique().tolist()[1:]]
+        first = torch.stack([shown[0] == name for name in classes]).float()  # (C, H, W)
+        labels = F.adaptive_avg_pool2d(first, maps.shape[-2:])  # the shares of each cell
+        found = dense.propagate(maps, labels)
+        found = F.interpolate(found, shown.shape[1:], mode="bilinear", align_corners=False)
+        said = torch.tensor(classes, device=ranks.device)[found.argmax(dim=1)]
+        for name in classes[1:]:
+            carried.append(iou(said[1:] == name, shown[1:] == name))
+            still.append(iou(shown[:1] == name, shown[1:] == name))
+    return torch.stack(carried).mean().item(), torch.stack(still).mean().item()
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over frames of intersection over union of two films of pixels, (T, H, W) bool."""
+    both, either = ((x.flatten(1).sum(dim=1).double()) for x in (a & b, a | b))
+    return (both / either.clamp_min(1)).mean()

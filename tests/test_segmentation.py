@@ -1,0 +1,264 @@
+"""Pictures with masks, and what a linear layer or an FCN learns of them."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from lowdino import distributed, masks, probe, reading, segmentation
+
+RANK = distributed.Ranks(0, 1, torch.device("cpu"))
+
+
+def draw(folder, name, size=(48, 40), top=2, mask_size=None, mode="P", suffix="png"):
+    """A picture whose left half is dark and right half bright, and its mask: 0 and `top`."""
+    width, height = size
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    pixels = np.full((height, width, 3), 30, dtype=np.uint8)
+    pixels[:, width // 2 :] = 220
+    Image.fromarray(pixels).save(folder / "images" / f"{name}.{suffix}")
+    width, height = mask_size or size
+    classes = np.zeros((height, width), dtype=np.uint8)
+    classes[:, width // 2 :] = top
+    mask = Image.fromarray(classes)
+    if mode == "P":
+        mask = mask.convert("P")
+        mask.putdata(classes.flatten().tolist())
+    Image.Image.convert(mask, mode).save(folder / "masks" / f"{name}.png")
+
+
+def make(folder, count=6, **options):
+    for i in range(count):
+        draw(folder, f"{i}", **options)
+    return folder
+
+
+def load(folder, **options):
+    return masks.load(str(folder), "", False, reading.Pixels(), **options)
+
+
+def test_a_folder_with_a_split(tmp_path):
+    make(tmp_path / "train", 3, top=3, suffix="jpg")
+    make(tmp_path / "val", 2)
+    source = load(tmp_path)
+    assert (len(source.train), len(source.test), source.classes, source.notes) == (3, 2, 4, [])
+    image, mask = source.train[1]
+    assert image.shape == (3, 40, 48) and mask.shape == (40, 48) and mask.dtype == torch.uint8
+    assert mask.unique().tolist() == [0, 3] and (mask[:, 24:] == 3).all()
+
+
+def test_a_part_is_held_out_by_seed(tmp_path):
+    make(tmp_path, 10)
+    first, again, other = (load(tmp_path, test_fraction=0.3, seed=seed) for seed in (0, 0, 1))
+    assert len(first.test) == 3 and not {*first.test.images} & {*first.train.images}
+    assert first.test.images == again.test.images != other.test.images
+    assert first.notes == ["3 of 10 pictures are held out by seed 0"]
+
+
+def test_lone_pictures_and_masks_are_left_out_with_a_note(tmp_path):
+    make(tmp_path, 4)
+    (tmp_path / "masks/2.png").unlink()
+    (tmp_path / "images/3.png").unlink()
+    notes = load(tmp_path, test_fraction=0.5).notes
+    assert notes[0] == "1 pictures without a mask are left out, such as 2"
+    assert notes[1] == "1 masks without a picture are left out, such as 3"
+
+
+def test_demo_scenes_have_masks():
+    source = masks.demo_split(range(3))
+    image, mask = source[2]
+    assert image.shape == (3, 96, 96) and mask.shape == (96, 96) and 1 <= mask.max() <= 10
+
+
+def test_voc_2012_as_torchvision_lays_it_out(tmp_path):
+    top = tmp_path / "VOCdevkit/VOC2012"
+    draw(tmp_path / "made", "a")
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (top / folder).mkdir(parents=True)
+    Image.open(tmp_path / "made/images/a.png").save(top / "JPEGImages/a.jpg")
+    (tmp_path / "made/masks/a.png").rename(top / "SegmentationClass/a.png")
+    for split in ("train", "val"):
+        (top / f"ImageSets/Segmentation/{split}.txt").write_text("a\n")
+    source = masks.load("voc2012", str(tmp_path), False, reading.Pixels())
+    assert source.classes == 21 and source.test[0][1].unique().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda top: draw(top, "0", mask_size=(24, 20)), "a mask of 24 x 20 pixels, its picture"),
+        (lambda top: draw(top, "0", mode="RGB"), "cannot read mask .*0.png: its pixels are RGB"),
+        (lambda top: (top / "masks/0.png").write_bytes(b"\x89PNG"), "cannot read mask .*0.png"),
+        (lambda top: (top / "images/0.png").write_bytes(b""), "cannot read image .*0.png"),
+        (lambda top: [draw(top, f"{i}", top=255) for i in range(6)], "a second class is 1"),
+        (lambda top: (top / "masks").rename(top / "labels"), "no folder .*masks: pictures lie"),
+    ],
+)
+def test_bad_folders_get_one_sentence(tmp_path, spoil, sentence):
+    make(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        source = load(tmp_path, test_fraction=0.5)
+        [split[i] for split in (source.train, source.test) for i in range(3)]
+
+
+def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
+    make(tmp_path / "train", 2)
+    make(tmp_path / "val", 2, top=5)
+    with pytest.raises(masks.UserError, match="has class 5, the training masks none above 2"):
+        load(tmp_path)
+
+
+def test_no_folder_and_no_split_are_refused(tmp_path):
+    with pytest.raises(masks.UserError, match="no data at nowhere"):
+        load("nowhere")
+    make(tmp_path)
+    with pytest.raises(masks.UserError, match="no val/ to test on: give --test_fraction"):
+        load(tmp_path)
+    make(tmp_path / "train")
+    with pytest.raises(masks.UserError, match="has train/ but no val/ or test/"):
+        load(tmp_path)
+    with pytest.raises(masks.UserError, match="--test_fraction is for pictures without a split"):
+        load(tmp_path, test_fraction=0.5)
+
+
+def test_a_mask_is_resized_as_pillow_does():
+    mask = torch.randint(0, 9, (37, 53), dtype=torch.uint8)
+    expected = Image.fromarray(mask.numpy()).resize((24, 24), Image.Resampling.NEAREST)
+    found = segmentation.square_mask(mask, 24, segmentation.whole(mask[None]))
+    assert torch.equal(found, torch.from_numpy(np.array(expected)))
+    flipped = segmentation.square_mask(mask, 24, segmentation.whole(mask[None]), flip=True)
+    assert torch.equal(flipped, found.flip(1))
+    box = torch.tensor([[5.0, 7.0, 20.0, 30.0]])
+    crop = Image.fromarray(mask[5:25, 7:37].numpy()).resize((24, 24), Image.Resampling.NEAREST)
+    assert torch.equal(segmentation.square_mask(mask, 24, box), torch.from_numpy(np.array(crop)))
+
+
+def test_the_linear_layer_is_the_probe_of_every_cell():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 6, 3, 4)
+    layer = segmentation.LinearLayer(probe.Scaler(torch.randn(50, 6)), 6, 5)
+    torch.nn.init.normal_(layer.weight)
+    expected = layer.scaler(maps.movedim(1, 3).flatten(0, 2)) @ layer.weight
+    found = layer(maps, (3, 4)).movedim(1, 3).flatten(0, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_iou_is_of_the_pictures_own_size(tmp_path):
+    """A network that says the mask of each square, against sets of pixels by numpy."""
+    for i, size in enumerate([(48, 40), (33, 70)]):
+        draw(tmp_path / "train", f"{i}", size)
+        draw(tmp_path / "val", f"{i}", size)
+    source = load(tmp_path)
+    squares = [segmentation.square_mask(m, 32, segmentation.whole(i)) for i, m in source.test]
+    logits = F.one_hot(torch.stack(squares).long(), 3).permute(0, 3, 1, 2).float()
+    args = SimpleNamespace(batch_size_per_gpu=2, num_workers=0)
+    constant = (0.0,) * 3, (1.0,) * 3
+    found = segmentation.evaluate(args, lambda x: logits, constant, source, 32, RANK)
+    both, either = np.zeros(3), np.zeros(3)
+    for one, (_, mask) in zip(logits, source.test):
+        own = F.interpolate(one[None], mask.shape, mode="bilinear", align_corners=False)
+        said, real = own[0].argmax(0).numpy(), mask.numpy()
+        for name in range(3):
+            both[name] += ((said == name) & (real == name)).sum()
+            either[name] += ((said == name) | (real == name)).sum()
+    assert either[1] == 0 and found == pytest.approx((both[[0, 2]] / either[[0, 2]]).mean())
+    assert found > 0.95
+
+
+def run(call_script, folder, *flags):
+    flags = [*flags, "--task", "segmentation", "--data_path", folder / "data"]
+    done = call_script("eval_linear.py", *flags, "--output_dir", folder / "out")
+    return done, json.loads((folder / "out/table.json").read_text())["rows"]
+
+
+def test_linear_segmentation_from_outside(tmp_path, call_script):
+    make(tmp_path / "data", 8, size=(64, 64))
+    common = ["--test_fraction", "0.25", "--label_fraction", "0.5", "1", "--epochs", "30"]
+    done, (row,) = run(call_script, tmp_path, "resnet5m", *common, "--maps", "pyramid")
+    assert "linear layer on all maps, resized to the finest" in done.stdout
+    assert row["image_size"] == 64 and np.min(row["mean_iou"]) > 0.9  # two thirds would be chance
+    assert "| mIoU, linear 50 % | mIoU, linear 100 % |" in done.stdout
+
+
+@pytest.mark.parametrize("way", ["--finetune", "--from_scratch"])
+def test_whole_networks_learn_masks(tmp_path, call_script, way):
+    make(tmp_path / "data", 8, size=(64, 64))
+    flags = ["--test_fraction", "0.25", "--epochs", "10", "--batch_size_per_gpu", "6"]
+    done, (row,) = run(call_script, tmp_path, "mobilenet_v3_small", *flags, way)
+    assert "step 10/10 loss" in done.stdout and np.isfinite(row["mean_iou"]).all()
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if " loss " in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["resnet5m", "--solver", "lbfgs"], "--solver goes with --task classification"),
+        (["resnet5m", "--nb_knn", "5"], "--nb_knn goes with --task classification"),
+        (["pixels"], "--task segmentation needs one backbone or more"),
+        (["resnet5m", "--maps", "pyramid", "--finetune"], "--maps is of the linear layer"),
+        (["resnet5m", "--lr", "1", "2"], "--task segmentation takes one --lr"),
+        (["resnet5m", "--test_fraction", "2"], "--test_fraction must lie between 0 and 1"),
+        (["resnet5m", "--image_size", "8"], "--image_size must be at least 32"),
+        (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
+    ],
+)
+def test_wrong_flags_are_refused(call_script, flags, sentence):
+    done = call_script("eval_linear.py", "--task", "segmentation", *flags, check=False)
+    assert done.returncode == 2 and sentence in done.stderr
+
+
+def test_maps_are_refused_for_classification(call_script):
+    done = call_script("eval_linear.py", "resnet5m", "--maps", "pyramid", check=False)
+    assert "--maps goes with --task segmentation, not with classification" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path, run_script):
+    make(tmp_path / "data", 9, size=(64, 64))
+    flags = ["resnet5m", "--task", "segmentation", "--data_path", tmp_path / "data", "--epochs"]
+    flags += ["2", "--test_fraction", "0.34", "--device", "cpu"]
+    ious = []
+    for ranks in (1, 2):
+        run_script("eval_linear.py", *flags, "--output_dir", tmp_path / f"{ranks}", ranks=ranks)
+        (row,) = json.loads((tmp_path / f"{ranks}/table.json").read_text())["rows"]
+        ious.append(row["mean_iou"][0][0])
+    assert ious[0] == pytest.approx(ious[1], abs=1e-3)
+
+
+def test_maps_that_would_not_fit_are_refused():
+    with pytest.raises(segmentation.UserError, match="the maps of 7 pictures take 1000000000 GB"):
+        segmentation.check_memory(10**18, 7)
+
+
+@pytest.mark.slow
+def test_label_propagation_from_outside(call_script):
+    flags = ["--data_path", "demo_scenes", "--propagate", "--image_size", "192"]
+    said = call_script("eval_knn.py", "--arch", "resnet5m", *flags).stdout
+    found, still = (float(word) for word in re.findall(r"\d\.\d{4}", said))
+    assert 0 < found < 1 and 0 < still < 1
+
+
+def test_labels_are_propagated_through_demo_films():
+    # Cells that know their own class by sight lose nothing.
+    ideal = segmentation.propagated_iou(lambda x: x, 96, (0.0,) * 3, (1.0,) * 3, RANK, films=2)
+    assert ideal[0] > ideal[1]
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--arch", "resnet5m"], "--propagate is measured on the films of --data_path demo_scenes"),
+        (["--pixels", "--data_path", "demo_scenes"], "--propagate needs a backbone"),
+    ],
+)
+def test_wrong_films_are_refused(call_script, flags, sentence):
+    done = call_script("eval_knn.py", "--propagate", *flags, check=False)
+    assert done.returncode == 2 and sentence in done.stderr
