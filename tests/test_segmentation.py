@@ -247,9 +247,10 @@ def test_label_propagation_from_outside(call_script):
 
 
 def test_labels_are_propagated_through_demo_films():
-    # Cells that know their own class by sight lose nothing.
-    ideal = segmentation.propagated_iou(lambda x: x, 96, (0.0,) * 3, (1.0,) * 3, RANK, films=2)
-    assert ideal[0] > ideal[1]
+    # Glyphs keep their colours, by which the mean of a few pixels finds them again.
+    colours = (lambda x: F.avg_pool2d(x, 4)), 96, (0.35,) * 3, (1.0,) * 3
+    found, still = segmentation.propagated_iou(*colours, RANK, films=4)
+    assert found > still + 0.1
 
 
 @pytest.mark.parametrize(
