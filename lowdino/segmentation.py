@@ -6,13 +6,13 @@
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import lowdino
 from lowdino import (
@@ -113,9 +113,12 @@ def square_mask(mask: Tensor, size: int, box: Tensor, flip: bool = False) -> Ten
 
 
 def batches(
-    images: torch.utils.data.Dataset, order, workers: int, device: torch.device
+    args, images: Dataset, order: Iterable[list[int]], device: torch.device
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Lists of pictures and masks, those of each list of indices in `order`."""
+    workers = args.num_workers
+    if workers is None:
+        workers = 0 if isinstance(images, masks.MaskedArrays) else min(data.cores(), 10)
     loader = DataLoader(images, batch_sampler=order, num_workers=workers, collate_fn=list)
     for batch in loader:
         yield [(image.to(device), mask.to(device)) for image, mask in batch]
@@ -153,13 +156,18 @@ def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Te
     mean, std = frozen.normalisation(backbone)
     count, maps, found = len(source.train), [], []
     order = in_order(count, args.batch_size_per_gpu, ranks)
-    for batch in batches(source.train, order, args.num_workers or 0, ranks.device):
+    for batch in batches(args, source.train, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
         maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps).half())
         found += [square_mask(mask, size, whole(mask[None])) for _, mask in batch]
         if len(maps) == 1:
             check_memory(maps[0][0].numel() * 2 * count, count)
     parts = torch.cat(maps), torch.stack(found)
+    if not parts[0].isfinite().all():
+        raise UserError(
+            "the network gives maps that are not finite numbers: its weights are damaged, or "
+            "diverged"
+        )
     return tuple(distributed.gather_strided(part, count) for part in parts)
 
 
@@ -247,11 +255,13 @@ def learn_whole(
     network = distributed.on_device(network, ranks)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
-    images = torch.utils.data.Subset(source.train, chosen)
+    images = Subset(source.train, chosen)
     batch, steps = linear.batch_and_steps(args, torch.tensor(chosen), ranks.world)
+    if batch == 1:
+        raise UserError("batch norm needs two pictures a rank or more: give more of them")
     order = data.TrainingBatches(len(chosen), batch, seed, 0, steps, ranks.rank, ranks.world)
     model = distributed.data_parallel(network).train()
-    loader = batches(images, order, args.num_workers or 0, ranks.device)
+    loader = batches(args, images, order, ranks.device)
     for step, pairs in enumerate(loader):
         x, found = training_batch(pairs, size, network, seed, step, ranks)
         lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
@@ -284,7 +294,7 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     """
     total = torch.zeros(source.classes, source.classes, dtype=torch.int64, device=ranks.device)
     order = in_order(len(source.test), args.batch_size_per_gpu, ranks)
-    for batch in batches(source.test, order, args.num_workers or 0, ranks.device):
+    for batch in batches(args, source.test, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
         for logits, (_, mask) in zip(logits_of(augment.normalize(x, *normalisation)), batch):
             own = F.interpolate(
@@ -296,7 +306,7 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     return dense.mean_iou(total)
 
 
-def suitable_size(images: torch.utils.data.Dataset) -> int:
+def suitable_size(images: Dataset) -> int:
     """The median of the shorter side of some pictures, in whole 32s, 32 to 512."""
     some = range(0, len(images), max(len(images) // 32, 1))
     sides = torch.tensor([float(min(images[i][1].shape)) for i in some])
@@ -312,6 +322,8 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     where = args.data_path, args.data_root, args.download
     source = masks.load(*where, pixels, args.test_fraction, args.seeds[0])
     size = args.image_size or suitable_size(source.train)
+    if min(len(source.train), len(source.test)) < ranks.world:
+        raise UserError(f"{source.name} has fewer pictures than there are ranks; start fewer")
     if ranks.first:
         if number == 1 and source.notes:
             print("\n".join(source.notes))

@@ -435,7 +435,9 @@ def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Dat
         scenes, _ = demo.demo_scenes(range(demo.SCENE_TRAIN))
         why = "each has several classes; use demo, or eval_linear.py --task segmentation"
         images = data.ImageArray(scenes, view_side=64)
-        return sources.Data("the built-in demo scenes", images, no_labels=why)
+        return sources.Data(
+            "the built-in demo scenes", images, notes=[f"no k-NN: {why}"], no_labels=why
+        )
     seed = args.seed if hasattr(args, "seed") else args.seeds[0]
     where = args.data_path, args.data_root, args.download, ranks.rank
     return sources.load_on_ranks(

@@ -263,3 +263,18 @@ def test_labels_are_propagated_through_demo_films():
 def test_wrong_films_are_refused(call_script, flags, sentence):
     done = call_script("eval_knn.py", "--propagate", *flags, check=False)
     assert done.returncode == 2 and sentence in done.stderr
+
+
+def test_scenes_have_no_labels_for_k_nn(call_script):
+    flags = ["--arch", "resnet5m", "--data_path", "demo_scenes"]
+    done = call_script("eval_knn.py", *flags, check=False)
+    assert done.returncode == 2
+    assert "the built-in demo scenes has no labels to test on: each has several" in done.stderr
+
+
+@pytest.mark.slow
+def test_scenes_can_be_trained_on(tmp_path, call_script):
+    flags = ["--arch", "mobilenet_v3_small", "--data_path", "demo_scenes", "--epochs", "1"]
+    flags += ["--global_crops_size", "32", "--batch_size_per_gpu", "200", "--output_dir", tmp_path]
+    assert "no k-NN: each has several classes" in call_script("train.py", *flags).stdout
+    assert (tmp_path / "backbone.pth").exists() and (tmp_path / "report.html").exists()
