@@ -95,13 +95,20 @@ def test_orthogonalized_keeps_directions_and_evens_lengths(shape):
         assert 0.6 < kept[s > 0.01 * s.norm()].min() and kept.max() < 1.25
 
 
-def test_rounded_factors_leave_the_iteration_what_it_is():
-    """Singular values over three decades, in a size at which factors are rounded where bf16 is."""
+DECADES = torch.logspace(0, -3, 256, dtype=torch.float64)
+LOW_RANK = torch.cat([torch.ones(2), torch.full((254,), 0.01)]).double()
+
+
+@pytest.mark.parametrize("singular_values", [DECADES, LOW_RANK], ids=["decades", "low_rank"])
+def test_leave_to_round_factors_is_not_taken(singular_values):
+    """A CPU with AMX and a GPU round them where they may; then S has negative eigenvalues."""
     u, v = (torch.linalg.qr(torch.randn(n, 256, dtype=torch.float64))[0] for n in (256, 700))
-    g = u @ torch.diag(torch.logspace(0, -3, 256, dtype=torch.float64)) @ v.T
-    found, before = optim.orthogonalized(g[None])[0], torch.get_float32_matmul_precision()
+    g = u @ torch.diag(singular_values) @ v.T
+    with optim.matmul_precision("medium"):
+        found = optim.orthogonalized(g[None])[0]
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
     torch.testing.assert_close(found.double(), newton_schulz(g), atol=2e-3, rtol=0.02)
-    assert torch.get_float32_matmul_precision() == before == "highest"
 
 
 def newton_schulz(x):
