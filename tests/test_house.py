@@ -10,7 +10,7 @@ from conftest import ROOT
 
 GROUND = (
     "models vit heads augment losses descriptors schedules ema optim reading demo files labels "
-    "checkpoint distributed evaluate probe monitor health curves dense"
+    "checkpoint distributed evaluate probe monitor health curves dense average_precision"
 ).split()
 # `data` and `flags` know the ground floor alone; each of the others only those before it.
 UPSTAIRS = (

@@ -1,0 +1,230 @@
+"""Average precision: cases worked out by hand, and pycocotools where it is installed."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lowdino.average_precision import UserError, average_precision, box_iou, mask_iou, match
+
+
+def detections(*rows):
+    """(score, label, box) each."""
+    scores, labels, boxes = zip(*rows) if rows else ((), (), ())
+    return {
+        "scores": np.array(scores),
+        "labels": np.array(labels, dtype=int),
+        "boxes": np.array(boxes, dtype=float).reshape(-1, 4),
+    }
+
+
+def objects(*rows):
+    """(label, box) or (label, box, crowd) each."""
+    return {
+        "labels": np.array([row[0] for row in rows], dtype=int),
+        "boxes": np.array([row[1] for row in rows], dtype=float).reshape(-1, 4),
+        "crowd": np.array([len(row) > 2 and row[2] for row in rows], dtype=bool),
+    }
+
+
+def score(*pictures, kind="boxes"):
+    return average_precision([match(found, true, kind) for found, true in pictures])
+
+
+A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
+
+
+def test_by_hand():
+    """Of two objects one is found first and one third: precision 1 to recall 1/2, then 2/3."""
+    found = detections((0.9, 1, A), (0.8, 1, C), (0.7, 1, B))
+    wanted = (51 * 1 + 50 * 2 / 3) / 101  # recalls 0, 0.01, ..., 0.5, and the 50 others
+    got = score((found, objects((1, A), (1, B))))
+    assert got.ap50 == pytest.approx(wanted, abs=1e-12)
+    assert got.ap == pytest.approx(wanted, abs=1e-12)
+
+
+def test_what_is_never_found_counts_as_precision_0():
+    got = score((detections((0.9, 1, A)), objects((1, A), (1, B))))
+    assert got.ap50 == pytest.approx(51 / 101, abs=1e-12)
+
+
+def test_thresholds_of_overlap():
+    """A box of 10 x 7 in one of 10 x 10 has an IoU of 0.7: right at 0.5 to 0.7, 5 of 10."""
+    got = score((detections((0.9, 1, (0, 0, 10, 7))), objects((1, A))))
+    assert (got.ap50, got.ap) == (1, 0.5)
+    np.testing.assert_array_equal(got.by_class[1], [1] * 5 + [0] * 5)
+    # IoU 0.5 exactly is enough.
+    assert score((detections((0.9, 1, (0, 0, 10, 5))), objects((1, A)))).ap50 == 1
+
+
+def test_a_second_detection_of_an_object_is_wrong():
+    found = detections((0.9, 1, A), (0.8, 1, A), (0.7, 1, B))
+    wanted = (51 + 50 * 2 / 3) / 101
+    assert score((found, objects((1, A), (1, B)))).ap50 == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_mean_is_over_classes_that_have_objects():
+    found = detections((0.9, 1, A), (0.9, 7, B))  # nothing is of class 7
+    got = score((found, objects((1, A), (2, C))))
+    assert got.ap50 == 0.5 and set(got.by_class) == {1, 2}
+
+
+def test_detections_on_a_crowd_do_not_count():
+    crowd = (20, 0, 60, 10)
+    true = objects((1, A), (1, crowd, True))
+    # Both lie in the crowd wholly, which by IoU they would not match.
+    found = detections((0.9, 1, B), (0.8, 1, C), (0.7, 1, A))
+    assert score((found, true)).ap50 == 1
+    assert score((found, objects((1, A)))).ap50 == pytest.approx(1 / 3)
+    # An object is taken before a crowd that overlaps more.
+    both = objects((1, (0, 0, 10, 6)), (1, A, True))
+    assert score((detections((0.9, 1, A)), both)).ap50 == 1
+
+
+def test_a_class_of_crowds_alone_has_no_ap():
+    got = score((detections((0.9, 1, A)), objects((1, A, True))))
+    assert math.isnan(got.ap) and got.by_class == {}
+
+
+def test_no_pictures_and_empty_pictures():
+    assert math.isnan(score().ap50)
+    assert math.isnan(score((detections(), objects())).ap50)
+    assert score((detections(), objects((1, A)))).ap == 0
+    # A picture without objects can only give wrong detections.
+    got = score((detections((0.9, 1, B)), objects()), (detections((0.8, 1, A)), objects((1, A))))
+    assert got.ap50 == pytest.approx(0.5)
+
+
+def test_only_a_hundred_detections_of_a_class_count():
+    wrong = [(0.9 - i / 1000, 1, C) for i in range(100)]
+    last = (0.1, 1, A)
+    assert score((detections(*wrong, last), objects((1, A)))).ap50 == 0
+    assert score((detections(*wrong[1:], last), objects((1, A)))).ap50 == pytest.approx(1 / 100)
+
+
+def test_of_equal_scores_the_earlier_picture_comes_first():
+    right, wrong = (
+        (detections((0.5, 1, A)), objects((1, A))),
+        (detections((0.5, 1, B)), objects()),
+    )
+    assert score(right, wrong).ap50 == 1
+    assert score(wrong, right).ap50 == pytest.approx(0.5)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="scores of detections are not finite"):
+        match(detections((math.nan, 1, A)), objects((1, A)))
+
+
+def random_picture(rng, side=40, classes=4, most=9):
+    """Objects of which some are crowds, and detections near some of them, scores often equal."""
+
+    def boxes(count):
+        corner, size = rng.integers(0, side - 12, (count, 2)), rng.integers(1, 13, (count, 2))
+        return np.concatenate([corner, corner + size], axis=1).astype(float)
+
+    count = rng.integers(0, most)
+    true = objects(*zip(rng.integers(1, classes + 1, count), boxes(count), rng.random(count) < 0.2))
+    found = []
+    for label, box in zip(true["labels"], true["boxes"]):
+        for _ in range(rng.integers(0, 4)):
+            near = box + rng.integers(-2, 3, 4)
+            near[:2] = near[:2].clip(0)
+            near[2:] = np.maximum(near[2:], near[:2] + 1).clip(max=side)
+            found.append((rng.integers(0, 6) / 5, label, near))
+    for box in boxes(rng.integers(0, 4)):
+        found.append((rng.integers(0, 6) / 5, rng.integers(1, classes + 1), box))
+    return detections(*found), true
+
+
+def as_masks(picture, side=40):
+    """The same with a mask for each box: the ellipse in it."""
+    y, x = np.mgrid[:side, :side] + 0.5
+    for part in picture:
+        a, b, c, d = part["boxes"].T[:, :, None, None]
+        inside = ((2 * x - a - c) / (c - a)) ** 2 + ((2 * y - b - d) / (d - b)) ** 2 <= 1
+        part["masks"] = inside.astype(np.uint8)
+    return picture
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["boxes", "masks"])
+def test_equals_pycocotools(seed, kind, capsys):
+    pytest.importorskip("pycocotools")
+    rng = np.random.default_rng(seed)
+    pictures = [as_masks(random_picture(rng)) for _ in range(30)]
+    got = score(*pictures, kind=kind)
+    wanted = by_pycocotools(pictures, kind)  # (T, classes), -1 where a class has no objects
+    assert got.ap == pytest.approx(wanted[wanted > -1].mean(), abs=1e-12)
+    for label, values in got.by_class.items():
+        np.testing.assert_allclose(values, wanted[:, label - 1], atol=1e-12)
+    assert set(got.by_class) == {*(np.flatnonzero(wanted[0] > -1) + 1)}
+
+
+def by_pycocotools(pictures, kind):
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def rows(part, which):
+        masks = rle.encode(np.asfortranarray(part["masks"].transpose(1, 2, 0)))
+        for i, (a, b, c, d) in enumerate(part["boxes"]):
+            row = {"image_id": which, "category_id": int(part["labels"][i])}
+            row |= {"bbox": [a, b, c - a, d - b], "segmentation": masks[i]}
+            yield row | {"area": (c - a) * (d - b), "iscrowd": int(part.get("crowd", [0] * 99)[i])}
+
+    truth, found = COCO(), []
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": i, "height": 40, "width": 40} for i in range(len(pictures))],
+        "categories": [{"id": label} for label in range(1, 5)],
+    }
+    all_rows = [row for i, (_, true) in enumerate(pictures) for row in rows(true, i)]
+    truth.dataset["annotations"] = [{"id": i, **row} for i, row in enumerate(all_rows, start=1)]
+    truth.createIndex()
+    for i, (part, _) in enumerate(pictures):
+        for row, confidence in zip(rows(part, i), part["scores"]):
+            del row["iscrowd"], row["segmentation" if kind == "boxes" else "bbox"]
+            found.append(row | {"score": confidence})
+    judge = COCOeval(truth, truth.loadRes(found), "bbox" if kind == "boxes" else "segm")
+    judge.evaluate()
+    judge.accumulate()
+    return judge.eval["precision"][:, :, :, 0, 2].mean(axis=1)
+
+
+def test_overlaps_by_hand():
+    found, true = [[0, 0, 4, 4]], [[0, 0, 2, 4], [2, 2, 6, 6], [8, 8, 9, 9]]
+    no, all_crowd = np.zeros(3, dtype=bool), np.ones(3, dtype=bool)
+    np.testing.assert_allclose(box_iou(found, true, no), [[1 / 2, 4 / 28, 0]])
+    np.testing.assert_allclose(box_iou(found, true, all_crowd), [[1 / 2, 4 / 16, 0]])
+
+    def masks(boxes):
+        filled = np.zeros((len(boxes), 10, 10), dtype=np.uint8)
+        for mask, (a, b, c, d) in zip(filled, boxes):
+            mask[b:d, a:c] = 1
+        return filled
+
+    for crowd in (no, all_crowd):
+        overlaps = mask_iou(masks(found), masks(true), crowd)
+        np.testing.assert_allclose(overlaps, box_iou(found, true, crowd))
+
+
+def test_boxes_and_masks_without_area_overlap_nothing():
+    point, no = np.array([[3.0, 3, 3, 3]]), np.zeros(1, dtype=bool)
+    assert box_iou(point, point, no) == 0
+    assert mask_iou(np.zeros((1, 4, 4)), np.zeros((1, 4, 4)), no) == 0
+
+
+def test_takes_tensors():
+    found, true = detections((0.9, 1, A)), objects((1, A))
+    tensors = [{k: torch.from_numpy(v) for k, v in part.items()} for part in (found, true)]
+    assert score(tensors).ap == 1
+
+
+def test_400_pictures_take_seconds():
+    rng = np.random.default_rng(0)
+    start = time.perf_counter()
+    score(*(random_picture(rng, most=30) for _ in range(400)))
+    assert time.perf_counter() - start < 10
