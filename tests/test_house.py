@@ -14,9 +14,9 @@ GROUND = (
 ).split()
 # `data` and `flags` know the ground floor alone; each of the others only those before it.
 UPSTAIRS = (
-    "data flags __init__ export sources pixels frozen pictures report base baselines methods "
-    "distillation teachers linear parts presets settings pace classification masks segmentation "
-    "engine"
+    "data flags __init__ export sources annotations pixels frozen pictures report base baselines "
+    "methods distillation teachers linear parts presets settings pace classification masks "
+    "segmentation engine"
 ).split()
 SCRIPTS = "train distill eval_knn eval_linear".split()
 TABLES = 6  # at most so many true tables keep their own layout, by `fmt: skip`

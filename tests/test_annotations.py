@@ -1,0 +1,402 @@
+"""Readers of pictures with boxes and masks, against files written by hand."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision import datasets
+
+from lowdino import annotations, demo
+from lowdino.annotations import Picture, UserError, load, polygon_mask, run_length_mask, run_lengths
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------
+
+
+def test_polygons_by_hand():
+    square = np.array([[1.0, 1], [4, 1], [4, 3], [1, 3]])
+    wanted = np.zeros((5, 6), dtype=bool)
+    wanted[1:3, 1:4] = True
+    np.testing.assert_array_equal(polygon_mask(square, 5, 6), wanted)
+    np.testing.assert_array_equal(polygon_mask(square[::-1], 5, 6), wanted)
+    # What lies outside is cut; pixels whose centres it misses are not part of it.
+    assert polygon_mask(square * 10, 5, 6).sum() == 0
+    assert polygon_mask((square - 2) * 10, 5, 6).all()
+    np.testing.assert_array_equal(polygon_mask(square + 0.4, 5, 6), wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_polygons_equal_pillows_up_to_their_edges(seed):
+    """Pillow draws the edge too, so it is compared at 64 times the size."""
+    rng = np.random.default_rng(seed)
+    angles, radius = np.sort(rng.uniform(0, 2 * np.pi, 9)), rng.uniform(3, 25, 9)
+    points = np.stack([20 + radius * np.cos(angles), 15 + radius * np.sin(angles)], axis=1)
+    large = Image.new("L", (2560, 1920))
+    ImageDraw.Draw(large).polygon([tuple(64 * point - 0.5) for point in points], fill=1)
+    wanted = np.array(large)[32::64, 32::64]
+    assert (polygon_mask(points, 30, 40) != wanted).sum() <= 2
+    assert 50 < wanted.sum() < 1150
+
+
+def test_run_lengths_by_hand():
+    # Columns of three pixels: the first is 0 0 1, the second 1 1 0.
+    mask = run_length_mask(np.array([2, 3, 1]), 3, 2)
+    np.testing.assert_array_equal(mask, [[0, 1], [0, 1], [1, 0]])
+    # 3 -> "3"; 40 is 01000 and 1 beyond it: chr(48 + 8 + 32), chr(48 + 1).
+    assert run_lengths("3X1") == [3, 40]
+    # The fourth number, 5, stands as 5 - 40 = -35: 11101 and 11110 beyond it.
+    assert run_lengths("3X12" + chr(48 + 29 + 32) + chr(48 + 30)) == [3, 40, 2, 5]
+
+
+def test_masks_equal_pycocotools():
+    rle = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = rng.random((30, 40)) < rng.choice([0.01, 0.5, 0.99])
+        text = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        np.testing.assert_array_equal(run_length_mask(np.array(run_lengths(text)), 30, 40), mask)
+        points = rng.uniform(0, 30, (3, 2))
+        wanted = rle.decode(rle.frPyObjects([points.flatten().tolist()], 30, 40))[..., 0]
+        # Theirs is drawn on a grid five times as fine, so that it differs at edges.
+        assert (polygon_mask(points, 30, 40) != wanted).sum() <= 8
+
+
+# ---------------------------------------------------------------------------------------------
+# COCO's form
+# ---------------------------------------------------------------------------------------------
+
+L = [2, 2, 12, 2, 12, 7, 7, 7, 7, 12, 2, 12]  # a polygon of 10 x 10 without its lower right
+
+
+def content():
+    """Two pictures of 40 x 30, the second empty, and two categories."""
+    images = [
+        {"id": 7, "file_name": "a.png", "height": 30, "width": 40},
+        {"id": 3, "file_name": "sub/b.jpg", "height": 30, "width": 40},
+    ]
+    rows = [
+        {"id": 1, "image_id": 7, "category_id": 90, "bbox": [2, 2, 10, 10], "segmentation": [L]},
+        {"id": 2, "image_id": 7, "category_id": 18, "bbox": [30.5, 20, 5, 4.5]},
+        {"id": 3, "image_id": 7, "category_id": 18, "bbox": [0, 0, 40, 30], "iscrowd": 1},
+    ]
+    rows[1]["segmentation"] = {"size": [30, 40], "counts": [30 * 32 + 22, 3, 30 * 8 - 25]}
+    rows[2]["segmentation"] = {"size": [30, 40], "counts": "0`U1"}  # 0, then 1200 ones
+    categories = [{"id": 90, "name": "cat"}, {"id": 18, "name": "dog"}]
+    return {"images": images, "annotations": rows, "categories": categories}
+
+
+def write(folder, train=None, val=None, names=("instances_train", "instances_val")):
+    """A small folder in COCO's form, with JSON of `content` or as given."""
+    (folder / "annotations").mkdir(parents=True)
+    for name, own in zip(names, (train, val)):
+        pictures = folder / name.removeprefix("instances_")
+        (pictures / "sub").mkdir(parents=True)
+        Image.new("RGB", (40, 30), "red").save(pictures / "a.png")
+        Image.new("RGB", (40, 30), "blue").save(pictures / "sub/b.jpg")
+        own = content() if own is None else own
+        text = own if isinstance(own, str) else json.dumps(own)
+        (folder / f"annotations/{name}.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names", [("instances_train2017", "instances_val2017"), ("instances_train", "val")]
+)
+def test_coco(tmp_path, names):
+    source = load(str(write(tmp_path, names=names)), masks=True)
+    assert source.names == ["dog", "cat"]  # by their ids, 18 and 90
+    assert source.notes == []
+    for part in (source.train, source.test):
+        assert len(part) == 2 and part.sizes == [(30, 40)] * 2
+        image, target = part[0]
+        assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
+        assert image[:, 5, 5].tolist() == [255, 0, 0]
+        assert target["boxes"].tolist() == [[2, 2, 12, 12], [30.5, 20, 35.5, 24.5], [0, 0, 40, 30]]
+        assert target["labels"].tolist() == [2, 1, 1]
+        assert target["crowd"].tolist() == [False, False, True]
+        masks = target["masks"]
+        assert masks.shape == (3, 30, 40) and masks.dtype == torch.uint8
+        assert masks.sum(dim=(1, 2)).tolist() == [75, 3, 1200]
+        assert masks[0, 2:7, 2:12].all() and masks[0, 7:12, 2:7].all()
+        assert masks[1, 22:25, 32].all()
+        # An image without boxes is kept.
+        image, target = part[1]
+        assert image[2, 0, 0] > 200
+        assert [list(target[name].shape) for name in target] == [[0, 4], [0], [0], [0, 30, 40]]
+        assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
+
+
+def test_without_masks_nothing_is_asked_of_them(tmp_path):
+    own = content()
+    del own["annotations"][1]["segmentation"]
+    own["annotations"][0]["segmentation"] = "nonsense"
+    source = load(str(write(tmp_path, own, own)))
+    assert set(source.train[0][1]) == {"boxes", "labels", "crowd"}
+
+
+def test_files_beside_the_folders(tmp_path):
+    write(tmp_path, names=("train", "val"))
+    for name in ("train.json", "val.json"):
+        (tmp_path / "annotations" / name).rename(tmp_path / name)
+    (tmp_path / "annotations").rmdir()
+    assert len(load(str(tmp_path)).train) == 2
+
+
+def test_boxes_that_leave_their_picture_are_cut(tmp_path):
+    own = content()
+    own["annotations"][0]["bbox"] = [-5, 20, 10, 1e300]
+    own["annotations"][1]["bbox"] = [40, 5, 5, 5]  # outside
+    own["annotations"][2] |= {"bbox": [5, 5, 0, 3], "iscrowd": 0}  # of no area
+    source = load(str(write(tmp_path, own)), masks=True)
+    target = source.train[0][1]
+    assert target["boxes"].tolist() == [[0, 20, 5, 30]]
+    assert target["labels"].tolist() == [2] and len(target["masks"]) == 1
+    file = tmp_path / "annotations/instances_train.json"
+    assert source.notes == [
+        f"{file}: 1 boxes reach beyond their pictures and are cut, 2 have no area inside theirs "
+        "and are left out"
+    ]
+
+
+def change(*path, to):
+    """A function that sets one value deep in the JSON."""
+
+    def apply(own):
+        *way, last = path
+        for key in way:
+            own = own[key]
+        own[last] = to
+
+    return apply
+
+
+ROW, POLYGON = ("annotations", 0), [[1, 2, 3, 4]]
+WRONG = {
+    "category 18 twice": (change("categories", 0, "id", to=18), '"categories" has id 18 twice'),
+    "image twice": (change("images", 0, "id", to=3), '"images" has id 3 twice'),
+    "annotation twice": (change(*ROW, "id", to=2), '"annotations" has id 2 twice'),
+    "no id": (change(*ROW, to=[1]), 'row 0 of "annotations" is no object with an id'),
+    "unknown category": (
+        change(*ROW, "category_id", to=19),
+        "annotation 1 has category 19, which is not listed; there are 2, ids 18 to 90",
+    ),
+    "category that is a list": (change(*ROW, "category_id", to=[18]), r"has category \[18\]"),
+    "unknown image": (change(*ROW, "image_id", to=8), "annotation 1 is of image 8, which is not"),
+    "category without a name": (change("categories", 0, "name", to=3), "category 90 needs a whole"),
+    "category with a name as id": (change("categories", 0, "id", to="x"), "category 'x' needs a"),
+    "no list": (change("annotations", to={}), 'it lacks a list "annotations"'),
+    "no images": (change("images", to=[]), "it has no images"),
+    "no categories": (change("categories", to=[]), "it has no categories"),
+    "no file name": (change("images", 0, "file_name", to=None), "image 7 has no file_name"),
+    "no such file": (change("images", 0, "file_name", to="c.png"), "names .*c.png, which does not"),
+    "another size": (
+        change("images", 0, "width", to=41),
+        r"train/a.png should be 41 x 30 pixels and is 40 x 30; its boxes would lie elsewhere",
+    ),
+    "short box": (
+        change(*ROW, "bbox", to=[1, 2, 3]),
+        r"the bbox of annotation 1 is \[1, 2, 3\], where \[left, top, width, height\] was expected",
+    ),
+    "box that is no numbers": (change(*ROW, "bbox", to=[1, 2, 3, float("nan")]), "bbox of annot"),
+    "no mask": (
+        change(*ROW, "segmentation", to=[]),
+        "annotation 1 has no segmentation, which Mask",
+    ),
+    "polygon of two points": (
+        change(*ROW, "segmentation", to=POLYGON),
+        "a polygon that is no list",
+    ),
+    "mask in words": (change(*ROW, "segmentation", to="x"), "neither polygons nor run lengths"),
+    "mask of another size": (
+        change("annotations", 1, "segmentation", "size", to=[40, 30]),
+        r"the mask of annotation 2 is of size \[40, 30\] \(height, width\), and its picture of "
+        r"\[30, 40\]",
+    ),
+    "short mask": (
+        change("annotations", 1, "segmentation", "counts", to=[3, 4]),
+        "the run lengths of annotation 2 do not fill its mask of 30 x 40 pixels",
+    ),
+    "negative run": (
+        change("annotations", 1, "segmentation", "counts", to=[1300, -100]),
+        "the run lengths of annotation 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_json(tmp_path, case):
+    spoil, sentence = WRONG[case]
+    own = content()
+    spoil(own)
+    with pytest.raises(UserError, match=sentence) as error:
+        load(str(write(tmp_path, own)), masks=True)
+    assert str(error.value).startswith(str(tmp_path / "annotations/instances_train.json"))
+
+
+@pytest.mark.parametrize("text", ['{"images": [', "", "\x00\xff", "[" * 100000, "[]", "3"])
+def test_damaged_json(tmp_path, text):
+    wanted = "it holds a (list|int); COCO's form" if text in "[]3" and text else "it is damaged, or"
+    with pytest.raises(UserError, match=f"instances_train.json: {wanted}"):
+        load(str(write(tmp_path, text)))
+
+
+def test_splits_must_agree(tmp_path):
+    own = content()
+    own["categories"][0]["name"] = "cow"
+    said = "instances_val.json: category 90 is 'cow' here, and 'cat' in the training file"
+    with pytest.raises(UserError, match=said):
+        load(str(write(tmp_path, val=own)))
+
+
+def test_test_split_may_lack_a_category(tmp_path):
+    own = content()
+    del own["categories"][1], own["annotations"][1:]
+    source = load(str(write(tmp_path, val=own)))
+    assert source.test[0][1]["labels"].tolist() == [2]
+
+
+def test_no_box_at_all(tmp_path):
+    own = content()
+    del own["annotations"][:2]  # a crowd alone is left
+    with pytest.raises(UserError, match="instances_val.json has no box of a single object"):
+        load(str(write(tmp_path, val=own)))
+
+
+def test_damaged_picture(tmp_path):
+    write(tmp_path)
+    (tmp_path / "train/a.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"cannot read image .*train/a\.png"):
+        load(str(tmp_path))
+
+
+def test_pictures_are_upright(tmp_path):
+    """EXIF turns the picture, and the file's own sides are the other way round."""
+    write(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 40), "blue").save(tmp_path / "train/sub/b.jpg", exif=exif)
+    assert load(str(tmp_path)).train[1][0].shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize("missing", ["annotations/instances_val.json", "val"])
+def test_what_was_looked_for(tmp_path, missing):
+    write(tmp_path)
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    said = r"lacks val pictures in COCO's form: looked for annotations/instances_val\*.json"
+    with pytest.raises(UserError, match=said):
+        load(str(tmp_path))
+
+
+def test_no_source(tmp_path):
+    for name in ("", str(tmp_path / "nowhere"), "cifar10"):
+        with pytest.raises(UserError, match="no pictures with boxes at .*give a folder in COCO's"):
+            load(name)
+
+
+# ---------------------------------------------------------------------------------------------
+# PASCAL VOC and the demo scenes
+# ---------------------------------------------------------------------------------------------
+
+
+def voc_object(name="dog", box=(1, 1, 10, 20), difficult=0):
+    corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+    return (
+        f"<object><name>{name}</name><difficult>{difficult}</difficult>"
+        f"<part><name>head</name><bndbox><xmin>3</xmin></bndbox></part>"
+        f"<bndbox>{corners}</bndbox></object>"
+    )
+
+
+def write_voc(root, *objects):
+    """One picture to train on and one to test on, both with the same objects."""
+    top = root / "VOCdevkit/VOC2007"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (top / name).mkdir(parents=True)
+    for split, number in (("trainval", "000005"), ("test", "000001")):
+        (top / f"ImageSets/Main/{split}.txt").write_text(f"{number}\n")
+        Image.new("RGB", (40, 30), "red").save(top / f"JPEGImages/{number}.jpg")
+        text = f"<annotation><folder>VOC2007</folder>{''.join(objects)}</annotation>"
+        (top / f"Annotations/{number}.xml").write_text(text)
+    return str(root)
+
+
+def test_voc(tmp_path):
+    hard = voc_object("person", (11, 5, 45, 30), difficult=1)
+    source = load("voc2007", write_voc(tmp_path, voc_object(), hard))
+    assert len(source.names) == 20
+    for part in (source.train, source.test):
+        image, target = part[0]
+        assert image.shape == (3, 30, 40)
+        assert target["boxes"].tolist() == [[0, 0, 10, 20], [10, 4, 40, 30]]
+        assert [source.names[i - 1] for i in target["labels"]] == ["dog", "person"]
+        assert target["crowd"].tolist() == [False, True]
+    assert source.notes[0] == "2 objects marked as difficult are not counted"
+    assert source.notes[1].startswith("VOC 2007: 2 boxes reach beyond their pictures and are cut")
+
+
+def test_voc_is_what_torchvision_reads(tmp_path):
+    root = write_voc(tmp_path, voc_object(box=(3, 4, 17, 28)), voc_object("cow"))
+    (xml,) = (target["annotation"] for _, target in datasets.VOCDetection(root, "2007", "test"))
+    boxes = [[int(v) for v in row["bndbox"].values()] for row in xml["object"]]
+    target = load("voc2007", root).test[0][1]
+    assert (target["boxes"] + torch.tensor([1, 1, 0, 0])).tolist() == boxes
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("<annotation>", "no element found"),
+        (voc_object("unicorn"), "'unicorn' is not in list"),
+        (f"<a>{voc_object(box=('x', 1, 2, 3))}</a>", "could not convert"),
+        (f"<a>{voc_object(box=('nan', 1, 2, 3))}</a>", "a box that is no numbers"),
+    ],
+)
+def test_wrong_voc(tmp_path, text, said):
+    root = write_voc(tmp_path, voc_object())
+    text = text if text.startswith("<a") else f"<a>{text}</a>"
+    (tmp_path / "VOCdevkit/VOC2007/Annotations/000001.xml").write_text(text)
+    with pytest.raises(UserError, match=rf"000001\.xml .*{re.escape(said)}"):
+        load("voc2007", root)
+
+
+def test_no_voc(tmp_path):
+    with pytest.raises(UserError, match="voc2007, trainval, under .*: not found; add --download"):
+        load("voc2007", str(tmp_path))
+    with pytest.raises(UserError, match="voc2007 is read for its boxes alone"):
+        load("voc2007", str(tmp_path), masks=True)
+
+
+def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.voc, "download_and_extract_archive", failing)
+    with pytest.raises(UserError, match="voc2007, trainval, .*: the download failed"):
+        load("voc2007", str(tmp_path), download=True)
+
+
+def test_demo_scenes(monkeypatch):
+    monkeypatch.setattr(demo, "SCENE_TRAIN", 5)
+    monkeypatch.setattr(demo, "SCENE_TEST", 3)
+    source = load("demo_scenes", masks=True)
+    assert (len(source.train), len(source.test), len(source.names)) == (5, 3, 10)
+    images, targets = demo.demo_scenes([demo.TEST_START + 1])
+    image, target = source.test[1]
+    assert (image == images[0]).all() and source.test.sizes[1] == (96, 96)
+    for name in ("boxes", "labels", "masks"):
+        assert (target[name] == targets[0][name]).all()
+    assert not target["crowd"].any() and len(target["crowd"]) == len(target["labels"])
+    assert "masks" not in load("demo_scenes").train[0][1]
+
+
+def test_masks_of_a_picture_are_unions_of_polygons():
+    squares = [np.array([[a, a], [a + 2, a], [a + 2, a + 2], [a, a + 2]]) for a in (0.0, 1.0)]
+    none = np.zeros((1, 4), dtype=np.float32)
+    picture = Picture("", 4, 4, none, np.ones(1), np.zeros(1), [squares])
+    wanted = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(picture.masks()[0], wanted)
+    assert annotations.is_polygon([1, 2, 3, 4, 5, 6]) and not annotations.is_polygon([1] * 7)
