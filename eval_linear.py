@@ -6,6 +6,7 @@ fractions of the labels.
     python eval_linear.py pixels resnet5m output/backbone.pth --label_fraction 0.01 0.1 1
     python eval_linear.py output/backbone.pth --finetune --label_fraction 0.2
     python eval_linear.py mobilevit_s --from_scratch --label_fraction 0.2    the supervised rival
+    python eval_linear.py output/backbone.pth --task detection --data_path demo_scenes
 
 A MODEL is a backbone.pth of train.py, a state dict of DINO's or DINOv2's ViT, an architecture's
 name (at random weights), ARCH=FILE for a plain state dict such as timm's or torchvision's, or
@@ -16,10 +17,10 @@ import argparse
 import json
 import math
 
-from lowdino import classification, distributed, flags, frozen, segmentation, settings
+from lowdino import classification, detection, distributed, flags, frozen, segmentation, settings
 
 # Each offers FLAGS, check, settle, protocol, measure, headings and cells.
-TASKS = {"classification": classification, "segmentation": segmentation}
+TASKS = {"classification": classification, "segmentation": segmentation, "detection": detection}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -28,10 +29,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=help)
     help = "probe an .npz of features, as eval_knn.py --features writes, instead"
     parser.add_argument("--from_features", metavar="FILE", help=help)
-    help = "what the labels name: images, pixels or boxes"
+    help = (
+        "what the labels name: images, pixels or boxes; for boxes, --data_path is a folder in "
+        "COCO's form, voc2007 or demo_scenes"
+    )
     parser.add_argument("--task", choices=TASKS, default="classification", help=help)
     title = "what is trained (default: a linear classifier on features computed once)"
     add_training_flags(parser.add_argument_group(title).add_argument)
+    add_detection_flags(parser.add_argument_group("--task detection").add_argument)
     add_label_flags(parser.add_argument_group("labels").add_argument)
     add = parser.add_argument_group("data and output").add_argument
     settings.add_evaluation_flags(add)
@@ -64,14 +69,21 @@ def add_training_flags(add) -> None:
     help = "to choose from; default: a grid for the probe, 0.05 for the network"
     add("--weight_decay", type=float, nargs="+", help=help)
     help = (
-        "learning rate of a block over that of the block above; default: 0.75 with --finetune, 1 "
-        "with --from_scratch, where no block knows more than another"
+        "learning rate of a block over that of the block above; default: 0.75 with --finetune, "
+        "else 1, for of random weights no block knows more than another"
     )
     add("--layer_decay", type=float, help=help)
     help = "default: 100; 20 of --task segmentation"
     add("--epochs", type=int, help=help)
-    help = "images a process and step; default: 256; 16 of --task segmentation"
+    help = "images a process and step; default: 256; 16 of --task segmentation, 8 of detection"
     add("--batch_size_per_gpu", type=int, help=help)
+
+
+def add_detection_flags(add) -> None:
+    help = "mask_rcnn needs masks, as demo_scenes and most folders in COCO's form have them"
+    add("--detector", choices=detection.NAMES, default="faster_rcnn", help=help)
+    help = "of the training, the same at every --label_fraction; default: 300"
+    add("--steps", type=int, help=help)
 
 
 def add_label_flags(add) -> None:

@@ -251,6 +251,12 @@ def of_lost(file: str | Path, lost: Counter) -> list[str]:
     return [f"{file}: {', '.join(said)}"] * bool(said)
 
 
+def need_objects(name: str | Path, pictures: list[Picture]) -> None:
+    """Refuse pictures that have nothing to learn from, or to test by."""
+    if all(picture.crowd.all() for picture in pictures):
+        raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
+
+
 # --------------------------------------------------------------------------------------------------
 # COCO's form
 # --------------------------------------------------------------------------------------------------
@@ -275,9 +281,8 @@ def load_coco(folder: Path, masks: bool = False, pixels: Pixels = RGB) -> Source
             raise UserError(
                 f"{test_file} has category {number}, {name!r}, and {train_file} {there}"
             )
-    for file, (pictures, _) in ((train_file, read), (test_file, tested)):
-        if all(picture.crowd.all() for picture in pictures):
-            raise UserError(f"{file} has no box of a single object, and a detector needs some")
+    need_objects(train_file, read[0])
+    need_objects(test_file, tested[0])
     parts = (Pictures(pictures, pixels) for pictures, _ in (read, tested))
     names = [categories[number] for number in sorted(categories)]
     return Source(f"folder {folder}", *parts, names, read[1] + tested[1])
@@ -452,8 +457,8 @@ def is_id(value, known: dict) -> bool:
 
 
 def is_number(value) -> bool:
-    """Whether a value of JSON is a finite number, which `true` is not."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value of JSON is a number, which `true` is not, and one that pixels may have."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def is_polygon(value) -> bool:
@@ -486,6 +491,7 @@ def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
     for split in ("trainval", "test"):
         found = open_voc(root, split)
         parts.append([read_voc(*files, pixels, lost) for files in zip(found.images, found.targets)])
+        need_objects(f"voc2007, {split}, under {root}", parts[-1])
     hard = sum(int(picture.crowd.sum()) for part in parts for picture in part)
     notes = [f"{hard} objects marked as difficult are not counted"] * bool(hard)
     train, test = (Pictures(part, pixels) for part in parts)

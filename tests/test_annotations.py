@@ -148,7 +148,7 @@ def test_files_beside_the_folders(tmp_path):
 
 def test_boxes_that_leave_their_picture_are_cut(tmp_path):
     own = content()
-    own["annotations"][0]["bbox"] = [-5, 20, 10, 1e300]
+    own["annotations"][0]["bbox"] = [-5, 20, 10, 1e200]
     own["annotations"][1]["bbox"] = [40, 5, 5, 5]  # outside
     own["annotations"][2] |= {"bbox": [5, 5, 0, 3], "iscrowd": 0}  # of no area
     source = load(str(write(tmp_path, own)), masks=True)
@@ -202,6 +202,7 @@ WRONG = {
         r"the bbox of annotation 1 is \[1, 2, 3\], where \[left, top, width, height\] was expected",
     ),
     "box that is no numbers": (change(*ROW, "bbox", to=[1, 2, 3, float("nan")]), "bbox of annot"),
+    "box beyond all numbers": (change(*ROW, "bbox", to=[1, 2, 3, 10**400]), "bbox of annotation 1"),
     "no mask": (
         change(*ROW, "segmentation", to=[]),
         "annotation 1 has no segmentation, which Mask",
@@ -262,7 +263,7 @@ def test_test_split_may_lack_a_category(tmp_path):
 def test_no_box_at_all(tmp_path):
     own = content()
     del own["annotations"][:2]  # a crowd alone is left
-    with pytest.raises(UserError, match="instances_val.json has no box of a single object"):
+    with pytest.raises(UserError, match="instances_val.json has no box of an object that"):
         load(str(write(tmp_path, val=own)))
 
 
@@ -368,6 +369,12 @@ def test_no_voc(tmp_path):
         load("voc2007", str(tmp_path))
     with pytest.raises(UserError, match="voc2007 is read for its boxes alone"):
         load("voc2007", str(tmp_path), masks=True)
+
+
+def test_voc_without_an_object_that_counts(tmp_path):
+    root = write_voc(tmp_path, voc_object(difficult=1))
+    with pytest.raises(UserError, match="voc2007, trainval, under .* has no box of an object that"):
+        load("voc2007", root)
 
 
 def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):

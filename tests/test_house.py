@@ -16,7 +16,7 @@ GROUND = (
 UPSTAIRS = (
     "data flags __init__ export sources annotations pixels frozen pictures report base baselines "
     "methods distillation teachers linear parts presets settings pace classification masks "
-    "segmentation engine"
+    "segmentation detection engine"
 ).split()
 SCRIPTS = "train distill eval_knn eval_linear".split()
 TABLES = 6  # at most so many true tables keep their own layout, by `fmt: skip`
