@@ -112,7 +112,10 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
 # Scenes
 # --------------------------------------------------------------------------------------------------
 
-CANDIDATES = 8  # glyphs of a scene, of which those that would touch others are left out
+CANDIDATES = 16  # glyphs of a scene, of which those that would touch others are left out
+KINDS = (
+    2  # that a scene draws, perhaps the same twice: as in photos, its parts have something common
+)
 
 
 def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -120,8 +123,9 @@ def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarr
     generator = np.random.default_rng([int(index), 1])
     image = clouds(generator.random((3, 5, 5), dtype=np.float32), SCENE_SIDE)
     boxes, labels, masks, places = [], [], [], []
+    kinds = generator.integers(0, 10, KINDS)
     for u in generator.random((CANDIDATES, 9)):
-        scale = 1.2 + 1.3 * u[0]  # of a glyph of 13 pixels
+        scale = 1.0 + 1.2 * u[0]  # of a glyph of 13 pixels
         radius = 6 * scale
         centre = radius + (SCENE_SIDE - 2 * radius) * u[1:3]  # inside the scene in frame 0
         if any(np.hypot(*(centre - other)) < 0.9 * (radius + r) for other, r in places):
@@ -132,7 +136,7 @@ def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarr
         low, high = (np.clip(centre + d, 0, SCENE_SIDE).astype(int) for d in (-radius, radius + 2))
         window = tuple(slice(*ends) for ends in zip(low, high))
         y, x = ((at - middle) / scale for at, middle in zip(np.mgrid[window], centre))
-        kind, ink = int(10 * u[5]), np.float32(0.3 + 0.4 * u[6:9])
+        kind, ink = int(kinds[int(KINDS * u[5])]), np.float32(0.3 + 0.4 * u[6:9])
         cover = np.clip(0.5 - shapes(x, y)[kind] * scale, 0, 1)
         image[(slice(None), *window)] += cover * ink[:, None, None]
         mask[window] = cover > 0.5
@@ -152,8 +156,8 @@ def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarr
 def demo_scenes(indices: Sequence[int], frame: float = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Scenes uint8 (N, 3, 96, 96) by index and, for each, what is in it.
 
-    The same index always gives the same scene: two to eight glyphs of 9 to 31 pixels on a cloudy
-    background, of any class, colour, size and place.
+    The same index always gives the same scene: about eight glyphs of 7 to 28 pixels on a cloudy
+    background, of one or two classes and any colour, size and place.
 
     Args:
         frame: number of a frame of the scene's film, in which every glyph moves by its own velocity
