@@ -115,9 +115,9 @@ def test_anchors_suit_the_demo_scenes():
     pictures = ImageList(torch.zeros(1, 3, 96, 96), [(96, 96)])
     maps = [torch.zeros(1, 64, 96 // stride, 96 // stride) for stride in detection.SMALL.strides]
     (anchors,) = detector.rpn.anchor_generator(pictures, maps)
-    boxes = torch.cat([target["boxes"] for target in scenes(train=50).train.targets])
+    boxes = torch.cat([target["boxes"] for target in scenes(train=100).train.targets])
     best = box_iou(boxes, anchors).amax(dim=1)
-    assert (best > 0.5).float().mean() > 0.95
+    assert (best > 0.5).float().mean() > 0.9
 
 
 def test_shares_of_the_pictures_are_nested():
