@@ -1,4 +1,20 @@
-"""Classes of images from a backbone's features, as `eval_linear.py` learns them by default."""
+"""Classes of images from a backbone's features, as `eval_linear.py` learns them by default.
+
+    flags            what is trained
+    (none)           20 linear classifiers as one, by SGD on features computed once; learning rate
+                     and weight decay are chosen on a fifth of the training labels in use, after a
+                     training on a sixteenth of the batch, by the squared error of the
+                     probabilities; then that one is fitted to all of them
+    --solver lbfgs   logistic regression to its optimum, its weight decay chosen likewise
+    --augment        the same grid on features of crops and flips, anew in every epoch, as in DINO
+    --finetune       the whole network, lower blocks with smaller learning rates; kept as
+                     networkROW_FRACTION_seedSEED.pth, a backbone.pth with its classifier
+    --from_scratch   the whole network from random weights, kept likewise: the supervised rival
+
+--label_fraction takes as many of each class's images, the same for every model and among those of a
+larger fraction. --pool default+mean puts the mean patch token beside the class token, as DINOv2 is
+probed. Within a run, test labels choose nothing.
+"""
 
 import argparse
 import time

@@ -1,7 +1,9 @@
 """Images in one batch format: uint8 on a common canvas, decoded but not yet augmented.
 
 Augmentation happens on the device. What one file becomes is in `reading.py`, and where files come
-from in `sources.py`.
+from in `sources.py`. Large images are reduced on reading: the shorter side to twice the crop's. Of
+elongated ones, such as lines of text, a batch has a part at random, of twice the shorter side; an
+evaluation sees the centre.
 """
 
 import hashlib

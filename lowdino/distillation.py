@@ -1,4 +1,20 @@
-"""Distillation: a student learns from a frozen teacher."""
+"""Distillation: a student learns from a frozen teacher.
+
+--objective  the student's
+kd           logits, softened by --temperature, follow the teacher's by KL (LowDINO, equation 4)
+             times T^2 (Hinton et al., 2015): of a classifier, the one in the teacher's file
+             (--teacher_head file) or one trained first (train); without one, features, through
+             a learned linear map or --match pool. --kd_weight below 1 adds the labels
+simkd        features, through a projector, are the teacher's by mean squared error; the
+             teacher's classifier, where it has one, is tried on them at the end (of pooled
+             features, where SimKD takes maps)
+similarity   similarities to a queue of images follow the teacher's (CompRess, SEED)
+mvmr         embedding of an augmented view depends on that of the plain image and on the
+             teacher's features, of any width, by distance correlation (MV-MR)
+dino         distributions of all views over the teacher's prototypes follow the teacher's of
+             the global ones, as DINOv2 distils but without its loss on patches; the student's
+             average is kept
+"""
 
 import argparse
 import math

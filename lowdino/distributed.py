@@ -1,4 +1,17 @@
-"""Processes and devices: started by torchrun, by SLURM or alone; NCCL on CUDA, gloo on the CPU."""
+"""Processes and devices: started by torchrun, by SLURM or alone; NCCL on CUDA, gloo on the CPU.
+
+    torchrun --nproc_per_node=8 train.py ...                                    eight GPUs
+    torchrun --nproc_per_node=2 train.py --device cpu ...                       two processes, gloo
+    torchrun --nnodes=4 --node_rank=$I --nproc_per_node=8 --master_addr=$FIRST \
+        --master_port=29500 train.py ...                                        on each of four
+    srun --ntasks-per-node=8 --gpus-per-node=8 python train.py ...              SLURM, a task a GPU
+
+SLURM needs MASTER_ADDR, the first host of the job, and MASTER_PORT in the environment. It sends its
+signal ahead of time with `#SBATCH --signal=USR1@120 --requeue`; where `srun` then ends with status
+75, `scontrol requeue $SLURM_JOB_ID` puts the script into the queue again. On CUDA with several
+ranks batch norm is synchronised, as in DINO; on the CPU each rank has its own batch statistics. On
+one machine gloo listens on the loopback address alone; torchrun's own store on all.
+"""
 
 import ctypes
 import errno

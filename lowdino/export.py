@@ -5,7 +5,14 @@
 OUT's suffix says what it becomes. `.pt2` is torch.export's program, for C++ and ExecuTorch; `.onnx`
 needs onnx and onnxscript; `.safetensors` holds the weights alone, by their names in timm for
 MobileViT, and needs safetensors. Programs take float32 images (batch, channels, height, width) of
-any batch and any height and width in whole 32s, a Vision Transformer those of one size.
+any batch and any height and width in whole 32s, a Vision Transformer those of one size. `arch`,
+`mean`, `std`, `image_size` and, of images of more than 8 bits, `value_range` travel with the file;
+of programs `input` too, which says the same in words.
+
+The file is run, and refused where its features differ by more than 1e-4 of their root mean square.
+`torch.export.load(FILE).module()` runs a .pt2. timm takes the weights of MobileViT by
+`timm.create_model("mobilevit_s", num_classes=0, checkpoint_path="backbone.safetensors")`. Its own
+configuration says mean 0 and std 1, so normalise by the file's mean and std.
 """
 
 import argparse

@@ -48,6 +48,27 @@ class Health:
         out_dim: K; None for a method without prototypes, of which only the features are judged.
         remedy: what to try against collapsed embeddings.
 
+    verdict                   symptom                                    try
+    uniform collapse          mean entropy above 0.99 ln K: all          --infonce_weight 1,
+                              prototypes, for every image                lower --teacher_temp
+    one-cluster collapse      entropy of the mean below 0.1 ln K, or no  lower --center_momentum,
+                              higher than the mean entropy               higher --teacher_temp,
+                                                                         --centering sinkhorn
+    nothing left to learn     cross-entropy less entropy, the KL of      higher --out_dim, wider
+                              teacher and student, near 0                crops, local views
+    dead features             unit features within 0.01 of their mean,   lower --lr, a look at
+                              or an effective rank below 1.5             crops.png
+    collapsed embeddings      within 0.1 of their mean, or an effective  the flag that the log
+                              rank below 1.5 (no prototypes)             names, lower --lr
+    diverging loss            cross-entropy above 1.05 ln K              lower --lr, longer
+                                                                         --warmup_epochs
+    teacher stands still      the EMA does not change it                 lower --momentum_teacher,
+                                                                         higher --lr
+
+    The entropy of the mean less the mean entropy is the mutual information of image and prototype.
+    The thresholds were chosen on runs that were made to fail each way, and one that is well, in
+    tests/test_monitor.py.
+
     read(step, **metrics): the sentences that are new at this step.
     verdict(): one sentence on the state at the last reading.
     """

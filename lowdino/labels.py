@@ -1,6 +1,7 @@
 """Labels of image files: by their folders or by a table; and which of them to hold out for tests.
 
-Reads no image.
+Images without a label in the table are trained on, and not evaluated. A split in the table takes
+the place of the folders'. Held-out images are not trained on. Reads no image.
 """
 
 import csv

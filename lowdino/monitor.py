@@ -1,4 +1,18 @@
-"""What a run tells: a table for people, JSONL for programs, the first views as a picture."""
+"""What a run tells: a table for people, JSONL for programs, the first views as a picture.
+
+file in --output_dir                 what
+backbone.pth                         the backbone that is kept, of DINO's method the teacher's:
+                                     weights, arch, mean, std, image size, epoch
+checkpoint.pth, checkpoint.prev.pth  all that is needed to go on, and the one before;
+                                     checkpoint0020.pth and so on every --saveckp_freq epochs
+log.jsonl                            the numbers of every log line, one JSON object a line
+args.json                            the settings as resolved
+bad_images.txt                       images that could not be read, and why
+report.html                          the run on one page; it may be sent to anybody
+crops.png                            the views of the first images, which to look at first
+neighbours.png, maps.png             images and those nearest to them; the last feature map
+attention.png                        what the heads of a ViT attend to
+"""
 
 import json
 import os

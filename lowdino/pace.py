@@ -1,4 +1,12 @@
-"""How fast a run is: the faster autocast of a CPU, and the steps that fit into --minutes."""
+"""How fast a run is: the faster autocast of a CPU, and the steps that fit into --minutes.
+
+A few steps are timed and taken back. The number of steps is such that training, evaluation and
+saving end within the minutes; at every tenth of the time the plan is corrected, should the machine
+have become slower or faster. k-NN is evaluated as often as a twentieth of the time allows, and at
+the end; in a short run only then. The plan is kept in the checkpoint: a run that was stopped makes
+the steps that are left of it, however long they take. --epochs is for a run that can be repeated,
+and so is --amp bf16 or none: `auto` times both, says what it found, and a resumed run keeps it.
+"""
 
 import copy
 import math

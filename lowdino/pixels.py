@@ -1,4 +1,9 @@
-"""What the files of a data set hold: the range of their values, mean and std of their channels."""
+"""What the files of a data set hold: the range of their values, mean and std of their channels.
+
+Values of more than 8 bits are scaled by the range that a sample has (of 12 bits 0 to 4095), which
+the log says and backbone.pth keeps, or by --value_range. Where channels are not RGB, --in_chans,
+their mean and std are computed and kept, and hue, saturation and grayscale are left out.
+"""
 
 import math
 

@@ -1,4 +1,13 @@
-"""Where images come from: a folder, a text file of paths, or one of torchvision's data sets."""
+"""Where images come from: a folder, a text file of paths, or one of torchvision's data sets.
+
+A folder is read with all its sub-folders, but for names that begin with a dot, and for what an
+earlier run wrote. Labels are never used for training. Where a folder holds train/ (or training) and
+val/ (or valid, validation, test, testing; in any case) with class sub-folders, a run trains on the
+first and reports k-NN accuracy on the other. Labels may also come from a table, and test images may
+be held out of each class, see `labels.py`: give the scripts that evaluate the same flags. The log
+says which folders were taken and which not, counts by suffix the files that are no images, and, in
+one line, `no k-NN: ...`, why there are no labels. An evaluation then refuses with the same words.
+"""
 
 import os
 from collections import Counter

@@ -1,4 +1,11 @@
-"""A frozen teacher: opened by what names it, and its features of whole images kept in a file."""
+"""A frozen teacher: opened by what names it, and its features of whole images kept in a file.
+
+Without a cache the teacher sees the student's global views. --cache_teacher FILE.npy runs it once
+over the images as k-NN sees them, uncropped but for a margin, and keeps its features in float16:
+for all views of an image, in all epochs, for all later students. The file is checked at every
+start, by the teacher's weights, the images' names and the features of the first of them, and
+refused for others; stopped half-way, it goes on.
+"""
 
 import hashlib
 import importlib

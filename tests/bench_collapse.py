@@ -28,7 +28,7 @@ WAYS = {
 WAYS["none"] = WAYS["no sharpening"] + WAYS["no centring"]
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--arch", default="resnet5m")
     parser.add_argument("--data_path", default="demo")
@@ -36,7 +36,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output_dir", default="runs/collapse")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
     common = ["--preset", "small", "--infonce_weight", "0", "--arch", args.arch]
     common += ["--data_path", args.data_path, "--seed", str(args.seed), "--device", args.device]
     common += ["--log_freq", "1"]  # of more steps the log has the mean loss

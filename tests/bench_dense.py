@@ -33,14 +33,18 @@ def timed(network, forward: str, x: torch.Tensor, training: bool) -> tuple[float
     return time.perf_counter() - start, peak
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--archs", nargs="+", default=lowdino.ARCHS)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
     print(row("", "time, evaluation", "time, training", "memory, evaluation", "memory, training"))
     print("|---" * 5 + "|")
     for arch in args.archs:

@@ -50,8 +50,7 @@ def measured(arch: str, args: argparse.Namespace, suffixes: list[str], rival: nn
     return row(*cells, *(f"{ms:.1f} ({ms / rivals:.2f})" for ms in times), knn)
 
 
-@torch.no_grad()
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--archs", nargs="+", default=lowdino.ARCHS)
     parser.add_argument("--image_size", type=int, default=224)
@@ -59,7 +58,12 @@ def main() -> None:
     help = "folder of ARCH/backbone.pth; without one weights are random"
     parser.add_argument("--backbones", default="-", help=help)
     parser.add_argument("flags", nargs="*", help="of eval_knn.py, behind --")
-    args = parser.parse_args()
+    return parser
+
+
+@torch.no_grad()
+def main() -> None:
+    args = get_parser().parse_args()
     needed = "onnx", "onnxscript", "onnxruntime"
     suffixes = [".pt2", ".onnx"] if all(map(export.installed, needed)) else [".pt2"]
     rival = lowdino.build_backbone("resnet18").eval()

@@ -17,7 +17,7 @@ import statistics
 import time
 
 import torch
-from bench_speed import table  # this import first: it makes the scripts importable
+from bench_speed import show  # this import first: it makes the scripts importable
 
 import eval_linear
 from lowdino import classification, evaluate, linear, probe
@@ -79,11 +79,16 @@ def measure(args, inputs: linear.ProbeInputs, labels: int, seed: int) -> dict:
     }
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("features", help="an .npz that eval_knn.py --features wrote")
     parser.add_argument("--labels", nargs="+", type=int, default=[500, 2000, 5000, 15000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
     given = parser.parse_args()
     args = eval_linear.get_parser().parse_args(["--from_features", given.features])
     classification.settle(args)
@@ -100,7 +105,7 @@ def main() -> None:
         rows.append(means | {"labels": found[0]["labels"], "ratio": ratio})
         print(rows[-1], flush=True)
     print(f"\n{title}, means over seeds {given.seeds}, ratio: median\n")
-    print(table(rows, COLUMNS))
+    show(rows, COLUMNS)
 
 
 if __name__ == "__main__":

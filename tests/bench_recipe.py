@@ -49,7 +49,7 @@ def source(args) -> list[str]:
     return [*flags, "--device", args.device]
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--minutes", nargs="+", type=float, default=[1, 3, 15])
     help = "networks, or TEACHER:STUDENT"
@@ -62,7 +62,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output_dir", default="runs/recipe")
     parser.add_argument("flags", nargs="*", help="of every run, behind --")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
 
     heading = ("network", "recipe", "minutes", "seeds", "k-NN")
     rows, curves = [row(*heading), "|---" * len(heading) + "|"], {}

@@ -464,7 +464,7 @@ def measure_networks(args, device: torch.device, output: Path, found: dict) -> N
     print(f"k-NN, 50,000 x 10,000 x 640: {took} the bare matrix product")
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     archs = ["resnet5m", "mobilevit_xxs", "mobilevit_s"]
     parser.add_argument("--archs", nargs="*", default=archs, help="none: the views alone")
@@ -477,7 +477,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=device)
     parser.add_argument("--output_dir", default="runs/speed")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
 
     device, output = distributed.start(args.device).device, Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)

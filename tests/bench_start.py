@@ -102,12 +102,16 @@ def trained(make: Callable[[str], nn.Module], flags: list[str]) -> list[dict]:
         return read_log(Path(output) / "log.jsonl")
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--arch", default="mobilevit_xxs")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
     common = ["--arch", args.arch, "--epochs", str(args.epochs), "--seed", str(args.seed)]
     rows = [
         "| change | rho | loss / ln K | I | k-NN before | k-NN after |",

@@ -6,13 +6,14 @@ import sys
 from xml.etree import ElementTree
 
 import bench_papers
+import bench_probe
 import bench_start
 import pytest
 import torch
 import whole_runs
 from runs import options, small
 
-from lowdino import demo
+from lowdino import demo, evaluate
 from lowdino.curves import drawn, ticks
 
 
@@ -132,3 +133,17 @@ def test_what_centring_and_sharpening_are_for(picture_folder, tmp_path, run_scri
     for name in ("entropy", "kl"):
         picture = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         assert len([x for x in picture.iter() if x.tag.endswith("polyline")]) >= 4
+
+
+def test_what_the_probes_choice_costs(tmp_path, monkeypatch, capsys):
+    x, labels = torch.randn(90, 4), torch.arange(90) % 2
+    x[:, 0] += 6 * labels  # two clusters: even the worst setting beats chance
+    split = evaluate.Features(x, labels, [str(i) for i in range(90)])
+    path = str(tmp_path / "features.npz")
+    evaluate.save_features(path, "two clusters", {"train": split, "test": split})
+    monkeypatch.setattr(sys, "argv", ["bench_probe.py", path, *"--labels 30 --seeds 0".split()])
+    bench_probe.main()
+    cells = capsys.readouterr().out.splitlines()[-2].strip("| ").split(" | ")
+    assert cells[0] == "30" and len(cells) == len(bench_probe.COLUMNS)
+    best, worst, lost = map(float, cells[4:7])
+    assert 90 < best <= 100 and worst <= best and 0 <= lost <= best - worst + 0.01

@@ -6,14 +6,16 @@ import functools
 import io
 import itertools
 import re
+import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, demo_array
+from conftest import demo_array
 from torch import nn
 
 import distill
+import lowdino
 import train
 from lowdino import augment, data, demo, distributed, evaluate, flags, frozen, heads, methods
 from lowdino import teachers as teachers_file
@@ -319,11 +321,14 @@ def test_a_new_method_trains_and_resumes(
     assert other.returncode == 2 and "predictor_dim 24, not 9" in other.stderr
 
 
-def test_the_readmes_loop_runs():
-    text = (ROOT / "README.md").read_text()
-    (loop,) = (
-        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DINO(" in code
-    )
-    names = {}
-    exec(loop, names)
-    assert names["loss"].isfinite() and names["method"].metrics()["teacher_moved"]
+def test_the_loop_of_the_docstring_runs():
+    """As it stands at the head of methods.py, with a backbone and views of one's own."""
+    (loop,) = re.findall(r"\n\n(    method = .*?)\n\n", methods.__doc__, re.DOTALL)
+    views = [[torch.randn(8, 3, 32, 32) for _ in range(2)] for _ in range(3)]
+    names = vars(methods) | {
+        "backbone": lowdino.build_backbone("mobilevit_xxs"),
+        "loader": views,
+    }
+    exec(textwrap.dedent(loop), names)
+    assert names["step"] == 2 and names["loss"].isfinite()
+    assert names["method"].metrics()["teacher_moved"]
