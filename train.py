@@ -5,6 +5,15 @@ compared with (BYOL, MoCo v2, SwAV, SimCLR, VICReg, Barlow Twins).
 
     python train.py --arch mobilevit_xxs --minutes 1.2                      demo images: k-NN 0.97
     torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
+
+Methods: emp compares eight views with their image's mean, and the batch by its coding rate. dino
+compares distributions over prototypes with those of a teacher; mvmr embeddings with those of the
+plain image and with fixed descriptors, by distance correlation; byol predictions with a teacher's
+projections; moco queries with a key among a queue of others; swav assignments to prototypes,
+swapped between views; simclr each embedding with all others of the batch. vicreg and barlow bring
+two views together, with even variances and no correlations. dino, byol, moco and swav take local
+views too, --local_crops_number, and balance them by --alpha. All but dino, moco and mvmr train by
+Muon by default.
 """
 
 import argparse
@@ -16,8 +25,8 @@ from lowdino.methods import METHODS
 def get_parser() -> argparse.ArgumentParser:
     parser = flags.parser_of(__doc__)
     help = (
-        "what is learned, see the README's table; default: the preset's, or the one whose flags "
-        "are given, or emp"
+        "what is learned, see below; default: the preset's, or the one whose flags are given, or "
+        "emp"
     )
     parser.add_argument("--method", choices=METHODS, help=help)
     for method in METHODS.values():

@@ -1,5 +1,5 @@
-"""The comparisons behind the README's tables run through, small: each trains and prints a table, a
-row for each way."""
+"""The comparisons behind the tables of RESULTS.md run through, small: each trains and prints a
+table, a row for each way."""
 
 import re
 import sys
