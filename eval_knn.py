@@ -47,7 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--map", action="store_true", help=help)
     help = (
         "mean IoU of labels carried from the first frame of films of demo scenes to the others, by "
-        "nearest neighbours among the cells of the last map, and nothing else"
+        "nearest neighbours among the cells of the map of stride 8, or a ViT's, and nothing else"
     )
     add("--propagate", action="store_true", help=help)
     settings.add_evaluation_flags(add)
@@ -176,10 +176,12 @@ def propagate(args, ranks: distributed.Ranks) -> None:
     )
     if not ranks.first:
         return
-    features = backbone.to(ranks.device).eval().forward_features
-    size = args.image_size or 4 * demo.SCENE_SIDE
+    backbone = backbone.to(ranks.device).eval()
+    strides = backbone.pyramid_strides
+    chosen = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
+    size = args.image_size or 2 * demo.SCENE_SIDE
     found, still = segmentation.propagated_iou(
-        features, size, *frozen.normalisation(backbone), ranks
+        lambda x: backbone.forward_pyramid(x)[chosen], size, *frozen.normalisation(backbone), ranks
     )
     print(f"{name}; films of demo scenes, {size} px")
     print(f"label propagation: mean IoU {found:.4f}, of labels that stay {still:.4f}")

@@ -339,6 +339,7 @@ RANKS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_steps_of_one(tmp_path, run_script):
     """All weights, teachers and queues after four steps."""
     code = RANKS.replace("{names!r}", repr(NEW))

@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 import lowdino
 from lowdino import checkpoint, export, vit
 
-QUICK = ("mobilevit_xxs", "resnet5m", "vit_tiny")
+QUICK = ("resnet5m", "vit_tiny")
 ARCHS = [
     pytest.param(arch, marks=() if arch in QUICK else pytest.mark.slow) for arch in lowdino.ARCHS
 ]

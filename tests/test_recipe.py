@@ -190,7 +190,10 @@ def with_seconds(monkeypatch, *found):
     return calls
 
 
-@pytest.mark.parametrize("seconds, chosen", [((2.0, 1.0), "bf16"), ((1.0, 0.96), "none")])
+@pytest.mark.parametrize(
+    "seconds, chosen",
+    [((2.0, 1.0), "bf16"), pytest.param((1.0, 0.96), "none", marks=pytest.mark.slow)],
+)
 def test_the_faster_autocast_is_chosen_and_kept(
     seconds, chosen, picture_folder, tmp_path, monkeypatch, capsys
 ):

@@ -309,7 +309,9 @@ def test_nothing_to_read_is_said(tmp_path):
     (tmp_path / "image.png").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match="image.png is not a text file"):
         sources.load(str(tmp_path / "image.png"))
-    with pytest.raises(data.UserError, match="no data at nowhere: give a folder.* demo, cifar10"):
+    with pytest.raises(
+        data.UserError, match="no data at nowhere: give a folder.* demo, demo_scenes, cifar10"
+    ):
         sources.load("nowhere")
     with pytest.raises(ValueError, match="cifar10 under .*not found; add --download"):
         sources.load("cifar10", root=str(tmp_path))
