@@ -364,12 +364,9 @@ def test_collapsed_embeddings_are_told_with_a_flag_of_the_method(name):
     assert flags and all(flag == "--lr" or flag[2:] in known for flag in flags)
 
 
-# Those with a teacher or a queue; the others have no state but their network's.
-STATEFUL = NEW[:3]
-
-
+# MoCo has a teacher and a queue, all that a method keeps beside its networks.
 @pytest.mark.parametrize(
-    "name", [*STATEFUL, *(pytest.param(name, marks=pytest.mark.slow) for name in NEW[3:])]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "moco")) for name in NEW]
 )
 def test_a_run_goes_on_bit_for_bit(
     name, picture_folder, tmp_path, call_script, stopped_after_a_checkpoint

@@ -231,7 +231,9 @@ def test_links_to_nothing_and_unreadable_folders(picture_folder, monkeypatch):
         sources.load(str(picture_folder))
 
 
-@pytest.mark.parametrize("out", ["output", "runs/test", "."])
+@pytest.mark.parametrize(
+    "out", ["output", *(pytest.param(out, marks=pytest.mark.slow) for out in ("runs/test", "."))]
+)
 def test_what_a_run_wrote_is_never_data(out, tmp_path, call_script):
     draw(tmp_path, *numbered(".", 8))
     flags = stepwise(".", out, "--epochs 1")

@@ -50,8 +50,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
         (3, signal.SIGTERM),
-        (3, signal.SIGUSR1),
-        (3, signal.SIGINT),
+        pytest.param(3, signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(3, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(6, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
