@@ -179,7 +179,9 @@ def propagate(args, ranks: distributed.Ranks) -> None:
     backbone = backbone.to(ranks.device).eval()
     strides = backbone.pyramid_strides
     chosen = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
-    size = args.image_size or 2 * demo.SCENE_SIDE
+    size = args.image_size or 2 * demo.SCENE_SIDE // strides[-1] * strides[-1]
+    if len(frozen.normalisation(backbone)[0]) != 3:
+        raise segmentation.UserError(f"demo scenes are in colours, and {name} is not")
     found, still = segmentation.propagated_iou(
         lambda x: backbone.forward_pyramid(x)[chosen], size, *frozen.normalisation(backbone), ranks
     )

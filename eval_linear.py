@@ -30,8 +30,9 @@ def get_parser() -> argparse.ArgumentParser:
     help = "probe an .npz of features, as eval_knn.py --features writes, instead"
     parser.add_argument("--from_features", metavar="FILE", help=help)
     help = (
-        "what the labels name: images, pixels or boxes; for boxes, --data_path is a folder in "
-        "COCO's form, voc2007 or demo_scenes"
+        "what the labels name: images; pixels, of a folder with images/ and masks/ of class "
+        "indices (255: ignored), perhaps in train/ and val/, of voc2012 or demo_scenes; or boxes, "
+        "of a folder in COCO's form, voc2007 or demo_scenes"
     )
     parser.add_argument("--task", choices=TASKS, default="classification", help=help)
     title = "what is trained (default: a linear classifier on features computed once)"
@@ -87,7 +88,7 @@ def add_detection_flags(add) -> None:
 
 
 def add_label_flags(add) -> None:
-    help = "fractions of each class's training labels to use"
+    help = "fractions of each class's training labels to use; of the dense tasks, of the pictures"
     add("--label_fraction", type=float, nargs="+", default=[1.0], help=help)
     help = (
         "of the choice of labels and of the training; several give mean and standard deviation; "

@@ -61,8 +61,10 @@ class FPNBackbone(nn.Module):
         self.backbone, self.out_channels = backbone, out_channels
         self.mean, self.std = backbone.mean, backbone.std
         own, dims = backbone.pyramid_strides, backbone.pyramid_dims
-        # A ViT's stride may be 14, which counts as 16: detectors measure what scale a map has.
         levels = [round(math.log2(stride)) for stride in own]
+        # Detectors take a map's scale for a power of 2. A ViT of patches of 14 sees images of 14/16
+        # of their side, so that its map has a stride of 16.
+        self.shrink = own[0] / 2 ** levels[0]
         wanted = [round(math.log2(stride)) for stride in strides]
         self.chosen = [i for i, level in enumerate(levels) if level in wanted]
         dims = [dims[i] for i in self.chosen]
@@ -73,6 +75,9 @@ class FPNBackbone(nn.Module):
         self.coarser = len(wanted) - len(dims)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        if self.shrink != 1:
+            size = [round(side * self.shrink) for side in x.shape[2:]]
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         maps = self.backbone.forward_pyramid(x)
         maps = [maps[i] for i in self.chosen]
         for finer in self.finer:
@@ -157,7 +162,7 @@ def mean_iou(confusion: Tensor) -> float:
 
     A class that neither occurs nor is predicted is left out.
     """
-    confusion = confusion.double()
+    confusion = confusion.cpu().double()  # MPS has no float64
     both = confusion.diag()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - both
     return (both[union > 0] / union[union > 0]).mean().item()
@@ -178,9 +183,10 @@ def propagate(
 ) -> Tensor:
     """Carry the labels of a film's first frame to the others, by nearest neighbours among cells.
 
-    The protocol of DINO's evaluation on DAVIS 2017 (Jabri et al., 2020): a cell takes the labels of
-    its k most similar ones in the first frame and the `memory` frames before, weighted by
-    exp(cosine / temperature), of cells at most `radius` cells away on each axis.
+    After DINO's evaluation on DAVIS 2017 (Jabri et al., 2020), without its rescaling of each
+    label's map to [0, 1] at the end: a cell takes the labels of its k most similar ones in the
+    first frame and the `memory` frames before, weighted by exp(cosine / temperature), of cells at
+    most `radius` cells away on each axis.
 
     Args:
         maps: feature maps of the frames, (T, D, h, w).

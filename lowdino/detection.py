@@ -29,6 +29,7 @@ from lowdino import (
     frozen,
     linear,
     optim,
+    pixels,
     reading,
     schedules,
     settings,
@@ -61,6 +62,8 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--steps must be at least 1, not {args.steps}"
     if args.image_size is not None and args.image_size < 32:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
+    if args.image_size is not None and 32 < args.image_size < 64:
+        return f"--image_size below 64 must be 32, as images are padded, not {args.image_size}"
     return settings.check_reading(args)
 
 
@@ -334,8 +337,11 @@ def loader_processes(args, source: annotations.Source) -> int:
 
 
 def suitable_size(pictures: Dataset) -> int:
-    """The median of the shorter side, 32 to 800 pixels."""
-    return min(max(round(statistics.median(map(min, pictures.sizes))), 32), 800)
+    """The median of the shorter side to the nearest whole 32 pixels, 32 to 800.
+
+    torchvision pads images to whole 32s, and takes the scale of a small one's map amiss then.
+    """
+    return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
 
 
 def some_of(count: int, fraction: float, seed: int) -> list[int]:
@@ -352,11 +358,14 @@ def some_of(count: int, fraction: float, seed: int) -> list[int]:
 def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
     """All figures of one model: row `number` of the table."""
     title, backbone = opened
-    value_range = args.value_range or getattr(backbone, "value_range", None)
     channels = len(frozen.normalisation(backbone)[0])
-    pixels = reading.Pixels(channels, value_range, args.max_megapixels)
+    as_read = reading.Pixels(channels, max_megapixels=args.max_megapixels)
     where = args.data_path, args.data_root, args.download
-    source = annotations.load(*where, args.detector == "mask_rcnn", pixels, ranks.rank)
+    source = annotations.load(*where, args.detector == "mask_rcnn", as_read, ranks.rank)
+    if isinstance(source.train, annotations.Pictures):
+        paths = [picture.path for picture in source.train.pictures]
+        as_read = pixels.with_range(args, backbone, paths, as_read)
+        source.train.pixels = source.test.pixels = as_read
     if len(source.train[0][0]) != channels:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
     size = args.image_size or suitable_size(source.train)

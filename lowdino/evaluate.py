@@ -203,11 +203,11 @@ def retrieval_map(train: Features, test: Features, chunk: int = 256) -> float:
         chunk: queries ranked at a time, which bounds the memory.
     """
     memory = F.normalize(train.features.float(), dim=1)
-    ranks = torch.arange(1, len(memory) + 1, device=memory.device, dtype=torch.float64)
+    ranks = torch.arange(1, len(memory) + 1, dtype=torch.float64)
     found = []
     for queries, labels in zip(test.features.split(chunk), test.labels.split(chunk)):
         order = (F.normalize(queries.float(), dim=1) @ memory.T).argsort(dim=1, descending=True)
-        relevant = train.labels[order] == labels[:, None]
+        relevant = (train.labels[order] == labels[:, None]).cpu()  # MPS has no float64
         precision = relevant.cumsum(dim=1).double() / ranks
         counts = relevant.sum(dim=1)
         found.append(((precision * relevant).sum(dim=1) / counts)[counts > 0])

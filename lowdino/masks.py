@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -58,10 +59,17 @@ class MaskedArrays(Dataset):
         return self.images[index], self.masks[index]
 
 
+LOSSY = ("JPEG", "JPEG2000", "MPO", "WEBP", "AVIF")
+SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow stretches to 255
+
+
 def read_mask(path: str) -> Tensor:
     """A mask (H, W) uint8: a picture's palette indices or grey values, upright as its picture."""
     try:
         with reading.open_picture(path) as image:
+            if image.format in LOSSY:
+                raise UserError(f"a {image.format} file changes values; a mask has class indices")
+            scale = SCALED.get(image.tile[0][3] if image.tile else None, 1)
             if image.mode not in ("P", "L", "1"):
                 raise UserError(
                     f"its pixels are {image.mode}: a mask has class indices, one byte a pixel "
@@ -69,7 +77,7 @@ def read_mask(path: str) -> Tensor:
                 )
             turn = reading.turn_of(image)
             image = image.transpose(turn) if turn is not None else image
-            return torch.from_numpy(np.array(image, dtype=np.uint8))
+            return torch.from_numpy(np.array(image, dtype=np.uint8) // scale)
     except Exception as error:  # on a damaged file Pillow's decoders raise any kind of exception
         raise UserError(f"cannot read mask {path}: {error}") from error
 
@@ -92,12 +100,14 @@ def load(
     pixels: reading.Pixels,
     test_fraction: float | None = None,
     seed: int = 0,
+    rank: int = 0,
 ) -> Data:
     """Open a source by name.
 
     Args:
         source: "demo_scenes"; "voc2012", stored under `root`; or a folder with images/ and masks/,
             or with such folders in its train/ and val/ (or test/).
+        download: fetch VOC where `root` lacks it. `rank` 0 does, and the others wait for it.
         test_fraction: of a folder without val/, the share of the pictures to test on, by `seed`.
 
     Raises:
@@ -107,7 +117,11 @@ def load(
         train, test = map(demo_split, demo.splits(demo.SCENE_TRAIN, demo.SCENE_TEST))
         return Data("the built-in demo scenes", train, test, 1 + len(demo.SCENE_CLASSES), [])
     if source == "voc2012":
-        train, test = (voc(root, split, download, pixels) for split in ("train", "val"))
+        if download and rank == 0:
+            voc(root, "train", download, pixels)  # the file of both splits
+        if download and dist.is_initialized():
+            dist.barrier()
+        train, test = (voc(root, split, False, pixels) for split in ("train", "val"))
         return Data("VOC 2012", train, test, 21, [])
     folder = Path(source)
     if not (source and folder.is_dir()):
@@ -144,10 +158,15 @@ def demo_split(indices: range) -> MaskedArrays:
 def voc(root: str, split: str, download: bool, pixels: reading.Pixels) -> MaskedImages:
     """PASCAL VOC 2012 through torchvision; of its pixels on outlines, 255, nothing is asked."""
     try:
-        found = datasets.VOCSegmentation(root, "2012", split, download=download)
-    except (RuntimeError, OSError) as error:  # absent, corrupted, or no network
-        hint = "the download failed" if download else "add --download, or name --data_root"
-        raise UserError(f"voc2012 is not in {root}: {hint}") from error
+        found = datasets.VOCSegmentation(root, "2012", split)
+    except (RuntimeError, OSError) as absent:
+        if not download:
+            hint = "not found; add --download, or name its folder by --data_root"
+            raise UserError(f"voc2012 under {root}: {hint}") from absent
+        try:
+            found = datasets.VOCSegmentation(root, "2012", split, download=True)
+        except (RuntimeError, OSError) as failed:
+            raise UserError(f"voc2012 under {root}: the download failed") from failed
     return MaskedImages(found.images, found.masks, pixels)
 
 

@@ -127,6 +127,14 @@ def fit_evaluation(args, backbone: nn.Module, source: sources.Data) -> str:
     return read_range(backbone, source, value_range, how)
 
 
+def with_range(args, backbone: nn.Module, paths: list[str], pixels: reading.Pixels):
+    """`pixels` with the range of values of an evaluation: given, the backbone's, or a sample's."""
+    images = data.ImageFiles(paths)
+    images.pixels = pixels
+    own = args.value_range or getattr(backbone, "value_range", None)
+    return pixels._replace(value_range=own or find_range(images))
+
+
 def given_or_found(args, source: sources.Data) -> tuple[tuple[float, float] | None, str]:
     """The range that a flag gives, else that of a sample; and which of them it is."""
     found = find_range(source.pretrain)

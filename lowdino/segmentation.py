@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 import lowdino
 from lowdino import (
@@ -25,6 +25,7 @@ from lowdino import (
     linear,
     masks,
     optim,
+    pixels,
     probe,
     reading,
     schedules,
@@ -119,12 +120,19 @@ def batches(
     args, images: Dataset, order: Iterable[list[int]], device: torch.device
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Lists of pictures and masks, those of each list of indices in `order`."""
+    whole = images.dataset if isinstance(images, Subset) else images
     workers = args.num_workers
     if workers is None:
-        workers = 0 if isinstance(images, masks.MaskedArrays) else min(data.cores(), 10)
-    loader = DataLoader(images, batch_sampler=order, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        yield [(image.to(device), mask.to(device)) for image, mask in batch]
+        workers = 0 if isinstance(whole, masks.MaskedArrays) else data.default_workers(whole)
+    loader = data.open_loader(images, workers, batch_sampler=order, collate_fn=flat)
+    for tensors in loader:
+        tensors = [tensor.to(device) for tensor in tensors]
+        yield list(zip(tensors[::2], tensors[1::2]))
+
+
+def flat(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """One list of tensors, which a loader's processes can send."""
+    return [tensor for pair in pairs for tensor in pair]
 
 
 def in_order(count: int, batch: int, ranks: distributed.Ranks) -> list[list[int]]:
@@ -151,7 +159,7 @@ def maps_of(backbone: nn.Module, x: Tensor, which: str) -> Tensor:
 
 
 def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Tensor, Tensor]:
-    """Maps of the training pictures, float16 (N, D, h, w), and their masks, (N, size, size).
+    """Maps of the training pictures, bfloat16 (N, D, h, w), and their masks, (N, size, size).
 
     Raises:
         UserError: where they would not fit into half of the memory.
@@ -161,17 +169,20 @@ def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Te
     order = in_order(count, args.batch_size_per_gpu, ranks)
     for batch in batches(args, source.train, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
-        maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps).half())
+        maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps).bfloat16())
         found += [square_mask(mask, size, whole(mask[None])) for _, mask in batch]
         if len(maps) == 1:
-            check_memory(maps[0][0].numel() * 2 * count, count)
-    parts = torch.cat(maps), torch.stack(found)
-    if not parts[0].isfinite().all():
+            # Two bytes a number, once in parts and once together, on every rank.
+            check_memory(4 * maps[0][0].numel() * count * ranks.world, count)
+    maps, found = torch.cat(maps), torch.stack(found)
+    if not maps.isfinite().all():
         raise UserError(
             "the network gives maps that are not finite numbers: its weights are damaged, or "
             "diverged"
         )
-    return tuple(distributed.gather_strided(part, count) for part in parts)
+    # As whole numbers: gloo has no bfloat16.
+    bits = distributed.gather_strided(maps.view(torch.int16), count)
+    return bits.view(torch.bfloat16), distributed.gather_strided(found, count)
 
 
 def check_memory(needed: int, count: int) -> None:
@@ -184,6 +195,12 @@ def check_memory(needed: int, count: int) -> None:
             f"the maps of {count} pictures take {needed / 1e9:.0f} GB, more than half of the "
             "memory: give a smaller --image_size, or --maps last"
         )
+
+
+def loss_of(logits: Tensor, found: Tensor) -> Tensor:
+    """Mean cross-entropy of (B, C, H, W) over the pixels of (B, H, W) that count; 0 of none."""
+    loss = F.cross_entropy(logits, found.long(), ignore_index=masks.IGNORED, reduction="sum")
+    return loss / (found != masks.IGNORED).sum().clamp(min=1)
 
 
 class LinearLayer(nn.Module):
@@ -202,18 +219,22 @@ class LinearLayer(nn.Module):
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def learn_linear(args, maps: Tensor, found: Tensor, classes: int, seed: int) -> LinearLayer:
-    """Train on maps (N, D, h, w) and masks (N, size, size); every rank trains the whole."""
-    some = maps[:: max(maps[:, 0].numel() // 100_000, 1)]  # about 100,000 cells tell their scale
+def learn_linear(
+    args, maps: Tensor, found: Tensor, chosen: list[int], classes: int, seed: int
+) -> LinearLayer:
+    """Train on the chosen of maps (N, D, h, w) and masks (N, size, size), all of them on every
+    rank."""
+    few = max(len(chosen) * maps[0, 0].numel() // 100_000, 1)
+    some = maps[chosen[::few]]  # about 100,000 cells tell their scale
     cells = some.float().movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
     layer = LinearLayer(probe.Scaler(cells), maps.shape[1], classes)
     optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=args.weight_decay[0])
-    batch = min(args.batch_size_per_gpu, len(maps))
-    steps = args.epochs * (len(maps) // batch)
-    order = data.TrainingBatches(len(maps), batch, seed, 0, steps)
-    for step, indices in enumerate(order):
-        logits = layer(maps[indices], found.shape[1:])
-        loss = F.cross_entropy(logits, found[indices].long(), ignore_index=masks.IGNORED)
+    batch = min(args.batch_size_per_gpu, len(chosen))
+    steps = args.epochs * (len(chosen) // batch)
+    order = data.TrainingBatches(len(chosen), batch, seed, 0, steps)
+    for step, picks in enumerate(order):
+        indices = [chosen[i] for i in picks]
+        loss = loss_of(layer(maps[indices], found.shape[1:]), found[indices])
         optimizer.param_groups[0]["lr"] = schedules.cosine(step, steps, args.lr[0], 0.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -225,7 +246,7 @@ def learn_frozen(
     args, backbone, maps: Tensor, found: Tensor, classes: int, size: int, chosen: list[int], seed
 ) -> Callable[[Tensor], Tensor]:
     """What gives logits of squares (B, C, size, size): the backbone and a linear layer on it."""
-    layer = learn_linear(args, maps[chosen], found[chosen], classes, seed)
+    layer = learn_linear(args, maps, found, chosen, classes, seed)
     return lambda x: layer(maps_of(backbone, x, args.maps), (size, size))
 
 
@@ -272,12 +293,15 @@ def learn_whole(
             group["lr"] = lr * group["scale"]
         with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
             logits = model(x)["out"]
-        loss = F.cross_entropy(logits.float(), found.long(), ignore_index=masks.IGNORED)
+        loss = loss_of(logits.float(), found)
         if (step + 1) % max(steps // 5, 1) == 0:
             linear.report(loss.item(), step + 1, steps, ranks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+    pairs = enumerate(batches(args, images, order, ranks.device), start=steps)
+    views = (training_batch(p, size, network, seed, step, ranks)[0] for step, p in pairs)
+    linear.settle_batch_norm(network, views)
     distributed.broadcast_buffers(network)
     network.eval()
     return lambda x: network(x)["out"]
@@ -309,22 +333,37 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     return dense.mean_iou(total)
 
 
-def suitable_size(images: Dataset) -> int:
-    """The median of the shorter side of some pictures, in whole 32s, 32 to 512."""
+def size_of(args, backbone: nn.Module, images: Dataset) -> int:
+    """--image_size, or the median of the shorter side of some pictures, of 512 pixels at most, in
+    whole strides of the network: its last map would not cover the rest.
+
+    Raises:
+        UserError: where --image_size is no multiple of the stride.
+    """
+    stride = backbone.pyramid_strides[-1]
+    if args.image_size and args.image_size % stride:
+        raise UserError(
+            f"--image_size must be a multiple of the network's stride, {stride}, not "
+            f"{args.image_size}"
+        )
     some = range(0, len(images), max(len(images) // 32, 1))
     sides = torch.tensor([float(min(images[i][1].shape)) for i in some])
-    return min(max(int(sides.median()) // 32 * 32, 32), 512)
+    return args.image_size or max(min(int(sides.median()), 512) // stride, 1) * stride
 
 
 def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
     """All figures of one model: row `number` of the table."""
     title, backbone = opened
-    value_range = args.value_range or getattr(backbone, "value_range", None)
     channels = len(frozen.normalisation(backbone)[0])
-    pixels = reading.Pixels(channels, value_range, args.max_megapixels)
+    as_read = reading.Pixels(channels, max_megapixels=args.max_megapixels)
     where = args.data_path, args.data_root, args.download
-    source = masks.load(*where, pixels, args.test_fraction, args.seeds[0])
-    size = args.image_size or suitable_size(source.train)
+    source = masks.load(*where, as_read, args.test_fraction, args.seeds[0], ranks.rank)
+    if isinstance(source.train, masks.MaskedImages):
+        as_read = pixels.with_range(args, backbone, source.train.images, as_read)
+        source.train.pixels = source.test.pixels = as_read
+    elif channels != 3:
+        raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
+    size = size_of(args, backbone, source.train)
     if min(len(source.train), len(source.test)) < ranks.world:
         raise UserError(f"{source.name} has fewer pictures than there are ranks; start fewer")
     if ranks.first:
@@ -416,5 +455,5 @@ def propagated_iou(
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Mean over frames of intersection over union of two films of pixels, (T, H, W) bool."""
-    both, either = ((x.flatten(1).sum(dim=1).double()) for x in (a & b, a | b))
+    both, either = (x.flatten(1).sum(dim=1).cpu().double() for x in (a & b, a | b))
     return (both / either.clamp_min(1)).mean()

@@ -61,10 +61,8 @@ def test_pyramid_of_a_vit_is_its_one_map():
 @pytest.mark.parametrize("strides", [(4, 8, 16, 32, 64), (8, 16, 32, 64, 128)])
 def test_fpn_of_a_vit_has_all_strides(patch, strides):
     body = dense.fpn_backbone(small("vit_tiny", patch_size=patch), 16, strides)
-    side = patch * 8
-    maps = body(torch.randn(1, 3, side, side))
-    base = {8: 8, 14: 16, 16: 16}[patch]
-    expected = [max(8 * base // stride, 1) for stride in strides]
+    maps = body(torch.randn(1, 3, 128, 128))
+    expected = [128 // stride for stride in strides]
     assert [map.shape[1:] for map in maps.values()] == [(16, n, n) for n in expected]
 
 
@@ -203,3 +201,19 @@ def test_propagation_follows_a_square_that_moves():
     maps = torch.cat([frames, 1 - frames], dim=1)
     found = dense.propagate(maps, maps[0])
     assert torch.equal(found.argmax(dim=1), 1 - frames[:, 0].long())
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_maps_of_a_vit_lie_where_detectors_take_them_to_be(patch):
+    """A bright spot is found in the map at its place over the stride."""
+    backbone = small("vit_tiny", patch_size=patch).eval()
+    body = dense.fpn_backbone(backbone, 16)
+    seen = []
+    backbone.forward_pyramid = lambda x: (
+        seen.append(F.avg_pool2d(x, patch)) or [torch.zeros(1, 192, *seen[-1].shape[2:])]
+    )
+    x = torch.zeros(1, 3, 320, 480)
+    x[:, :, 200:216, 400:416] = 1
+    maps = body(x)
+    assert seen[0].shape[2:] == maps["2"].shape[2:] == (20, 30)
+    assert divmod(int(seen[0][0, 0].argmax()), 30) == (200 // 16, 400 // 16)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lowdino import distributed, masks, probe, reading, segmentation
+import lowdino
+from lowdino import checkpoint, distributed, masks, probe, reading, segmentation
 
 RANK = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -89,6 +92,11 @@ def test_voc_2012_as_torchvision_lays_it_out(tmp_path):
     assert source.classes == 21 and source.test[0][1].unique().tolist() == [0, 2]
 
 
+def as_jpeg(top):
+    Image.open(top / "masks/0.png").convert("L").save(top / "masks/0.jpg")
+    (top / "masks/0.png").unlink()
+
+
 @pytest.mark.parametrize(
     "spoil, sentence",
     [
@@ -96,6 +104,7 @@ def test_voc_2012_as_torchvision_lays_it_out(tmp_path):
         (lambda top: draw(top, "0", mode="RGB"), "cannot read mask .*0.png: its pixels are RGB"),
         (lambda top: (top / "masks/0.png").write_bytes(b"\x89PNG"), "cannot read mask .*0.png"),
         (lambda top: (top / "images/0.png").write_bytes(b""), "cannot read image .*0.png"),
+        (as_jpeg, "cannot read mask .*0.jpg: a JPEG file changes values"),
         (lambda top: [draw(top, f"{i}", top=255) for i in range(6)], "a second class is 1"),
         (lambda top: (top / "masks").rename(top / "labels"), "no folder .*masks: pictures lie"),
     ],
@@ -278,3 +287,68 @@ def test_scenes_can_be_trained_on(tmp_path, call_script):
     flags += ["--global_crops_size", "32", "--batch_size_per_gpu", "200", "--output_dir", tmp_path]
     assert "no k-NN: each has several classes" in call_script("train.py", *flags).stdout
     assert (tmp_path / "backbone.pth").exists() and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits_keep_their_indices(tmp_path, bits):
+    """A PNG of two pixels, written by hand: Pillow would stretch its values to 255."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)
+    row = bytes([0, 1 << (8 - 2 * bits)])  # no filter; pixels 0 and 1
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert masks.read_mask(str(tmp_path / "mask.png")).tolist() == [[0, 1]]
+
+
+def test_pixels_that_are_ignored_give_no_loss():
+    logits, found = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    found[0, :2] = 255
+    expected = F.cross_entropy(logits, found.long(), ignore_index=255)
+    torch.testing.assert_close(segmentation.loss_of(logits, found), expected)
+    assert segmentation.loss_of(logits, torch.full_like(found, 255)) == 0
+
+
+def test_images_are_whole_strides_of_the_network(tmp_path, call_script):
+    make(tmp_path / "data", 4, size=(70, 66))
+    flags = ["--test_fraction", "0.5", "--epochs", "1"]
+    _, (row,) = run(call_script, tmp_path, "resnet5m", *flags)
+    assert row["image_size"] == 64
+    common = ["--task", "segmentation", "--data_path", tmp_path / "data", *flags]
+    done = call_script("eval_linear.py", "resnet5m", *common, "--image_size", "72", check=False)
+    assert "must be a multiple of the network's stride, 16, not 72" in done.stderr
+
+
+def test_deep_pictures_have_one_range_for_all_networks(tmp_path, call_script):
+    """Pictures of 12 bits: a network at random weights sees what a trained one would."""
+    make(tmp_path / "data", 4)
+    for path in (tmp_path / "data/images").iterdir():
+        values = np.asarray(Image.open(path))[..., 0].astype(np.uint16) * 16
+        Image.fromarray(values).save(path)
+    seen = []
+    read = reading.read_image
+
+    def watched(path, max_side=None, pixels=reading.RGB):
+        seen.append(pixels.value_range)
+        return read(path, max_side, pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "read_image", watched)
+        run(call_script, tmp_path, "resnet5m", "--test_fraction", "0.5", "--epochs", "1")
+    assert set(seen) == {(0.0, 4095.0)}
+
+
+def test_scenes_are_refused_for_grey_networks(tmp_path, call_script):
+    backbone = lowdino.build_backbone("resnet5m", in_chans=1)
+    backbone.mean, backbone.std = (0.5,), (0.2,)
+    checkpoint.save_backbone(tmp_path / "grey.pth", backbone, "resnet5m", 32, 1)
+    common = ["--data_path", "demo_scenes"]
+    for script, flags in (
+        ("eval_linear.py", [tmp_path / "grey.pth", "--task", "segmentation"]),
+        ("eval_knn.py", ["--weights", tmp_path / "grey.pth", "--propagate"]),
+    ):
+        done = call_script(script, *flags, *common, check=False)
+        assert done.returncode == 2 and "in colours" in done.stderr
