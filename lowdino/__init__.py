@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowdino import augment, data, models, reading, vit
+from lowdino import augment, data, dense, models, reading, vit
 from lowdino.checkpoint import UserError, load, load_backbone_weights, weights_of
 
-__all__ = ["ARCHS", "build_backbone", "load_backbone", "open_image"]
+__all__ = ["ARCHS", "build_backbone", "dense", "load_backbone", "open_image"]
 __version__ = "0.1.0"  # that of setup.py
 
 ARCHS = models.ARCHS + vit.ARCHS

@@ -132,7 +132,7 @@ def test_size_is_the_pictures_own():
     def pictures(*sizes):
         return argparse.Namespace(sizes=sizes)
 
-    assert detection.suitable_size(pictures((300, 200), (100, 150), (90, 800))) == 100
+    assert detection.suitable_size(pictures((300, 200), (100, 150), (90, 800))) == 96  # whole 32s
     assert detection.suitable_size(pictures((3000, 2000))) == 800
     assert detection.suitable_size(pictures((20, 30))) == 32
 
@@ -347,6 +347,7 @@ def test_ranks_share_the_evaluation(monkeypatch):
         ({"layer_decay": 0.0}, "--layer_decay lies above 0, up to 1, not at 0.0"),
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"image_size": 31}, "--image_size must be at least 32 pixels, not 31"),
+        ({"image_size": 40}, "--image_size below 64 must be 32, as images are padded, not 40"),
     ],
 )
 def test_wrong_flags(changes, said):
@@ -407,7 +408,7 @@ def coco_folder(tmp_path):
 
 def test_a_folder_in_cocos_form(coco_folder, capsys):
     row = rows(settled(data_path=coco_folder, num_workers=0))
-    assert row["image_size"] == 40 and len(row["trained"]) == 1
+    assert row["image_size"] == 32 and len(row["trained"]) == 1
     assert "instances_train.json: 2 boxes reach beyond" in capsys.readouterr().out
     with pytest.raises(annotations.UserError, match="annotation 0 has no segmentation"):
         rows(settled(data_path=coco_folder, detector="mask_rcnn"))
