@@ -180,9 +180,9 @@ def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Te
             "the network gives maps that are not finite numbers: its weights are damaged, or "
             "diverged"
         )
-    # As whole numbers: gloo has no bfloat16.
-    bits = distributed.gather_strided(maps.view(torch.int16), count)
-    return bits.view(torch.bfloat16), distributed.gather_strided(found, count)
+    # As bytes: gloo has no bfloat16.
+    maps = distributed.gather_strided(maps.contiguous().view(torch.uint8), count)
+    return maps.view(torch.bfloat16), distributed.gather_strided(found, count)
 
 
 def check_memory(needed: int, count: int) -> None:
