@@ -159,7 +159,7 @@ def maps_of(backbone: nn.Module, x: Tensor, which: str) -> Tensor:
 
 
 def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Tensor, Tensor]:
-    """Maps of the training pictures, bfloat16 (N, D, h, w), and their masks, (N, size, size).
+    """Maps of the training pictures, float32 (N, D, h, w), and their masks, (N, size, size).
 
     Raises:
         UserError: where they would not fit into half of the memory.
@@ -169,20 +169,18 @@ def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Te
     order = in_order(count, args.batch_size_per_gpu, ranks)
     for batch in batches(args, source.train, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
-        maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps).bfloat16())
+        maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps))
         found += [square_mask(mask, size, whole(mask[None])) for _, mask in batch]
         if len(maps) == 1:
-            # Two bytes a number, once in parts and once together, on every rank.
-            check_memory(4 * maps[0][0].numel() * count * ranks.world, count)
+            # Four bytes a number, once in parts and once together, on every rank.
+            check_memory(8 * maps[0][0].numel() * count * ranks.world, count)
     maps, found = torch.cat(maps), torch.stack(found)
     if not maps.isfinite().all():
         raise UserError(
             "the network gives maps that are not finite numbers: its weights are damaged, or "
             "diverged"
         )
-    # As bytes: gloo has no bfloat16.
-    maps = distributed.gather_strided(maps.contiguous().view(torch.uint8), count)
-    return maps.view(torch.bfloat16), distributed.gather_strided(found, count)
+    return tuple(distributed.gather_strided(part, count) for part in (maps, found))
 
 
 def check_memory(needed: int, count: int) -> None:
@@ -215,7 +213,7 @@ class LinearLayer(nn.Module):
         # The scaler is linear too: both are one layer on the maps as they are.
         weight = self.scaler.matrix @ self.weight[:-1]  # (D, C)
         bias = self.weight[-1] - self.scaler.mean @ weight
-        logits = F.conv2d(maps.float(), weight.T[:, :, None, None], bias)
+        logits = F.conv2d(maps, weight.T[:, :, None, None], bias)
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
@@ -226,7 +224,7 @@ def learn_linear(
     rank."""
     few = max(len(chosen) * maps[0, 0].numel() // 100_000, 1)
     some = maps[chosen[::few]]  # about 100,000 cells tell their scale
-    cells = some.float().movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
+    cells = some.movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
     layer = LinearLayer(probe.Scaler(cells), maps.shape[1], classes)
     optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=args.weight_decay[0])
     batch = min(args.batch_size_per_gpu, len(chosen))

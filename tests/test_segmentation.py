@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 
 import lowdino
@@ -229,17 +230,48 @@ def test_maps_are_refused_for_classification(call_script):
     assert "--maps goes with --task segmentation, not with classification" in done.stderr
 
 
+RANKS = """
+import sys
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, {root!r})
+from lowdino import distributed, frozen, masks, reading, segmentation
+
+
+def main(ranks):
+    source = masks.load({data!r}, "", False, reading.Pixels(), test_fraction=0.34)
+    _, backbone = frozen.open_network("resnet5m")
+    args = SimpleNamespace(maps="pyramid", batch_size_per_gpu=2, num_workers=0)
+    found = segmentation.frozen_maps(args, backbone.eval(), source, 64, ranks)
+    plain = (0.0,) * 3, (1.0,) * 3
+    iou = segmentation.evaluate(args, lambda x: x, plain, source, 64, ranks)
+    if ranks.first:
+        torch.save((*found, iou), {out!r})
+
+
+distributed.launch("ranks", None, "cpu", main)
+"""
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, run_script):
     make(tmp_path / "data", 9, size=(64, 64))
-    flags = ["resnet5m", "--task", "segmentation", "--data_path", tmp_path / "data", "--epochs"]
-    flags += ["2", "--test_fraction", "0.34", "--device", "cpu"]
-    ious = []
+    noise = np.random.default_rng(0)  # so that no two pictures are alike
+    for path in sorted((tmp_path / "data/images").iterdir()):
+        pixels = np.asarray(Image.open(path)) + noise.integers(-30, 30, (64, 64, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    results = []
     for ranks in (1, 2):
-        run_script("eval_linear.py", *flags, "--output_dir", tmp_path / f"{ranks}", ranks=ranks)
-        (row,) = json.loads((tmp_path / f"{ranks}/table.json").read_text())["rows"]
-        ious.append(row["mean_iou"][0][0])
-    assert ious[0] == pytest.approx(ious[1], abs=1e-3)
+        script, out = tmp_path / f"{ranks}.py", str(tmp_path / f"{ranks}.pt")
+        script.write_text(RANKS.format(root=str(ROOT), data=str(tmp_path / "data"), out=out))
+        run_script(script, ranks=ranks)
+        results.append(torch.load(out))
+    (maps, found, iou), (maps2, found2, iou2) = results
+    torch.testing.assert_close(maps2, maps, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found2, found) and len(found) == 6
+    assert 0 < iou < 1 and iou2 == pytest.approx(iou)
 
 
 def test_maps_that_would_not_fit_are_refused():
