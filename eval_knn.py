@@ -171,9 +171,7 @@ def features_of_file(args, ranks: distributed.Ranks) -> tuple[Features, Features
 
 def propagate(args, ranks: distributed.Ranks) -> None:
     """--propagate, by the first rank."""
-    name, backbone = frozen.open_network(
-        "=".join(filter(None, (args.arch, args.weights))), args.seed
-    )
+    name, backbone = frozen.open_network(model_name(args), args.seed)
     if not ranks.first:
         return
     backbone = backbone.to(ranks.device).eval()

@@ -35,6 +35,7 @@ from lowdino import (
     settings,
 )
 from lowdino.average_precision import Score, average_precision, match
+from lowdino.linear import some_of
 
 # The flags of eval_linear.py that this task has beside those of every task.
 FLAGS = ("detector", "steps", "layer_decay")
@@ -309,8 +310,7 @@ def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, 
     Each rank does its share.
     """
     detector.eval()
-    share = range(ranks.rank, len(pictures), ranks.world)
-    order = [list(share[i : i + batch]) for i in range(0, len(share), batch)]
+    order = linear.shares(len(pictures), batch, ranks)
     kinds = ["boxes", *["masks"] * isinstance(detector, MaskRCNN)]
     matches = {kind: [] for kind in kinds}
     for items in batches(pictures, order, workers, ranks.device):
@@ -342,12 +342,6 @@ def suitable_size(pictures: Dataset) -> int:
     torchvision pads images to whole 32s, and takes the scale of a small one's map amiss then.
     """
     return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
-
-
-def some_of(count: int, fraction: float, seed: int) -> list[int]:
-    """A seeded share of so many pictures, at least one, in order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[: max(round(fraction * count), 1)].tolist())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -108,6 +108,18 @@ def training_view(batch: data.Batch, subject: Subject, seed: int, step: int) -> 
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def some_of(count: int, fraction: float, seed: int, least: int = 1) -> list[int]:
+    """A seeded share of so many pictures, at least `least` of them, in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[: max(round(fraction * count), least)].tolist())
+
+
+def shares(count: int, batch: int, ranks: distributed.Ranks) -> list[list[int]]:
+    """This rank's share of so many pictures, every world-th, in batches."""
+    own = range(ranks.rank, count, ranks.world)
+    return [list(own[i : i + batch]) for i in range(0, len(own), batch)]
+
+
 # ---------------------------------------------------------------------------------------------
 # A linear classifier on frozen features
 # ---------------------------------------------------------------------------------------------

@@ -135,12 +135,6 @@ def flat(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair]
 
 
-def in_order(count: int, batch: int, ranks: distributed.Ranks) -> list[list[int]]:
-    """This rank's share of so many pictures, in batches."""
-    own = range(ranks.rank, count, ranks.world)
-    return [list(own[i : i + batch]) for i in range(0, len(own), batch)]
-
-
 # --------------------------------------------------------------------------------------------------
 # A linear layer on frozen maps
 # --------------------------------------------------------------------------------------------------
@@ -166,7 +160,7 @@ def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Te
     """
     mean, std = frozen.normalisation(backbone)
     count, maps, found = len(source.train), [], []
-    order = in_order(count, args.batch_size_per_gpu, ranks)
+    order = linear.shares(count, args.batch_size_per_gpu, ranks)
     for batch in batches(args, source.train, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
         maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps))
@@ -318,7 +312,7 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
         logits_of: squares (B, C, size, size) -> logits (B, classes, h, w), of any h and w.
     """
     total = torch.zeros(source.classes, source.classes, dtype=torch.int64, device=ranks.device)
-    order = in_order(len(source.test), args.batch_size_per_gpu, ranks)
+    order = linear.shares(len(source.test), args.batch_size_per_gpu, ranks)
     for batch in batches(args, source.test, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
         for logits, (_, mask) in zip(logits_of(augment.normalize(x, *normalisation)), batch):
@@ -344,9 +338,11 @@ def size_of(args, backbone: nn.Module, images: Dataset) -> int:
             f"--image_size must be a multiple of the network's stride, {stride}, not "
             f"{args.image_size}"
         )
+    if args.image_size:
+        return args.image_size
     some = range(0, len(images), max(len(images) // 32, 1))
     sides = torch.tensor([float(min(images[i][1].shape)) for i in some])
-    return args.image_size or max(min(int(sides.median()), 512) // stride, 1) * stride
+    return max(min(int(sides.median()), 512) // stride, 1) * stride
 
 
 def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
@@ -379,7 +375,10 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     for fraction in args.label_fraction:
         results.append([])
         for seed in args.seeds:
-            start, chosen = time.perf_counter(), some_of(len(source.train), fraction, seed)
+            start, chosen = (
+                time.perf_counter(),
+                linear.some_of(len(source.train), fraction, seed, least=2),
+            )
             logits_of = learn(chosen, seed)
             iou = evaluate(args, logits_of, frozen.normalisation(backbone), source, size, ranks)
             results[-1].append(iou)
@@ -388,12 +387,6 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
                 seconds = time.perf_counter() - start
                 print(f"  {said}: mean IoU {iou:.4f} in {seconds:.0f} s", flush=True)
     return {"model": title, "image_size": size, "mean_iou": results}
-
-
-def some_of(count: int, fraction: float, seed: int) -> list[int]:
-    """A seeded share of so many pictures, at least two, in order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[: max(round(fraction * count), 2)].tolist())
 
 
 def headings(args: argparse.Namespace) -> list[str]:
