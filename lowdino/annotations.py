@@ -136,6 +136,8 @@ class Pictures(Dataset):
 class Scenes(Dataset):
     """Demo scenes in memory, with items as `Pictures` has them."""
 
+    in_memory = True
+
     def __init__(self, indices: Sequence[int], masks: bool):
         self.images, self.targets = demo.demo_scenes(indices)
         self.sizes = [tuple(self.images.shape[2:])] * len(self.images)

@@ -44,6 +44,7 @@ class ImageArray(Dataset):
     """
 
     replace_bad = False  # there are none; see `ImageFiles`
+    in_memory = True
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, view_side: int | None = None):
         self.images = images
@@ -286,9 +287,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_workers(dataset: Dataset) -> int:
-    """Loader processes of this rank: 0 for images in memory, else its cores, at most 10."""
-    if isinstance(dataset, ImageArray):
+def whole(dataset: Dataset) -> Dataset:
+    """The data set that a Subset, perhaps of a Subset, is of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
+def loader_processes(dataset: Dataset, asked: int | None) -> int:
+    """Loader processes of this rank: those asked for, else none for images in memory (where the
+    data set has `in_memory`), else as many as its cores, at most 10."""
+    if asked is not None:
+        return asked
+    if getattr(whole(dataset), "in_memory", False):
         return 0
     return min(max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 10)
 
@@ -397,8 +408,7 @@ def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> 
         found = os.statvfs("/dev/shm")
     except (AttributeError, OSError):  # not on Linux
         return False
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    dataset = whole(dataset)
     side = getattr(dataset, "max_side", None) or 512
     channels = getattr(dataset, "pixels", Pixels()).channels
     # Photographs of both orientations on a canvas have 3/2 of the shorter side both ways.

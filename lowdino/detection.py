@@ -4,7 +4,6 @@
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections import OrderedDict
@@ -31,7 +30,6 @@ from lowdino import (
     optim,
     pixels,
     reading,
-    schedules,
     settings,
 )
 from lowdino.average_precision import Score, average_precision, match
@@ -265,30 +263,18 @@ def learn(
     own = {*backbone.parameters()}
     head = nn.ParameterList(p for p in detector.parameters() if p not in own)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
     pictures = Subset(source.train, chosen)
     order = data.TrainingBatches(len(chosen), batch, seed, 0, args.steps, ranks.rank, ranks.world)
-    workers = loader_processes(args, source)
+    workers = data.loader_processes(pictures, args.num_workers)
     model = distributed.data_parallel(detector).train()
-    for step, items in enumerate(batches(pictures, order, workers, ranks.device)):
-        images, targets = training_batch(items, seed, step, ranks.rank)
-        rate = schedules.cosine(step, args.steps, args.lr[0], 0.0, warmup_steps=args.steps // 20)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
 
-        torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
-        loss = sum(model(images, targets).values())
-        if (step + 1) % max(args.steps // 5, 1) == 0:
-            linear.report(loss.item(), step + 1, args.steps, ranks)
+    def losses() -> Iterator[Tensor]:
+        for step, items in enumerate(batches(pictures, order, workers, ranks.device)):
+            images, targets = training_batch(items, seed, step, ranks.rank)
+            torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
+            yield sum(model(images, targets).values())
 
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(detector.parameters(), MAX_NORM).item()
-        if not math.isfinite(norm):
-            raise linear.Diverged(
-                f"diverging loss: its gradient is {norm} at step {step + 1}; a lower --lr may help"
-            )
-        optimizer.step()
+    linear.minimise(losses(), groups, args, args.steps, ranks, MAX_NORM)
     if not freeze_bn:
         few = min(args.steps, 20)
         order = data.TrainingBatches(len(chosen), batch, seed, 0, few, ranks.rank, ranks.world)
@@ -327,13 +313,6 @@ def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, 
         )
         for kind in kinds
     }
-
-
-def loader_processes(args, source: annotations.Source) -> int:
-    """Those asked for; by default none for scenes, which are in memory."""
-    if args.num_workers is not None:
-        return args.num_workers
-    return 0 if isinstance(source.train, annotations.Scenes) else data.default_workers(source.train)
 
 
 def suitable_size(pictures: Dataset) -> int:
@@ -378,7 +357,8 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
         for seed in args.seeds:
             chosen = some_of(len(source.train), fraction, seed)
             detector = learn(args, name, source, chosen, size, seed, ranks)
-            workers, batch = loader_processes(args, source), args.batch_size_per_gpu
+            workers = data.loader_processes(source.test, args.num_workers)
+            batch = args.batch_size_per_gpu
             scores = evaluate(detector, source.test, batch, workers, ranks)
             cell["pictures"].append(len(chosen))
             for kind, score in scores.items():

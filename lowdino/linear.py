@@ -5,7 +5,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,7 +218,6 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
     ranks = subject.ranks
     network = distributed.on_device(with_classifier(name, subject.source.classes, seed), ranks)
     groups = optim.layerwise_groups(*network, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
     batch, steps = batch_and_steps(args, indices, ranks.world)
     if batch == 1:
         raise UserError(
@@ -228,22 +227,16 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
     network[0].value_range = getattr(subject.backbone, "value_range", None)
     loader = training_batches(subject, indices, batch, steps, seed)
     model = distributed.data_parallel(network).train()
-    for step, images in enumerate(loader):
-        lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
 
-        view = training_view(images, subject, seed, step)
-        # Named "cuda" on every device: torch 2.4 knows no autocast on MPS, not even one turned off.
-        with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
-            logits = model(view)
-        loss = F.cross_entropy(logits.float(), images.labels.to(ranks.device))
-        if (step + 1) % max(steps // 5, 1) == 0:
-            report(loss.item(), step + 1, steps, ranks)
+    def losses() -> Iterator[Tensor]:
+        for step, images in enumerate(loader):
+            view = training_view(images, subject, seed, step)
+            # Named "cuda" on every device: torch 2.4 has no autocast on MPS, not even turned off.
+            with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
+                logits = model(view)
+            yield F.cross_entropy(logits.float(), images.labels.to(ranks.device))
 
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    minimise(losses(), groups, args, steps, ranks)
     views = (training_view(images, subject, seed, steps + i) for i, images in enumerate(loader))
     settle_batch_norm(network, views)
     distributed.broadcast_buffers(network)
@@ -261,12 +254,45 @@ def with_classifier(name: str, classes: int, seed: int) -> nn.Sequential:
     return network
 
 
-def report(loss: float, step: int, steps: int, ranks: distributed.Ranks) -> None:
-    """Print the loss, or refuse one that is not finite."""
-    if not math.isfinite(loss):
-        raise Diverged(f"diverging loss: it is {loss} at step {step}; a lower --lr may help")
-    if ranks.first:
-        print(f"  step {step}/{steps} loss {loss:.4f}", flush=True)
+def minimise(
+    losses: Iterable[Tensor],
+    groups: list[dict],
+    args,
+    steps: int,
+    ranks: distributed.Ranks,
+    max_norm: float = math.inf,
+) -> None:
+    """AdamW's steps with a short warm-up and a cosine, one on each of `losses`.
+
+    Args:
+        losses: computed when they are asked for, each with the weights of the step before.
+        groups: of parameters, with `scale`, the factor of their learning rate.
+        max_norm: of the gradient of all parameters, which is clipped to it.
+
+    Raises:
+        Diverged: where the loss or, if it is clipped, the gradient isn't finite.
+    """
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step, loss in enumerate(losses, start=1):
+        lr = schedules.cosine(step - 1, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        if step % max(steps // 5, 1) == 0:
+            check_finite("it", loss.item(), step)
+            if ranks.first:
+                print(f"  step {step}/{steps} loss {loss.item():.4f}", flush=True)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if max_norm < math.inf:
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+            check_finite("its gradient", norm.item(), step)
+        optimizer.step()
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise Diverged(f"diverging loss: {name} is {value} at step {step}; a lower --lr may help")
 
 
 @torch.no_grad()

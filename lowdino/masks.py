@@ -49,6 +49,8 @@ class MaskedImages(Dataset):
 class MaskedArrays(Dataset):
     """As `MaskedImages`, in memory: (N, C, H, W) and (N, H, W) uint8."""
 
+    in_memory = True
+
     def __init__(self, images: Tensor, masks: Tensor):
         self.images, self.masks = images, masks
 

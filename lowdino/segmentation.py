@@ -120,10 +120,7 @@ def batches(
     args, images: Dataset, order: Iterable[list[int]], device: torch.device
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Lists of pictures and masks, those of each list of indices in `order`."""
-    whole = images.dataset if isinstance(images, Subset) else images
-    workers = args.num_workers
-    if workers is None:
-        workers = 0 if isinstance(whole, masks.MaskedArrays) else data.default_workers(whole)
+    workers = data.loader_processes(images, args.num_workers)
     loader = data.open_loader(images, workers, batch_sampler=order, collate_fn=flat)
     for tensors in loader:
         tensors = [tensor.to(device) for tensor in tensors]
@@ -205,7 +202,7 @@ class LinearLayer(nn.Module):
 
     def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         # The scaler is linear too: both are one layer on the maps as they are.
-        weight = self.scaler.matrix @ self.weight[:-1]  # (D, C)
+        weight = self.scaler.symmetric @ self.weight[:-1]  # (D, C)
         bias = self.weight[-1] - self.scaler.mean @ weight
         logits = F.conv2d(maps, weight.T[:, :, None, None], bias)
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
@@ -270,27 +267,21 @@ def learn_whole(
     network.mean, network.std = frozen.normalisation(backbone)
     network = distributed.on_device(network, ranks)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
     images = Subset(source.train, chosen)
     batch, steps = linear.batch_and_steps(args, torch.tensor(chosen), ranks.world)
     if batch == 1:
         raise UserError("batch norm needs two pictures a rank or more: give more of them")
     order = data.TrainingBatches(len(chosen), batch, seed, 0, steps, ranks.rank, ranks.world)
     model = distributed.data_parallel(network).train()
-    loader = batches(args, images, order, ranks.device)
-    for step, pairs in enumerate(loader):
-        x, found = training_batch(pairs, size, network, seed, step, ranks)
-        lr = schedules.cosine(step, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
-            logits = model(x)["out"]
-        loss = loss_of(logits.float(), found)
-        if (step + 1) % max(steps // 5, 1) == 0:
-            linear.report(loss.item(), step + 1, steps, ranks)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+
+    def losses() -> Iterator[Tensor]:
+        for step, pairs in enumerate(batches(args, images, order, ranks.device)):
+            x, found = training_batch(pairs, size, network, seed, step, ranks)
+            with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
+                logits = model(x)["out"]
+            yield loss_of(logits.float(), found)
+
+    linear.minimise(losses(), groups, args, steps, ranks)
     pairs = enumerate(batches(args, images, order, ranks.device), start=steps)
     views = (training_batch(p, size, network, seed, step, ranks)[0] for step, p in pairs)
     linear.settle_batch_norm(network, views)

@@ -461,8 +461,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
     source.pretrain.replace_bad = True
     # A crop of a quarter of the area still fills its view.
     source.limit_side(2 * args.global_crops_size)
-    if args.num_workers is None:
-        args.num_workers = data.default_workers(source.pretrain)
+    args.num_workers = data.loader_processes(source.pretrain, args.num_workers)
 
     images = len(source.pretrain)
     if not args.preset and "batch_size_per_gpu" not in args.by_hand:
@@ -511,5 +510,4 @@ def open_data(
     said = pixels.fit_evaluation(args, backbone, source)
     if said and ranks.first:
         print(f"{source.name}{said}")
-    workers = args.num_workers
-    return source, size, data.default_workers(source.pretrain) if workers is None else workers
+    return source, size, data.loader_processes(source.pretrain, args.num_workers)

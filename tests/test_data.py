@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import demo_array
 from PIL import Image
+from torch.utils.data import Subset
 from torchvision.ops import masks_to_boxes
 
-from lowdino import augment, data, demo, evaluate, sources
+from lowdino import annotations, augment, data, demo, evaluate, masks, sources
 
 
 def gradient(dtype=np.uint8, top=255):
@@ -186,6 +187,20 @@ def test_images_on_a_gpu_have_no_other_processes():
     array = demo_array(range(3))
     assert data.processes(array, 2) == 2
     assert data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
+
+
+def test_loader_processes_are_for_files_alone(monkeypatch, picture_folder):
+    """Pictures in memory need none, whatever holds them, but for those asked for."""
+    monkeypatch.setattr(data, "cores", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    scenes = annotations.Scenes(range(2), masks=False)
+    painted = masks.MaskedArrays(scenes.images, scenes.images[:, 0])
+    for held in (demo_array(range(3)), scenes, painted):
+        assert data.loader_processes(Subset(Subset(held, [1, 0]), [1]), None) == 0
+        assert data.loader_processes(held, 3) == 3
+    files = sources.load(str(picture_folder)).pretrain
+    assert data.loader_processes(Subset(files, [0]), None) == 2
+    assert data.loader_processes(files, 0) == 0
 
 
 def device_batches(device, picture_folder):

@@ -40,6 +40,20 @@ def test_scaler_half_whitens():
     )
 
 
+def test_symmetric_scaling_does_not_rotate():
+    """Features of equal variance in all directions, whose eigenvectors are rounding's, stay."""
+    x = torch.linalg.qr(torch.randn(300, 12, generator=torch.Generator().manual_seed(0))).Q
+    x = x - x.mean(dim=0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x)).T  # the covariance is 1 / 300
+    matrix = probe.Scaler(x).symmetric
+    torch.testing.assert_close(matrix / matrix[0, 0], torch.eye(12), atol=1e-4, rtol=0)
+    scaler = probe.Scaler(blobs(300)[0])
+    torch.testing.assert_close(scaler.symmetric, scaler.symmetric.T)
+    torch.testing.assert_close(
+        scaler.symmetric @ scaler.symmetric, scaler.matrix @ scaler.matrix.T, atol=1e-3, rtol=1e-4
+    )
+
+
 def test_probes_are_separate_classifiers_trained_by_sgd():
     x, labels = blobs(64)
     x = probe.Scaler(x)(x)

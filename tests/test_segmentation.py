@@ -153,9 +153,11 @@ def test_a_mask_is_resized_as_pillow_does():
 def test_the_linear_layer_is_the_probe_of_every_cell():
     torch.manual_seed(0)
     maps = torch.randn(2, 6, 3, 4)
-    layer = segmentation.LinearLayer(probe.Scaler(torch.randn(50, 6)), 6, 5)
+    scaler = probe.Scaler(torch.randn(50, 6))
+    layer = segmentation.LinearLayer(scaler, 6, 5)
     torch.nn.init.normal_(layer.weight)
-    expected = layer.scaler(maps.movedim(1, 3).flatten(0, 2)) @ layer.weight
+    cells = (maps.movedim(1, 3).flatten(0, 2) - scaler.mean) @ scaler.symmetric
+    expected = cells @ layer.weight[:-1] + layer.weight[-1]
     found = layer(maps, (3, 4)).movedim(1, 3).flatten(0, 2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
