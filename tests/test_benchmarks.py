@@ -5,6 +5,7 @@ import re
 import sys
 from xml.etree import ElementTree
 
+import bench_dense
 import bench_papers
 import bench_probe
 import bench_start
@@ -69,6 +70,13 @@ def test_curves_are_drawn_on_their_axes():
     assert ticks(0, 9.5) == [0, 2, 4, 6, 8, 10]
     words = [element.text for element in picture.iter() if element.tag.endswith("text")]
     assert {"0.3", "0.7", "1", "10", "100", "one", "raw pixels"} <= set(words)
+
+
+def test_what_a_pyramid_costs(monkeypatch, capsys):
+    flags = "--archs mobilevit_xxs resnet5m --image_size 32 --batch_size 2 --rounds 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bench_dense.py", *options(flags)])
+    bench_dense.main()
+    assert rows(capsys.readouterr().out) == ["`mobilevit_xxs`", "`resnet5m`"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from statistics import median
 import pytest
 from conftest import ROOT
 from runs import SMALL, forked, in_a_new_process, stepwise, wait_for
+
+from lowdino import data
 
 # --------------------------------------------------------------------------------------------------
 # Absurd flags
@@ -46,14 +49,13 @@ def absurd(action):
     return [[value] * many for value in values] + [["x"], ["1", "2", "3", "4"]]
 
 
-def status_within(seconds, pid):
-    """A process's exit status; None where it had to be killed."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.02)
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def status_by(deadline, pid):
+    """A process's exit status, "running", or None where it had to be killed."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        return os.waitstatus_to_exitcode(status)
+    if time.monotonic() < deadline:
+        return "running"
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
@@ -73,38 +75,51 @@ def judge(script, status, said, long):
     return None
 
 
+def cases(parser, only):
+    """Each flag of a script, or of those named in `only`, with each of its absurd values."""
+    for action in parser._actions:
+        left_out = action.dest in NOT_TRIED or not action.option_strings
+        if not left_out and (not only or action.dest in only):
+            for values in absurd(action):
+                yield [action.option_strings[0], *values]
+
+
 def try_all(script, base, folder, only=None):
-    """In a process of its own: each flag of a script, or of those named in `only`, with absurd
-    values, in an empty folder.
+    """In a process of its own: all cases, each in an empty folder, as many at once as cores.
 
     Prints what went wrong, and at the end how many were refused, worked or had to be killed.
     """
     parser = importlib.import_module(script).get_parser()
-    os.mkdir(folder)
-    os.chdir(folder)
-    log, count = Path(folder + ".log"), {"refused": 0, "works": 0, "killed": 0}
-    for action in parser._actions:
-        left_out = action.dest in NOT_TRIED or not action.option_strings
-        if left_out or (only and action.dest not in only):
-            continue
-        for values in absurd(action):
-            given = [action.option_strings[0], *values]
+    waiting, running = list(cases(parser, only))[::-1], {}
+    count = {"refused": 0, "works": 0, "killed": 0}
+    for number in itertools.count():
+        if waiting and len(running) < data.cores():
+            given, here = waiting.pop(), Path(f"{folder}{number}")
+            here.mkdir()
+            os.chdir(here)
             flags = [*base, *given]
             if "--output_dir" in parser._option_string_actions:
-                flags += ["--output_dir", folder + ".out"]
+                flags += ["--output_dir", f"{here}.out"]
+            pid = forked(flags, script=script, log=Path(f"{here}.log"))
             long = tuple(given) in LONG
-            status = status_within(PATIENCE[long], forked(flags, script=script, log=log))
-            said, written = log.read_text(), set(os.listdir(folder))
+            running[pid] = given, here, long, time.monotonic() + PATIENCE[long]
+            continue
+        time.sleep(0.02)
+        for pid, (given, here, long, deadline) in [*running.items()]:
+            if (status := status_by(deadline, pid)) == "running":
+                continue
+            del running[pid]
+            said, written = Path(f"{here}.log").read_text(), set(os.listdir(here))
             problem = judge(script, status, said, long)
-            if not written <= set(values):  # beside a file that the flag itself names
+            if not written <= set(given[1:]):  # beside a file that the flag itself names
                 problem = f"wrote {written}"
             if problem:
                 print(f"{script} {given}: {problem}\n{said[-2000:]}")
-            for name in written:
-                os.unlink(name)
-            shutil.rmtree(folder + ".out", ignore_errors=True)
+            shutil.rmtree(f"{here}.out", ignore_errors=True)
             count[{None: "killed", 2: "refused"}.get(status, "works")] += 1
-    print(count)
+        if not waiting and not running:
+            print(count)
+            return
 
 
 TRAINING = "--epochs 1 --knn_freq 0 --num_workers 0".split()

@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import shutil
 import sys
 from collections import Counter
 from functools import cache
@@ -19,6 +20,7 @@ from lowdino import checkpoint, demo, settings
 README, RESULTS = "README.md", "tests/RESULTS.md"
 PAGES = (README, RESULTS, ".github/CONTRIBUTING.md")
 WITH_CHECK = ("train", "distill", "eval_knn", "eval_linear")
+WITH_CHECK_FILES = [f"{name}.py" for name in WITH_CHECK]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 
 
@@ -205,15 +207,32 @@ SHORT = {
     "train.py": TRAINING,
     "distill.py": TRAINING + " --teacher_size 32",
     "eval_linear.py": "--epochs 1",
+    "eval_linear.py segmentation": "--epochs 1 --batch_size_per_gpu 2",
     "eval_linear.py detection": "--steps 1 --batch_size_per_gpu 2",
 }
 
 
-@pytest.mark.slow
-def test_commands_of_the_readme_run(tmp_path, monkeypatch, call_script):
-    """In the README's order, in one folder: small data, one epoch or step."""
+@pytest.fixture
+def call_small(tmp_path, monkeypatch, call_script):
+    """As call_script, in one folder: little data on the CPU, one epoch or step."""
     for name, count in dict(TRAIN=64, TEST=20, SCENE_TRAIN=16, SCENE_TEST=4).items():
         monkeypatch.setattr(demo, name, count)
+
+    def call(script, flags, instead):
+        if "--minutes" in flags:
+            del flags[(at := flags.index("--minutes")) : at + 2]
+        task = next((task for task in ("detection", "segmentation") if task in flags), "")
+        flags = [*flags, *options(SHORT.get(f"{script} {task}".strip(), ""))]
+        if script != "lowdino.export":
+            flags += ["--device", "cpu"]
+        return call_script(script, *(instead.get(flag, flag) for flag in flags), cwd=tmp_path)
+
+    return call
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(tmp_path, call_small):
+    """In the README's order."""
     draw_pictures(tmp_path / "pictures")
     teacher = lowdino.build_backbone("vit_tiny", image_size=32)
     checkpoint.save_backbone(
@@ -221,18 +240,47 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, call_script):
     )
     done = 0
     for script, flags in filter(None, map(script_and_flags, commands(README))):
-        if "--minutes" in flags:
-            del flags[(at := flags.index("--minutes")) : at + 2]
-        task = "detection" if "detection" in flags else ""
-        flags += options(SHORT.get(f"{script} {task}".strip(), ""))
-        if script != "lowdino.export":
-            flags += ["--device", "cpu"]
         instead = {"0.1": "0.5", "backbone.onnx": "backbone.pt2"}  # few images; no other package
-        flags = [instead.get(flag, flag) for flag in flags]
-        call_script(script, *flags, cwd=tmp_path)
+        call_small(script, flags, instead)
         done += 1
     assert done >= 10
     assert (tmp_path / "output/log.jsonl").is_file() and (tmp_path / "backbone.pt2").is_file()
+
+
+@pytest.mark.slow
+def test_commands_of_the_results_run(tmp_path, call_small):
+    """Those of the scripts, each table's as a reader of it alone would give them.
+
+    The benchmarks have tests of their own, see `test_every_benchmark_has_a_test`.
+    """
+    draw_pictures(tmp_path / "pictures")
+    few = {"DATA": "pictures", "0.01": "0.5", "0.1": "0.5", "0.3": "0.5"}
+    done = 0
+    for script, flags in filter(None, map(script_and_flags, commands(RESULTS))):
+        if script not in WITH_CHECK_FILES:
+            continue
+        output = flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else "output"
+        shutil.rmtree(tmp_path / output, ignore_errors=True)  # another table's
+        backbone = tmp_path / "runs/mobilevit_xxs/backbone.pth"
+        if f"{backbone.relative_to(tmp_path)}" in flags:  # of a row, whose command has no folder
+            checkpoint.save_backbone(
+                backbone, lowdino.build_backbone("mobilevit_xxs"), "mobilevit_xxs", 32, 1
+            )
+        call_small(script, flags, few)
+        done += 1
+    assert done >= 20
+
+
+def test_every_benchmark_has_a_test():
+    named = {words[1] for words in commands(RESULTS) if "/bench_" in words[1]}
+    called = " ".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) >= 8
+    assert {
+        name
+        for name in named
+        if f'"{name}"' not in called
+        and not re.search(rf"\b{name.removeprefix('tests/').removesuffix('.py')}\.main\(\)", called)
+    } == set()
 
 
 # ---------------------------------------------------------------------------------------------
