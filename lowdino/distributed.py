@@ -277,6 +277,12 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         status = INTERRUPTED
         if rank_from_environment()[0] == 0:
             print(f"{script}: stopped by Ctrl-C", file=sys.stderr)
+    except BrokenPipeError:
+        status = 2
+        with suppress(OSError):  # the errors may have had the same reader
+            print_error(script, "whoever read the output is gone (broken pipe)")
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None:

@@ -4,10 +4,12 @@ import errno
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
@@ -254,6 +256,22 @@ def test_wrong_flags_are_said_by_the_first_rank(capsys, monkeypatch):
 
 def test_a_script_that_ends_well_has_status_zero(capsys):
     assert launched(lambda ranks: None) == 0 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("errors", ["apart", "together"])
+def test_a_reader_that_leaves_is_one_sentence(errors):
+    """As in `train.py | head -1`, and with 2>&1, where nobody can hear of it."""
+    code = "from lowdino.distributed import launch\nlaunch('x.py', None, 'cpu', lambda ranks: ["
+    code += "print('y' * 99, flush=True) for _ in range(10**5)])"
+    to = subprocess.PIPE if errors == "apart" else subprocess.STDOUT
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=to, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"y" * 99 + b"\n"
+        process.stdout.close()
+        said = process.stderr.read() if process.stderr else b""
+        assert process.wait(timeout=60) == 2
+    expected = b"x.py: error: whoever read the output is gone (broken pipe)\n"
+    assert said == (expected if process.stderr else b"")
 
 
 # --------------------------------------------------------------------------------------------------
