@@ -442,11 +442,11 @@ class DistanceCorrelation(nn.Module):
         dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances of the rows of x and y
 
     It is 0 for independent features and 1 where distances are proportional; widths and scales
-    may differ. These are MV-MR's equations 2 and 3, with the biased (V-statistic) mean, over the
-    rows of all ranks.
+    may differ. `correlation` is MV-MR's equation 2, `centred_distances` the A of its equation 3,
+    with the biased (V-statistic) mean, over the rows of all ranks.
 
-    forward(x, y): (n, D) and (n, E). Returns a scalar; 0, without gradient, where all rows of x
-    or all rows of y are equal.
+    forward(x, y): (n, D) and (n, E). Returns dCor, a scalar; 0, without gradient, where all rows
+    of x or all rows of y are equal.
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -455,7 +455,7 @@ class DistanceCorrelation(nn.Module):
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """dCor of two matrices of centred distances."""
+    """dCor of two matrices of centred distances (MV-MR, equation 2)."""
     squared = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-20)
     # The square root has no gradient at 0, and rounding may bring its argument below 0.
     return torch.where(squared > 1e-12, squared.clamp(1e-12, 1.0).sqrt(), 0.0)

@@ -27,9 +27,9 @@ class Scaler:
     Half-whitening was best or near it at 500 and 5,000 labels (CIFAR-10, chosen on test images of
     one network, ResNet5M of seed 0, and not tuned further).
 
-    The result stands on the principal directions, which rounding rotates where variances are nearly
-    equal. SGD does not see that; an optimizer whose step is each coordinate's own, such as AdamW,
-    does, and wants `symmetric`, the same matrix (D, D) turned back: it stretches and rotates not.
+    The result is expressed in the principal directions, which rounding rotates where variances are
+    nearly equal. SGD does not see that; an optimizer that scales each coordinate by itself, such as
+    AdamW, does, and wants `symmetric` (D, D), which stretches without rotating.
     """
 
     def __init__(self, features: Tensor):
