@@ -274,7 +274,7 @@ def learn(
             torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
             yield sum(model(images, targets).values())
 
-    linear.minimise(losses(), groups, args, args.steps, ranks, MAX_NORM)
+    linear.adamw_steps(losses(), groups, args, args.steps, ranks, MAX_NORM)
     if not freeze_bn:
         few = min(args.steps, 20)
         order = data.TrainingBatches(len(chosen), batch, seed, 0, few, ranks.rank, ranks.world)

@@ -236,7 +236,7 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
                 logits = model(view)
             yield F.cross_entropy(logits.float(), images.labels.to(ranks.device))
 
-    minimise(losses(), groups, args, steps, ranks)
+    adamw_steps(losses(), groups, args, steps, ranks)
     views = (training_view(images, subject, seed, steps + i) for i, images in enumerate(loader))
     settle_batch_norm(network, views)
     distributed.broadcast_buffers(network)
@@ -254,7 +254,7 @@ def with_classifier(name: str, classes: int, seed: int) -> nn.Sequential:
     return network
 
 
-def minimise(
+def adamw_steps(
     losses: Iterable[Tensor],
     groups: list[dict],
     args,
@@ -267,6 +267,9 @@ def minimise(
     Args:
         losses: computed when they are asked for, each with the weights of the step before.
         groups: of parameters, with `scale`, the factor of their learning rate.
+        args: its `lr` and `weight_decay` are lists, of which the first is taken.
+        steps: how many losses there are; the learning rate ends near 0 at the last one.
+        ranks: the first one prints the loss at a fifth of the steps, two fifths and so on.
         max_norm: of the gradient of all parameters, which is clipped to it.
 
     Raises:

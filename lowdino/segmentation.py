@@ -281,7 +281,7 @@ def learn_whole(
                 logits = model(x)["out"]
             yield loss_of(logits.float(), found)
 
-    linear.minimise(losses(), groups, args, steps, ranks)
+    linear.adamw_steps(losses(), groups, args, steps, ranks)
     pairs = enumerate(batches(args, images, order, ranks.device), start=steps)
     views = (training_batch(p, size, network, seed, step, ranks)[0] for step, p in pairs)
     linear.settle_batch_norm(network, views)
