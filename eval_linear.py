@@ -15,7 +15,6 @@ pixels. Several give one table.
 
 import argparse
 import json
-import math
 
 from lowdino import classification, detection, distributed, flags, frozen, segmentation, settings
 
@@ -105,8 +104,9 @@ def check(args: argparse.Namespace) -> str | None:
         return wrong
     for name in ("lr", "weight_decay"):
         values = getattr(args, name) or []
-        if not all(0 <= value < math.inf for value in values):
-            return f"--{name} must be 0 or more, not {values}"
+        # AdamW's first step is ten times the rate, and must be a float32.
+        if not all(0 <= value <= 1e30 for value in values):
+            return f"--{name} must be 0 or more, 1e30 at most, not {values}"
     if not all(0 < fraction <= 1 for fraction in args.label_fraction):
         return f"--label_fraction must lie above 0, up to 1, not {args.label_fraction}"
     if not all(0 <= seed < 2**63 for seed in args.seeds):

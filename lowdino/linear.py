@@ -269,11 +269,12 @@ def adamw_steps(
         groups: of parameters, with `scale`, the factor of their learning rate.
         args: its `lr` and `weight_decay` are lists, of which the first is taken.
         steps: how many losses there are; the learning rate ends near 0 at the last one.
-        ranks: the first one prints the loss at a fifth of the steps, two fifths and so on.
+        ranks: the first one prints the loss at a fifth of the steps, two fifths and so on, and at
+            the last.
         max_norm: of the gradient of all parameters, which is clipped to it.
 
     Raises:
-        Diverged: where the loss or, if it is clipped, the gradient isn't finite.
+        Diverged: where a printed loss or, if it is clipped, a gradient isn't finite.
     """
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -281,7 +282,7 @@ def adamw_steps(
         lr = schedules.cosine(step - 1, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        if step % max(steps // 5, 1) == 0:
+        if step % max(steps // 5, 1) == 0 or step == steps:
             check_finite("it", loss.item(), step)
             if ranks.first:
                 print(f"  step {step}/{steps} loss {loss.item():.4f}", flush=True)

@@ -301,12 +301,20 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
 
     Args:
         logits_of: squares (B, C, size, size) -> logits (B, classes, h, w), of any h and w.
+
+    Raises:
+        Diverged: where logits are not finite.
     """
     total = torch.zeros(source.classes, source.classes, dtype=torch.int64, device=ranks.device)
     order = linear.shares(len(source.test), args.batch_size_per_gpu, ranks)
     for batch in batches(args, source.test, order, ranks.device):
         x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
-        for logits, (_, mask) in zip(logits_of(augment.normalize(x, *normalisation)), batch):
+        found = logits_of(augment.normalize(x, *normalisation))
+        if not found.isfinite().all():
+            raise linear.Diverged(
+                "diverging loss: the trained network's logits are not finite; a lower --lr may help"
+            )
+        for logits, (_, mask) in zip(found, batch):
             own = F.interpolate(
                 logits[None].float(), mask.shape, mode="bilinear", align_corners=False
             )

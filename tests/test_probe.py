@@ -1,8 +1,10 @@
 """The probe against autograd, float64 and scikit-learn's objective; eval_linear.py from outside."""
 
 import json
+import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 
 import eval_linear
 import lowdino
-from lowdino import evaluate, linear, optim, probe
+from lowdino import distributed, evaluate, linear, optim, probe
 
 
 def blobs(n, classes=4, width=12, seed=0):
@@ -249,6 +251,15 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
         assert evaluate.accuracy(logits, test.labels) == row["trained"][0]["top1"][0]
 
 
+def test_a_last_loss_that_is_not_finite_is_told():
+    weight = torch.nn.Parameter(torch.ones(1))
+    args = SimpleNamespace(lr=[0.1], weight_decay=[0.0])
+    losses = (weight.sum() * (math.nan if step == 13 else 1) for step in range(1, 14))
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    with pytest.raises(linear.Diverged, match="it is nan at step 13"):
+        linear.adamw_steps(losses, [{"params": [weight], "scale": 1.0}], args, 13, ranks)
+
+
 @pytest.mark.slow
 def test_batch_norm_settles_and_divergence_is_told(picture_folder, tmp_path, call_script):
     flags = [*QUICK, "--finetune", "--epochs", 12, "--batch_size_per_gpu", 8]
@@ -412,7 +423,9 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
         (["resnet18=a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
         (["resnet18", "--layer_decay", "0.5"], "--layer_decay goes with --finetune"),
         (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
-        (["resnet18", "--lr", "-1"], "--lr must be 0 or more, not [-1.0]"),
+        (["resnet18", "--lr", "-1"], "--lr must be 0 or more, 1e30 at most, not [-1.0]"),
+        (["resnet18", "--lr", "1e38"], "--lr must be 0 or more, 1e30 at most, not [1e+38]"),
+        (["resnet18", "--weight_decay", "nan"], "--weight_decay must be 0 or more, 1e30 at most"),
         (
             ["resnet18", "--label_fraction", "0.1", "1.5"],
             "--label_fraction must lie above 0, up to 1",

@@ -199,6 +199,15 @@ def test_linear_segmentation_from_outside(tmp_path, call_script):
     assert "| mIoU, linear 50 % | mIoU, linear 100 % |" in done.stdout
 
 
+def test_a_linear_layer_that_diverged_has_no_figure(tmp_path, call_script):
+    make(tmp_path / "data", 4, size=(32, 32))
+    flags = ["--task", "segmentation", "--data_path", tmp_path / "data", "--test_fraction", "0.5"]
+    flags += ["--lr", 1, "--weight_decay", 10, "--epochs", 100, "--output_dir", tmp_path / "out"]
+    done = call_script("eval_linear.py", "resnet5m", *flags, check=False)
+    assert done.returncode == 2 and "logits are not finite; a lower --lr may help" in done.stderr
+    assert "mean IoU 0" not in done.stdout
+
+
 @pytest.mark.parametrize("way", ["--finetune", "--from_scratch"])
 def test_whole_networks_learn_masks(tmp_path, call_script, way):
     make(tmp_path / "data", 8, size=(64, 64))
