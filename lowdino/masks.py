@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -62,7 +63,26 @@ class MaskedArrays(Dataset):
 
 
 LOSSY = ("JPEG", "JPEG2000", "MPO", "WEBP", "AVIF")
-SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow stretches to 255
+SCALED = {"L": 1, "L;2": 85, "L;4": 17}  # Pillow stretches grey of 2 and 4 bits to 255
+
+
+def scale_of(image: Image.Image) -> int:
+    """How often a file's values are in those that Pillow reads from it, before it does.
+
+    Raises:
+        UserError: where they become others that do not tell them any more.
+    """
+    advice = "a mask's values must be read as they are; save it as PNG"
+    if getattr(image, "tag_v2", {}).get(262) == 0:
+        raise UserError(f"it is a TIFF file whose 0 is white: {advice}")
+    if image.mode != "L" or not image.tile:
+        return 1
+    options, raw = image.tile[0][3], reading.raw_mode(image.tile[0])
+    if image.format == "PPM" and options != raw and options[1] != 255:
+        raise UserError(f"its greatest value is said to be {options[1]}, not 255: {advice}")
+    if isinstance(raw, str) and raw not in SCALED:  # of GIF it is the number of bits
+        raise UserError(f"its pixels are stored as {raw}: {advice}")
+    return SCALED.get(raw, 1)
 
 
 def read_mask(path: str) -> Tensor:
@@ -71,13 +91,14 @@ def read_mask(path: str) -> Tensor:
         with reading.open_picture(path) as image:
             if image.format in LOSSY:
                 raise UserError(f"a {image.format} file changes values; a mask has class indices")
-            scale = SCALED.get(image.tile[0][3] if image.tile else None, 1)
             if image.mode not in ("P", "L", "1"):
                 raise UserError(
                     f"its pixels are {image.mode}: a mask has class indices, one byte a pixel "
                     "(a PNG of a palette or of grey values)"
                 )
-            turn = reading.turn_of(image)
+            scale = scale_of(image)
+            image.load()
+            turn = reading.turn_of(image)  # asked for after load(), as in reading.py
             image = image.transpose(turn) if turn is not None else image
             return torch.from_numpy(np.array(image, dtype=np.uint8) // scale)
     except Exception as error:  # on a damaged file Pillow's decoders raise any kind of exception

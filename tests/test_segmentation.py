@@ -347,6 +347,47 @@ def test_grey_masks_of_few_bits_keep_their_indices(tmp_path, bits):
     assert masks.read_mask(str(tmp_path / "mask.png")).tolist() == [[0, 1]]
 
 
+def write_tiff(path, width, data, bits=8, photometric=1, orientation=1):
+    """A plain grey TIFF file of one row, written by hand."""
+    entries = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    entries += [(274, orientation), (277, 1), (278, 1), (279, len(data))]
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    path.write_bytes(head + struct.pack("<H", len(entries)) + fields + bytes(4))
+
+
+def test_tiff_masks_keep_their_indices_and_are_turned_once(tmp_path):
+    path = tmp_path / "mask.tif"
+    for bits, data in ((8, bytes([0, 1, 3])), (4, bytes([0x01, 0x30]))):
+        write_tiff(path, 3, data, bits)
+        assert masks.read_mask(str(path)).tolist() == [[0, 1, 3]]
+    write_tiff(path, 3, bytes([0, 1, 3]), orientation=6)  # a quarter to the right
+    assert masks.read_mask(str(path)).tolist() == [[0], [1], [3]]
+    write_tiff(path, 3, bytes([0, 1, 3]), orientation=3)
+    assert masks.read_mask(str(path)).tolist() == [[3, 1, 0]]
+
+
+def test_other_files_of_indices_are_read_as_they_are(tmp_path):
+    values = np.uint8([[0, 1, 20]])
+    for suffix in ("gif", "bmp", "tga", "pgm", "pcx"):
+        path = tmp_path / f"mask.{suffix}"
+        Image.fromarray(values).save(path)
+        assert masks.read_mask(str(path)).tolist() == values.tolist(), suffix
+    path.with_suffix(".pgm").write_bytes(b"P2 3 1 255\n0 1 20\n")
+    assert masks.read_mask(str(path.with_suffix(".pgm"))).tolist() == values.tolist()
+
+
+def test_masks_whose_values_would_change_are_refused(tmp_path):
+    path = tmp_path / "mask.pgm"
+    for content in (b"P5 3 1 20\n\x00\x01\x14", b"P2 3 1 20\n0 1 20\n"):
+        path.write_bytes(content)
+        with pytest.raises(masks.UserError, match="its greatest value is said to be 20, not 255"):
+            masks.read_mask(str(path))
+    write_tiff(tmp_path / "mask.tif", 2, bytes([0, 1]), photometric=0)
+    with pytest.raises(masks.UserError, match="a TIFF file whose 0 is white: .* save it as PNG"):
+        masks.read_mask(str(tmp_path / "mask.tif"))
+
+
 def test_pixels_that_are_ignored_give_no_loss():
     logits, found = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
     found[0, :2] = 255
