@@ -1,7 +1,6 @@
 """Pictures whose every pixel has a class: folders of pictures and masks, VOC 2012, demo scenes."""
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +128,7 @@ def load(
 
     Args:
         source: "demo_scenes"; "voc2012", stored under `root`; or a folder with images/ and masks/,
-            or with such folders in its train/ and val/ (or test/).
+            or with such folders in its train/ and val/ (or test/), or these in both of them.
         download: fetch VOC where `root` lacks it. `rank` 0 does, and the others wait for it.
         test_fraction: of a folder without val/, the share of the pictures to test on, by `seed`.
 
@@ -152,25 +151,42 @@ def load(
             f"no data at {source or 'an empty path'}: --task segmentation takes a folder with "
             "images/ and masks/, voc2012 or demo_scenes"
         )
-    inside = {path.name.lower(): path for path in files.sub_folders(folder)}
-    tops = [next((inside[n] for n in names if n in inside), None) for names in SPLITS]
-    if tops[0] and test_fraction is not None:
+    places = split_places(folder)
+    if len(places) == 2 and test_fraction is not None:
         raise UserError(f"--test_fraction is for pictures without a split, and {folder} has train/")
-    if tops[0] and not tops[1]:
-        raise UserError(f"{folder} has train/ but no val/ or test/")
     notes: list[str] = []
-    if tops[0]:
-        train, test = (pairs(top, pixels, notes) for top in tops)
-    else:
-        whole = pairs(folder, pixels, notes)
+    found = [pairs(images, of, pixels, notes) for images, of in places]
+    if len(found) == 1:
+        (whole,) = found
         if test_fraction is None:
             raise UserError(f"{folder} has no val/ to test on: give --test_fraction, such as 0.2")
-        train, test = hold_out(whole, test_fraction, seed)
-        notes.append(f"{len(test)} of {len(whole)} pictures are held out by seed {seed}")
+        found = hold_out(whole, test_fraction, seed)
+        notes.append(f"{len(found[1])} of {len(whole)} pictures are held out by seed {seed}")
+    train, test = found
     return Data(f"folder {folder}", train, test, count_classes(train, test), notes)
 
 
-SPLITS = (labels.TRAIN, labels.TEST)
+def split_places(folder: Path) -> list[tuple[Path, Path]]:
+    """Folders of pictures and of their masks: of training and test, or one pair without a split.
+
+    Raises:
+        UserError: where there is train/ alone.
+    """
+    for top in (folder, folder / "images"):
+        inside = (
+            {path.name.lower(): path for path in files.sub_folders(top)} if top.is_dir() else {}
+        )
+        train, test = (
+            next((inside[name] for name in names if name in inside), None)
+            for names in (labels.TRAIN, labels.TEST)
+        )
+        if train and top == folder:
+            if not test:
+                raise UserError(f"{folder} has train/ but no val/ or test/")
+            return [(split / "images", split / "masks") for split in (train, test)]
+        if train and test:
+            return [(split, folder / "masks" / split.name) for split in (train, test)]
+    return [(folder / "images", folder / "masks")]
 
 
 def demo_split(indices: range) -> MaskedArrays:
@@ -193,19 +209,16 @@ def voc(root: str, split: str, download: bool, pixels: reading.Pixels) -> Masked
     return MaskedImages(found.images, found.masks, pixels)
 
 
-def pairs(folder: Path, pixels: reading.Pixels, notes: list[str]) -> MaskedImages:
-    """The pictures below images/ that have a mask of the same name, whatever the suffix."""
-    for name in ("images", "masks"):
-        if not (folder / name).is_dir():
-            raise UserError(f"no folder {folder / name}: pictures lie in images/, masks in masks/")
-    left_out: Counter = Counter()
-    images, masks = (
-        {stem(path, folder / name): path for path in files.find_images(folder / name, left_out)}
-        for name in ("images", "masks")
-    )
+def pairs(pictures: Path, of: Path, pixels: reading.Pixels, notes: list[str]) -> MaskedImages:
+    """The pictures below a folder that have a mask of the same name `of` another, whatever the
+    suffix."""
+    for folder in (pictures, of):
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}: pictures lie in images/, masks in masks/")
+    images, masks = map(by_stem, (pictures, of))
     both = sorted({*images} & {*masks})
     if not both:
-        raise UserError(f"no picture in {folder / 'images'} has a mask of its name in masks/")
+        raise UserError(f"no picture in {pictures} has a mask of its name in {of}")
     for kind, own, others in (("pictures", images, masks), ("masks", masks, images)):
         if lone := sorted({*own} - {*others}):
             other = "mask" if kind == "pictures" else "picture"
@@ -213,8 +226,22 @@ def pairs(folder: Path, pixels: reading.Pixels, notes: list[str]) -> MaskedImage
     return MaskedImages([images[name] for name in both], [masks[name] for name in both], pixels)
 
 
-def stem(path: str, folder: Path) -> str:
-    return os.path.splitext(os.path.relpath(path, folder))[0]
+def by_stem(folder: Path) -> dict[str, str]:
+    """The image files below a folder, by their names in it without the suffix.
+
+    Raises:
+        UserError: where two have the same.
+    """
+    found: dict[str, str] = {}
+    for path in files.find_images(folder):
+        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        if stem in found:
+            raise UserError(
+                f"{found[stem]} and {path} differ in their suffixes alone, and pictures and masks "
+                "go together by the rest: rename or remove one"
+            )
+        found[stem] = path
+    return found
 
 
 def hold_out(whole: MaskedImages, fraction: float, seed: int) -> tuple[MaskedImages, MaskedImages]:
@@ -231,26 +258,27 @@ def hold_out(whole: MaskedImages, fraction: float, seed: int) -> tuple[MaskedIma
     )
 
 
+def classes_in(path: str) -> Tensor:
+    """Which of the classes 0 to 254 a mask has: (255,) bool."""
+    return torch.bincount(read_mask(path).flatten(), minlength=256)[:IGNORED] > 0
+
+
 def count_classes(train: MaskedImages, test: MaskedImages) -> int:
     """One more than the highest class of the training masks.
 
     Raises:
-        UserError: where a test mask has a higher one, or all pixels are of one class.
+        UserError: where a test mask has a class that they lack, or all pixels are of one class.
     """
-    highest = [-1, -1]
-    for i, split in enumerate((train, test)):
-        for path in split.masks:
-            mask = read_mask(path)
-            known = mask[mask != IGNORED]
-            top = int(known.max()) if known.numel() else -1
-            if i == 1 and top > highest[0]:
-                raise UserError(
-                    f"{path} has class {top}, the training masks none above {highest[0]}"
-                )
-            highest[i] = max(highest[i], top)
-    if highest[0] < 1:
+    known = torch.zeros(IGNORED, dtype=torch.bool)
+    for path in train.masks:
+        known |= classes_in(path)
+    for path in test.masks:
+        for name in (classes_in(path) & ~known).nonzero()[:, 0].tolist():
+            raise UserError(f"{path} has class {name}, which no training mask has")
+    highest = max(known.nonzero()[:, 0].tolist(), default=0)
+    if highest < 1:
         raise UserError(
             "all pixels of the training masks are of class 0, or 255, which is ignored: a second "
             "class is 1, not 255"
         )
-    return highest[0] + 1
+    return highest + 1

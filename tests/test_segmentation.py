@@ -121,8 +121,35 @@ def test_bad_folders_get_one_sentence(tmp_path, spoil, sentence):
 def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
     make(tmp_path / "train", 2)
     make(tmp_path / "val", 2, top=5)
-    with pytest.raises(masks.UserError, match="has class 5, the training masks none above 2"):
+    with pytest.raises(masks.UserError, match="has class 5, which no training mask has"):
         load(tmp_path)
+    make(tmp_path / "val", 2, top=1)  # between two that they have
+    with pytest.raises(masks.UserError, match="val.masks.0.png has class 1, which no training"):
+        load(tmp_path)
+
+
+def test_a_split_inside_of_images_and_masks_is_kept(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        make(tmp_path / split, count)
+        for kind in ("images", "masks"):
+            (tmp_path / "both" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / split / kind).rename(tmp_path / "both" / kind / split)
+    source = load(tmp_path / "both")
+    assert (len(source.train), len(source.test), source.notes) == (3, 2, [])
+    assert {path.split("/")[-2] for path in source.train.masks} == {"train"}
+    assert source.test[1][1].unique().tolist() == [0, 2]
+    with pytest.raises(masks.UserError, match="--test_fraction is for pictures without a split"):
+        load(tmp_path / "both", test_fraction=0.5)
+    for kind in ("images", "masks"):  # where nothing is to test on, train/ is a name as others are
+        (tmp_path / "both" / kind / "val").rename(tmp_path / "both" / kind / "bus")
+    assert len(load(tmp_path / "both", test_fraction=0.4).train) == 3
+
+
+def test_files_of_one_stem_are_refused(tmp_path):
+    make(tmp_path, 3)
+    draw(tmp_path, "1", suffix="jpg")
+    with pytest.raises(masks.UserError, match="1.* and .*1.* differ in their suffixes alone"):
+        load(tmp_path, test_fraction=0.5)
 
 
 def test_no_folder_and_no_split_are_refused(tmp_path):
