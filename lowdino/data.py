@@ -402,7 +402,8 @@ PIPES = (
 def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> bool:
     """Whether /dev/shm is too small for the batches that loader processes have ready, two each.
 
-    A process that fills it is killed, and the others wait for ever.
+    A process that fills it is killed, and the others wait for ever. Data sets that do not reduce
+    images to their `max_side` say by `item_bytes` what one item has at most.
     """
     try:
         found = os.statvfs("/dev/shm")
@@ -412,7 +413,8 @@ def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> 
     side = getattr(dataset, "max_side", None) or 512
     channels = getattr(dataset, "pixels", Pixels()).channels
     # Photographs of both orientations on a canvas have 3/2 of the shorter side both ways.
-    batch = batch_size * channels * (1.5 * side) ** 2
+    item = getattr(dataset, "item_bytes", None) or channels * (1.5 * side) ** 2
+    batch = batch_size * item
     free = found.f_bavail * found.f_frsize / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return num_workers > 0 and free < max((2 * num_workers + 1) * batch, LEAST_SHARED_MEMORY)
 
@@ -420,7 +422,8 @@ def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> 
 def open_loader(dataset: Dataset, num_workers: int, **options) -> DataLoader:
     """A loader with what all of them have in common; options are DataLoader's."""
     options = {"collate_fn": collate, "worker_init_fn": leave_signals_to_parent} | options
-    batch = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", 64)
+    batch = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", None)
+    batch = batch or max(map(len, options["batch_sampler"]), default=0)  # a list of batches
     if lacks_shared_memory(dataset, num_workers, batch):
         options["collate_fn"] = Piped(options["collate_fn"])
     return DataLoader(dataset, num_workers=num_workers, **options)

@@ -1,7 +1,10 @@
 """Pictures whose every pixel has a class: folders of pictures and masks, VOC 2012, demo scenes."""
 
+import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,13 @@ class MaskedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    @cached_property
+    def item_bytes(self) -> int:
+        """The most that a picture and its mask have, of an even sample's headers; see
+        `data.lacks_shared_memory`."""
+        sample = self.masks[:: max(len(self) // 64, 1)]
+        return (self.pixels.channels + 1) * max(map(pixels_of, sample))
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = reading.read_image(self.images[index], None, self.pixels)
         mask = read_mask(self.masks[index])
@@ -44,6 +54,13 @@ class MaskedImages(Dataset):
                 f"{height}"
             )
         return image, mask
+
+
+def pixels_of(path: str) -> int:
+    """How many pixels a picture has, from its header; 0 where it cannot be read."""
+    with suppress(Exception), reading.open_picture(path) as image:  # whoever reads it says why
+        return math.prod(image.size)
+    return 0
 
 
 class MaskedArrays(Dataset):

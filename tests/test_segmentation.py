@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import lowdino
-from lowdino import checkpoint, distributed, masks, probe, reading, segmentation
+from lowdino import checkpoint, data, distributed, masks, probe, reading, segmentation
 
 RANK = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -116,6 +116,26 @@ def test_bad_folders_get_one_sentence(tmp_path, spoil, sentence):
     with pytest.raises(ValueError, match=sentence):
         source = load(tmp_path, test_fraction=0.5)
         [split[i] for split in (source.train, source.test) for i in range(3)]
+
+
+def test_large_pictures_come_through_pipes_where_shared_memory_is_short(tmp_path, monkeypatch):
+    make(tmp_path, 3)
+    source = load(tmp_path, test_fraction=0.34)
+    assert source.train.item_bytes == 4 * 48 * 40
+    free = SimpleNamespace(f_bavail=2 * 2**30, f_frsize=1)
+    monkeypatch.setattr(data.os, "statvfs", lambda path: free)
+    order = [[0, 1], [1]]
+    options = dict(batch_sampler=order, collate_fn=segmentation.flat)
+    assert data.open_loader(source.train, 2, **options).collate_fn is segmentation.flat
+    monkeypatch.setattr(source.train, "item_bytes", 300 * 2**20)
+    large = data.open_loader(source.train, 2, **options)
+    assert isinstance(large.collate_fn, data.Piped)
+    for tensors, indices in zip(large, order, strict=True):
+        expected = segmentation.flat([source.train[i] for i in indices])
+        assert all(map(torch.equal, tensors, expected)) and not tensors[0].is_shared()
+    # Five batches of two fit where 64 pictures each would not.
+    monkeypatch.setattr(source.train, "item_bytes", 100 * 2**20)
+    assert data.open_loader(source.train, 2, **options).collate_fn is segmentation.flat
 
 
 def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
@@ -374,19 +394,19 @@ def test_grey_masks_of_few_bits_keep_their_indices(tmp_path, bits):
     assert masks.read_mask(str(tmp_path / "mask.png")).tolist() == [[0, 1]]
 
 
-def write_tiff(path, width, data, bits=8, photometric=1, orientation=1):
+def write_tiff(path, width, row, bits=8, photometric=1, orientation=1):
     """A plain grey TIFF file of one row, written by hand."""
     entries = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8)]
-    entries += [(274, orientation), (277, 1), (278, 1), (279, len(data))]
+    entries += [(274, orientation), (277, 1), (278, 1), (279, len(row))]
     fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
-    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    head = b"II*\0" + struct.pack("<I", 8 + len(row)) + row
     path.write_bytes(head + struct.pack("<H", len(entries)) + fields + bytes(4))
 
 
 def test_tiff_masks_keep_their_indices_and_are_turned_once(tmp_path):
     path = tmp_path / "mask.tif"
-    for bits, data in ((8, bytes([0, 1, 3])), (4, bytes([0x01, 0x30]))):
-        write_tiff(path, 3, data, bits)
+    for bits, row in ((8, bytes([0, 1, 3])), (4, bytes([0x01, 0x30]))):
+        write_tiff(path, 3, row, bits)
         assert masks.read_mask(str(path)).tolist() == [[0, 1, 3]]
     write_tiff(path, 3, bytes([0, 1, 3]), orientation=6)  # a quarter to the right
     assert masks.read_mask(str(path)).tolist() == [[0], [1], [3]]
