@@ -291,7 +291,10 @@ def count_classes(train: MaskedImages, test: MaskedImages) -> int:
         known |= classes_in(path)
     for path in test.masks:
         for name in (classes_in(path) & ~known).nonzero()[:, 0].tolist():
-            raise UserError(f"{path} has class {name}, which no training mask has")
+            raise UserError(
+                f"{path} has class {name}, which no training mask has: make it {IGNORED}, which is "
+                "ignored, or choose other pictures to test on"
+            )
     highest = max(known.nonzero()[:, 0].tolist(), default=0)
     if highest < 1:
         raise UserError(

@@ -49,7 +49,7 @@ def load(folder, **options):
 
 def test_a_folder_with_a_split(tmp_path):
     make(tmp_path / "train", 3, top=3, suffix="jpg")
-    make(tmp_path / "val", 2)
+    make(tmp_path / "val", 2, top=3)
     source = load(tmp_path)
     assert (len(source.train), len(source.test), source.classes, source.notes) == (3, 2, 4, [])
     image, mask = source.train[1]
@@ -144,7 +144,7 @@ def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
     with pytest.raises(masks.UserError, match="has class 5, which no training mask has"):
         load(tmp_path)
     make(tmp_path / "val", 2, top=1)  # between two that they have
-    with pytest.raises(masks.UserError, match="val.masks.0.png has class 1, which no training"):
+    with pytest.raises(masks.UserError, match="class 1, which no training .*: make it 255"):
         load(tmp_path)
 
 
@@ -181,6 +181,7 @@ def test_no_folder_and_no_split_are_refused(tmp_path):
     make(tmp_path / "train")
     with pytest.raises(masks.UserError, match="has train/ but no val/ or test/"):
         load(tmp_path)
+    make(tmp_path / "val")
     with pytest.raises(masks.UserError, match="--test_fraction is for pictures without a split"):
         load(tmp_path, test_fraction=0.5)
 
@@ -229,6 +230,25 @@ def test_mean_iou_is_of_the_pictures_own_size(tmp_path):
             either[name] += ((said == name) | (real == name)).sum()
     assert either[1] == 0 and found == pytest.approx((both[[0, 2]] / either[[0, 2]]).mean())
     assert found > 0.95
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_classes_are_predicted_a_few_at_a_time(layout, monkeypatch):
+    logits = torch.randn(2, 7, 9, 11).contiguous(memory_format=layout)[1]
+    logits[5] = logits[2]  # of equal ones the first
+    sizes = []
+    interpolate = F.interpolate
+
+    def watched(x, *args, **options):
+        sizes.append(len(x[0]))
+        return interpolate(x, *args, **options)
+
+    expected = interpolate(logits[None], (31, 20), mode="bilinear", align_corners=False)[0]
+    monkeypatch.setattr(F, "interpolate", watched)
+    assert torch.equal(segmentation.predicted(logits, (31, 20)), expected.argmax(dim=0))
+    monkeypatch.setattr(segmentation, "LOGITS", 3 * 31 * 20 + 5)
+    assert torch.equal(segmentation.predicted(logits, (31, 20)), expected.argmax(dim=0))
+    assert sizes == [7, 3, 3, 1]
 
 
 def run(call_script, folder, *flags):
@@ -394,10 +414,10 @@ def test_grey_masks_of_few_bits_keep_their_indices(tmp_path, bits):
     assert masks.read_mask(str(tmp_path / "mask.png")).tolist() == [[0, 1]]
 
 
-def write_tiff(path, width, row, bits=8, photometric=1, orientation=1):
+def write_tiff(path, width, row, bits=8, photometric=1):
     """A plain grey TIFF file of one row, written by hand."""
     entries = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8)]
-    entries += [(274, orientation), (277, 1), (278, 1), (279, len(row))]
+    entries += [(277, 1), (278, 1), (279, len(row))]
     fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
     head = b"II*\0" + struct.pack("<I", 8 + len(row)) + row
     path.write_bytes(head + struct.pack("<H", len(entries)) + fields + bytes(4))
@@ -408,19 +428,21 @@ def test_tiff_masks_keep_their_indices_and_are_turned_once(tmp_path):
     for bits, row in ((8, bytes([0, 1, 3])), (4, bytes([0x01, 0x30]))):
         write_tiff(path, 3, row, bits)
         assert masks.read_mask(str(path)).tolist() == [[0, 1, 3]]
-    write_tiff(path, 3, bytes([0, 1, 3]), orientation=6)  # a quarter to the right
-    assert masks.read_mask(str(path)).tolist() == [[0], [1], [3]]
-    write_tiff(path, 3, bytes([0, 1, 3]), orientation=3)
-    assert masks.read_mask(str(path)).tolist() == [[3, 1, 0]]
+    turned = {1: [[0, 1, 3]], 3: [[3, 1, 0]], 6: [[0], [1], [3]], 8: [[3], [1], [0]]}
+    for orientation, expected in turned.items():
+        picture = Image.fromarray(np.uint8([[0, 1, 3]]))
+        picture.save(path, compression="tiff_lzw", tiffinfo={274: orientation})
+        assert masks.read_mask(str(path)).tolist() == expected
+        assert torch.equal(reading.read_image(str(path))[0], torch.tensor(expected))
 
 
 def test_other_files_of_indices_are_read_as_they_are(tmp_path):
-    values = np.uint8([[0, 1, 20]])
+    values = np.uint8([[0, 1, 2]])
     for suffix in ("gif", "bmp", "tga", "pgm", "pcx"):
         path = tmp_path / f"mask.{suffix}"
         Image.fromarray(values).save(path)
         assert masks.read_mask(str(path)).tolist() == values.tolist(), suffix
-    path.with_suffix(".pgm").write_bytes(b"P2 3 1 255\n0 1 20\n")
+    path.with_suffix(".pgm").write_bytes(b"P2 3 1 255\n0 1 2\n")
     assert masks.read_mask(str(path.with_suffix(".pgm"))).tolist() == values.tolist()
 
 
