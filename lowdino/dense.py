@@ -152,8 +152,13 @@ def segmenter(backbone: nn.Module, classes: int) -> FCN:
 
 def confusion(logits: Tensor, mask: Tensor, ignore: int = 255) -> Tensor:
     """Pixels of each class (rows) by what was predicted: (C, H, W), (H, W) -> (C, C) int64."""
-    classes, known = len(logits), mask != ignore
-    pairs = mask[known].long() * classes + logits.argmax(dim=0)[known]
+    return confusion_of(logits.argmax(dim=0), mask, len(logits), ignore)
+
+
+def confusion_of(said: Tensor, mask: Tensor, classes: int, ignore: int = 255) -> Tensor:
+    """As `confusion`, of the predicted classes (H, W)."""
+    known = mask != ignore
+    pairs = mask[known].long() * classes + said[known]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 

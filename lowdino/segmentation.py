@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -295,6 +296,27 @@ def learn_whole(
 # --------------------------------------------------------------------------------------------------
 
 
+LOGITS = 2**25  # so many are interpolated at once, 128 MiB
+
+
+def predicted(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class of each pixel, of logits (C, h, w) that are interpolated: (H, W) int64.
+
+    A few classes at a time: all logits of a large picture may take gigabytes.
+    """
+    count = max(LOGITS // math.prod(size), 1)
+    for first in range(0, len(logits), count):
+        part = logits[None, first : first + count].float()
+        part = F.interpolate(part, size, mode="bilinear", align_corners=False)[0]
+        top, name = part.max(dim=0)
+        if first == 0:
+            highest, said = top, name
+        else:
+            said = torch.where(top > highest, first + name, said)
+            highest = torch.maximum(top, highest)
+    return said
+
+
 @torch.no_grad()
 def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     """Mean IoU on the test pictures, each at its own size.
@@ -315,10 +337,8 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
                 "diverging loss: the trained network's logits are not finite; a lower --lr may help"
             )
         for logits, (_, mask) in zip(found, batch):
-            own = F.interpolate(
-                logits[None].float(), mask.shape, mode="bilinear", align_corners=False
-            )
-            total += dense.confusion(own[0], mask, masks.IGNORED)
+            said = predicted(logits, tuple(mask.shape))
+            total += dense.confusion_of(said, mask, source.classes, masks.IGNORED)
     if ranks.world > 1:
         torch.distributed.all_reduce(total)
     return dense.mean_iou(total)
