@@ -76,6 +76,15 @@ def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, .
     return mean, getattr(network, "std", augment.IMAGENET_STD)
 
 
+def check_finite(found: Tensor, what: str) -> None:
+    """Refuse what a network gives, named by `what`, where some of it is not finite."""
+    if not found.isfinite().all():
+        raise UserError(
+            f"the network gives {what} that are not finite numbers: its weights are damaged, or "
+            "diverged"
+        )
+
+
 def own_features(
     backbone: nn.Module,
     images: data.ImageArray | data.ImageFiles,
@@ -123,9 +132,5 @@ def features(
     names = getattr(images, "paths", None) or [str(i) for i in range(len(images))]
     rows = (distributed.gather_strided(part, len(images)) for part in own)
     found = evaluate.Features(*rows, names)
-    if not found.features.isfinite().all():
-        raise UserError(
-            "the network gives features that are not finite numbers: its weights are damaged, or "
-            "diverged"
-        )
+    check_finite(found.features, "features")
     return found

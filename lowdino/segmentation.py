@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import math
 import os
 import time
@@ -99,7 +100,7 @@ def protocol(args: argparse.Namespace) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def whole(image: Tensor) -> Tensor:
+def whole_box(image: Tensor) -> Tensor:
     """The box of a whole picture: (1, 4)."""
     return torch.tensor([[0.0, 0.0, *image.shape[1:]]], device=image.device)
 
@@ -144,46 +145,55 @@ def maps_of(backbone: nn.Module, x: Tensor, which: str) -> Tensor:
     with torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
         if which == "last":
             return backbone.forward_features(x).float()
-        maps = [map.float() for map in backbone.forward_pyramid(x)]
+        maps = [found.float() for found in backbone.forward_pyramid(x)]
     finest = maps[0].shape[-2:]
     resized = (F.interpolate(m, finest, mode="bilinear", align_corners=False) for m in maps[1:])
     return torch.cat([maps[0], *resized], dim=1)
 
 
-def frozen_maps(args, backbone: nn.Module, source, size: int, ranks) -> tuple[Tensor, Tensor]:
-    """Maps of the training pictures, float32 (N, D, h, w), and their masks, (N, size, size).
+def frozen_maps(
+    args, backbone: nn.Module, images: Dataset, size: int, ranks
+) -> tuple[Tensor, Tensor]:
+    """Maps of pictures, float32 (N, D, h, w), and their masks, (N, size, size), on the device.
 
     Raises:
-        UserError: where they would not fit into half of the memory.
+        UserError: where they would not fit into half of its memory, or are not finite.
     """
     mean, std = frozen.normalisation(backbone)
-    count, maps, found = len(source.train), [], []
+    count, maps, found = len(images), [], []
     order = linear.shares(count, args.batch_size_per_gpu, ranks)
-    for batch in batches(args, source.train, order, ranks.device):
-        x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
+    for batch in batches(args, images, order, ranks.device):
+        x = torch.cat([square(image, size, whole_box(image)) for image, _ in batch])
         maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps))
-        found += [square_mask(mask, size, whole(mask[None])) for _, mask in batch]
+        found += [square_mask(mask, size, whole_box(mask[None])) for _, mask in batch]
         if len(maps) == 1:
             # Four bytes a number, once in parts and once together, on every rank.
-            check_memory(8 * maps[0][0].numel() * count * ranks.world, count)
+            needed = 8 * maps[0][0].numel() * count
+            # On the host all ranks share one memory, on GPUs each has its own.
+            needed *= 1 if ranks.device.type == "cuda" else ranks.world
+            check_memory(args, needed, count, memory_of(ranks.device))
     maps, found = torch.cat(maps), torch.stack(found)
-    if not maps.isfinite().all():
-        raise UserError(
-            "the network gives maps that are not finite numbers: its weights are damaged, or "
-            "diverged"
-        )
+    frozen.check_finite(maps, "maps")
     return tuple(distributed.gather_strided(part, count) for part in (maps, found))
 
 
-def check_memory(needed: int, count: int) -> None:
-    """Refuse maps of `needed` bytes where they are more than half of the host's memory."""
+def memory_of(device: torch.device) -> float:
+    """Bytes that are free on a GPU, or that the host has; infinity where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf"):  # Windows
-        return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(args, needed: int, count: int, memory: float) -> None:
+    """Refuse maps of `needed` bytes where they are more than half of the memory."""
     if needed > memory / 2:
+        advice = "a smaller --image_size or --label_fraction"
+        advice += ", or --maps last" if args.maps != "last" else ""
         raise UserError(
             f"the maps of {count} pictures take {needed / 1e9:.0f} GB, more than half of the "
-            "memory: give a smaller --image_size, or --maps last"
+            f"memory: give {advice}"
         )
 
 
@@ -194,7 +204,7 @@ def loss_of(logits: Tensor, found: Tensor) -> Tensor:
 
 
 class LinearLayer(nn.Module):
-    """A linear layer on scaled maps, upsampled: (B, D, h, w) -> logits (B, C, size, size)."""
+    """A linear layer on scaled maps, upsampled: (B, D, h, w) -> logits (B, C, *size)."""
 
     def __init__(self, scaler: probe.Scaler, width: int, classes: int):
         super().__init__()
@@ -216,8 +226,8 @@ def learn_linear(
     rank."""
     few = max(len(chosen) * maps[0, 0].numel() // 100_000, 1)
     some = maps[chosen[::few]]  # about 100,000 cells tell their scale
-    cells = some.movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
-    layer = LinearLayer(probe.Scaler(cells), maps.shape[1], classes)
+    rows = some.movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
+    layer = LinearLayer(probe.Scaler(rows), maps.shape[1], classes)
     optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=args.weight_decay[0])
     batch = min(args.batch_size_per_gpu, len(chosen))
     steps = args.epochs * (len(chosen) // batch)
@@ -233,10 +243,26 @@ def learn_linear(
 
 
 def learn_frozen(
-    args, backbone, maps: Tensor, found: Tensor, classes: int, size: int, chosen: list[int], seed
+    args,
+    backbone: nn.Module,
+    maps: Tensor,
+    found: Tensor,
+    used: list[int],
+    classes: int,
+    size: int,
+    chosen: list[int],
+    seed: int,
 ) -> Callable[[Tensor], Tensor]:
-    """What gives logits of squares (B, C, size, size): the backbone and a linear layer on it."""
-    layer = learn_linear(args, maps, found, chosen, classes, seed)
+    """The backbone and a linear layer on it, trained on the pictures at indices `chosen`.
+
+    Args:
+        maps, found: of the pictures at indices `used`, see `frozen_maps`.
+
+    Returns:
+        A function: images (B, C, size, size) -> logits (B, classes, size, size).
+    """
+    place = {index: i for i, index in enumerate(used)}
+    layer = learn_linear(args, maps, found, [place[i] for i in chosen], classes, seed)
     return lambda x: layer(maps_of(backbone, x, args.maps), (size, size))
 
 
@@ -261,7 +287,14 @@ def training_batch(batch, size: int, network, seed: int, step: int, ranks) -> tu
 def learn_whole(
     args, name: str, source: masks.Data, size: int, ranks, chosen: list[int], seed: int
 ) -> Callable[[Tensor], Tensor]:
-    """What gives logits of squares (B, C, size, size): the network `name`, trained whole."""
+    """The network `name`, trained whole on the pictures at indices `chosen`.
+
+    Returns:
+        A function: images (B, C, size, size) -> logits (B, classes, size, size).
+
+    Raises:
+        UserError: where the pictures are too few for the ranks or for batch norm; `Diverged`.
+    """
     _, backbone = frozen.open_network(name, seed)
     torch.manual_seed(seed)
     network = dense.segmenter(backbone, source.classes)
@@ -330,7 +363,7 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     total = torch.zeros(source.classes, source.classes, dtype=torch.int64, device=ranks.device)
     order = linear.shares(len(source.test), args.batch_size_per_gpu, ranks)
     for batch in batches(args, source.test, order, ranks.device):
-        x = torch.cat([square(image, size, whole(image)) for image, _ in batch])
+        x = torch.cat([square(image, size, whole_box(image)) for image, _ in batch])
         found = logits_of(augment.normalize(x, *normalisation))
         if not found.isfinite().all():
             raise linear.Diverged(
@@ -377,7 +410,13 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     elif channels != 3:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
     size = size_of(args, backbone, source.train)
-    if min(len(source.train), len(source.test)) < ranks.world:
+    subsets = {
+        (fraction, seed): linear.some_of(len(source.train), fraction, seed, least=2)
+        for fraction in args.label_fraction
+        for seed in args.seeds
+    }
+    used = sorted({*itertools.chain(*subsets.values())})
+    if min(len(used), len(source.test)) < ranks.world:
         raise UserError(f"{source.name} has fewer pictures than there are ranks; start fewer")
     if ranks.first:
         if number == 1 and source.notes:
@@ -388,23 +427,20 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     if args.finetune or args.from_scratch:
         learn = partial(learn_whole, args, name, source, size, ranks)
     else:
-        maps, found = frozen_maps(args, backbone, source, size, ranks)
-        learn = partial(learn_frozen, args, backbone, maps, found, source.classes, size)
+        maps, found = frozen_maps(args, backbone, Subset(source.train, used), size, ranks)
+        learn = partial(learn_frozen, args, backbone, maps, found, used, source.classes, size)
     results = []
     for fraction in args.label_fraction:
         results.append([])
         for seed in args.seeds:
-            start, chosen = (
-                time.perf_counter(),
-                linear.some_of(len(source.train), fraction, seed, least=2),
-            )
+            start, chosen = time.perf_counter(), subsets[fraction, seed]
             logits_of = learn(chosen, seed)
-            iou = evaluate(args, logits_of, frozen.normalisation(backbone), source, size, ranks)
-            results[-1].append(iou)
+            score = evaluate(args, logits_of, frozen.normalisation(backbone), source, size, ranks)
+            results[-1].append(score)
             if ranks.first:
                 said = f"{fraction:g} of the masks ({len(chosen)} pictures), seed {seed}"
                 seconds = time.perf_counter() - start
-                print(f"  {said}: mean IoU {iou:.4f} in {seconds:.0f} s", flush=True)
+                print(f"  {said}: mean IoU {score:.4f} in {seconds:.0f} s", flush=True)
     return {"model": title, "image_size": size, "mean_iou": results}
 
 
@@ -448,7 +484,7 @@ def propagated_iou(
         scenes = torch.cat([scene for scene, _ in drawn]).to(ranks.device)
         shown = torch.stack([demo.semantic_mask(target) for _, (target,) in drawn])
         shown = shown.to(ranks.device).long()
-        boxes = whole(scenes[0]).expand(frames, -1)
+        boxes = whole_box(scenes[0]).expand(frames, -1)
         views = augment.resized_crop(scenes, boxes, size)
         maps = features(augment.normalize(views, mean, std)).float()
         classes = [0, *shown[0].unique().tolist()[1:]]

@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import lowdino
-from lowdino import checkpoint, data, distributed, masks, probe, reading, segmentation
+from lowdino import checkpoint, data, distributed, linear, masks, probe, reading, segmentation
 
 RANK = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -189,9 +189,9 @@ def test_no_folder_and_no_split_are_refused(tmp_path):
 def test_a_mask_is_resized_as_pillow_does():
     mask = torch.randint(0, 9, (37, 53), dtype=torch.uint8)
     expected = Image.fromarray(mask.numpy()).resize((24, 24), Image.Resampling.NEAREST)
-    found = segmentation.square_mask(mask, 24, segmentation.whole(mask[None]))
+    found = segmentation.square_mask(mask, 24, segmentation.whole_box(mask[None]))
     assert torch.equal(found, torch.from_numpy(np.array(expected)))
-    flipped = segmentation.square_mask(mask, 24, segmentation.whole(mask[None]), flip=True)
+    flipped = segmentation.square_mask(mask, 24, segmentation.whole_box(mask[None]), flip=True)
     assert torch.equal(flipped, found.flip(1))
     box = torch.tensor([[5.0, 7.0, 20.0, 30.0]])
     crop = Image.fromarray(mask[5:25, 7:37].numpy()).resize((24, 24), Image.Resampling.NEAREST)
@@ -216,7 +216,7 @@ def test_mean_iou_is_of_the_pictures_own_size(tmp_path):
         draw(tmp_path / "train", f"{i}", size)
         draw(tmp_path / "val", f"{i}", size)
     source = load(tmp_path)
-    squares = [segmentation.square_mask(m, 32, segmentation.whole(i)) for i, m in source.test]
+    squares = [segmentation.square_mask(m, 32, segmentation.whole_box(i)) for i, m in source.test]
     logits = F.one_hot(torch.stack(squares).long(), 3).permute(0, 3, 1, 2).float()
     args = SimpleNamespace(batch_size_per_gpu=2, num_workers=0)
     constant = (0.0,) * 3, (1.0,) * 3
@@ -322,7 +322,7 @@ def main(ranks):
     source = masks.load({data!r}, "", False, reading.Pixels(), test_fraction=0.34)
     _, backbone = frozen.open_network("resnet5m")
     args = SimpleNamespace(maps="pyramid", batch_size_per_gpu=2, num_workers=0)
-    found = segmentation.frozen_maps(args, backbone.eval(), source, 64, ranks)
+    found = segmentation.frozen_maps(args, backbone.eval(), source.train, 64, ranks)
     plain = (0.0,) * 3, (1.0,) * 3
     iou = segmentation.evaluate(args, lambda x: x, plain, source, 64, ranks)
     if ranks.first:
@@ -353,8 +353,33 @@ def test_two_ranks_equal_one(tmp_path, run_script):
 
 
 def test_maps_that_would_not_fit_are_refused():
-    with pytest.raises(segmentation.UserError, match="the maps of 7 pictures take 1000000000 GB"):
-        segmentation.check_memory(10**18, 7)
+    memory = segmentation.memory_of(RANK.device)
+    assert 10**8 < memory < 10**15
+    sentence = "the maps of 7 pictures take 1000000000 GB, .* or --label_fraction"
+    for maps, end in (("pyramid", ", or --maps last$"), ("last", "$")):
+        with pytest.raises(segmentation.UserError, match=sentence + end):
+            segmentation.check_memory(SimpleNamespace(maps=maps), 10**18, 7, memory)
+
+
+def test_maps_are_of_the_pictures_that_are_used(tmp_path, call_script, monkeypatch):
+    make(tmp_path / "data", 10, size=(64, 64))
+    seen, learned = [], []
+    frozen_maps, learn_linear = segmentation.frozen_maps, segmentation.learn_linear
+
+    def watched(args, backbone, images, *others):
+        seen.append(images)
+        return frozen_maps(args, backbone, images, *others)
+
+    def learn(args, maps, found, chosen, *others):
+        learned.append([seen[0].indices[i] for i in chosen])
+        return learn_linear(args, maps, found, chosen, *others)
+
+    monkeypatch.setattr(segmentation, "frozen_maps", watched)
+    monkeypatch.setattr(segmentation, "learn_linear", learn)
+    flags = ["--test_fraction", "0.2", "--label_fraction", "0.25", "--seeds", "0", "1"]
+    run(call_script, tmp_path, "resnet5m", *flags, "--epochs", "1")
+    assert learned == [linear.some_of(8, 0.25, seed, least=2) for seed in (0, 1)]
+    assert seen[0].indices == sorted({*learned[0], *learned[1]}) and len(seen[0]) < 5
 
 
 @pytest.mark.slow
