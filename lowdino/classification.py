@@ -160,7 +160,7 @@ def features_of_images(
     row = {"model": title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
     start = time.perf_counter()
     train, test = (
-        frozen.features(backbone, images, size, ranks, workers=workers, pool=args.pool)
+        frozen.features(backbone, images, size, ranks, args.batch_size_per_gpu, workers, args.pool)
         for images in (source.train, source.test)
     )
     if ranks.first:

@@ -73,14 +73,20 @@ class ProbeInputs:
 # ---------------------------------------------------------------------------------------------
 
 
-def batch_and_steps(args, indices: Tensor, world: int) -> tuple[int, int]:
-    """Images a rank and step, and steps, of --epochs on the training images at `indices`."""
-    if len(indices) < world:
-        raise UserError(
-            f"{len(indices)} labelled images are fewer than the {world} ranks; start fewer"
-        )
-    batch = min(args.batch_size_per_gpu, len(indices) // world)
-    return batch, args.epochs * (len(indices) // (batch * world))
+def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> tuple[int, int]:
+    """Images a rank and step, and steps, of --epochs on so many images.
+
+    Raises:
+        UserError: where the images are fewer than the ranks, or a batch too small for `batch_norm`.
+    """
+    if count < world:
+        raise UserError(f"{count} labelled images are fewer than the {world} ranks; start fewer")
+    batch = min(args.batch_size_per_gpu, count // world)
+    if batch_norm and batch == 1:
+        few = args.batch_size_per_gpu > 1
+        advice = "more images are labelled" if few else "--batch_size_per_gpu is at least 2"
+        raise UserError(f"batch norm needs two images a rank and step; see that {advice}")
+    return batch, args.epochs * (count // (batch * world))
 
 
 def training_batches(
@@ -169,7 +175,7 @@ def fit(
         return probe.logistic_regression(x, labels, classes, [decay for _, decay in grid])
     # On features at hand every rank trains the whole.
     world = subject.ranks.world if args.augment else 1
-    batch, steps = batch_and_steps(args, indices, world)
+    batch, steps = batch_and_steps(args, len(indices), world)
     settings = [(lr * batch * world / 256, decay) for lr, decay in grid]
     if choosing:
         batch = math.ceil(batch / 16)
@@ -218,12 +224,7 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
     ranks = subject.ranks
     network = distributed.on_device(with_classifier(name, subject.source.classes, seed), ranks)
     groups = optim.layerwise_groups(*network, args.layer_decay)
-    batch, steps = batch_and_steps(args, indices, ranks.world)
-    if batch == 1:
-        raise UserError(
-            "batch norm needs two images a rank or more: give a larger --batch_size_per_gpu, or "
-            "more labels"
-        )
+    batch, steps = batch_and_steps(args, len(indices), ranks.world, batch_norm=True)
     network[0].value_range = getattr(subject.backbone, "value_range", None)
     loader = training_batches(subject, indices, batch, steps, seed)
     model = distributed.data_parallel(network).train()
@@ -378,7 +379,8 @@ def learn_whole(
     """
     network = finetuned(args, subject, name, indices, seed)
     test, size, ranks = subject.source.test, subject.size, subject.ranks
-    logits = frozen.features(network, test, size, ranks, workers=subject.workers).features
+    batch, workers = args.batch_size_per_gpu, subject.workers
+    logits = frozen.features(network, test, size, ranks, batch, workers).features
     if ranks.first:
         path = Path(args.output_dir) / f"network{number}_{subset}.pth"
         save_network(path, network, size, args.epochs)

@@ -302,9 +302,7 @@ def learn_whole(
     network = distributed.on_device(network, ranks)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
     images = Subset(source.train, chosen)
-    batch, steps = linear.batch_and_steps(args, torch.tensor(chosen), ranks.world)
-    if batch == 1:
-        raise UserError("batch norm needs two pictures a rank or more: give more of them")
+    batch, steps = linear.batch_and_steps(args, len(chosen), ranks.world, batch_norm=True)
     order = data.TrainingBatches(len(chosen), batch, seed, 0, steps, ranks.rank, ranks.world)
     model = distributed.data_parallel(network).train()
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import eval_linear
 import lowdino
-from lowdino import distributed, evaluate, linear, optim, probe
+from lowdino import data, distributed, evaluate, linear, optim, probe
 
 
 def blobs(n, classes=4, width=12, seed=0):
@@ -249,6 +249,39 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
         _, _, test = evaluate.load_features(tmp_path / "f.npz")
         logits = F.linear(test.features, **torch.load(file, weights_only=True)["classifier"])
         assert evaluate.accuracy(logits, test.labels) == row["trained"][0]["top1"][0]
+
+
+@pytest.mark.parametrize(
+    "count, batch, sentence",
+    [
+        (1, 8, "1 labelled images are fewer than the 2 ranks; start fewer"),
+        (8, 1, "batch norm needs two images a rank and step; see that --batch_size_per_gpu is"),
+        (3, 8, "batch norm needs two images a rank and step; see that more images are labelled"),
+    ],
+)
+def test_batches_that_are_too_small_are_one_sentence(count, batch, sentence):
+    args = SimpleNamespace(batch_size_per_gpu=batch, epochs=5)
+    with pytest.raises(linear.UserError, match=sentence):
+        linear.batch_and_steps(args, count, 2, batch_norm=True)
+    assert count < 2 or linear.batch_and_steps(args, count, 2)[0] == 1
+    assert linear.batch_and_steps(args, 13, 2) == (min(batch, 6), 5 * (13 // (2 * min(batch, 6))))
+
+
+@pytest.mark.parametrize("flags", [[], ["--finetune", "--epochs", 1]])
+def test_features_are_computed_in_batches_of_the_flag(
+    flags, picture_folder, tmp_path, call_script, monkeypatch
+):
+    sizes = []
+    loader = data.evaluation_loader
+
+    def watched(images, batch_size, *others):
+        sizes.append(batch_size)
+        return loader(images, batch_size, *others)
+
+    monkeypatch.setattr(data, "evaluation_loader", watched)
+    flags = [*flags, *QUICK, "--batch_size_per_gpu", 7, "--data_path", picture_folder]
+    call_script("eval_linear.py", "mobilenet_v3_small", *flags, "--output_dir", tmp_path)
+    assert sizes == [7] * (3 if "--finetune" in flags else 2)
 
 
 def test_a_last_loss_that_is_not_finite_is_told():

@@ -303,6 +303,14 @@ def test_wrong_flags_are_refused(call_script, flags, sentence):
     assert done.returncode == 2 and sentence in done.stderr
 
 
+def test_a_batch_of_one_is_not_for_batch_norm(tmp_path, call_script):
+    make(tmp_path / "data", 4, size=(32, 32))
+    flags = ["--task", "segmentation", "--data_path", tmp_path / "data", "--test_fraction", "0.5"]
+    flags += ["--finetune", "--batch_size_per_gpu", "1", "--output_dir", tmp_path / "out"]
+    done = call_script("eval_linear.py", "mobilenet_v3_small", *flags, check=False)
+    assert done.returncode == 2 and "see that --batch_size_per_gpu is at least 2" in done.stderr
+
+
 def test_maps_are_refused_for_classification(call_script):
     done = call_script("eval_linear.py", "resnet5m", "--maps", "pyramid", check=False)
     assert "--maps goes with --task segmentation, not with classification" in done.stderr
