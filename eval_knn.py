@@ -72,12 +72,15 @@ def check(args: argparse.Namespace) -> str | None:
             "--features, --neighbours and --maps need the images, which --from_features does "
             "without"
         )
-    if args.maps and (args.pixels or args.features or args.neighbours):
+    if args.maps and (args.pixels or args.features or args.neighbours or args.map):
         return "--maps needs a backbone, --weights or --arch, and is written alone"
     if args.propagate and (args.pixels or args.from_features):
         return "--propagate needs a backbone, --weights or --arch"
     if args.propagate and args.data_path != "demo_scenes":
         return "--propagate is measured on the films of --data_path demo_scenes"
+    for name in ("pool", "nb_knn", "temperature") if args.propagate else ():
+        if getattr(args, name) != get_parser().get_default(name):
+            return f"--{name} is not for --propagate, which has its own neighbours: leave it out"
     if args.propagate and (args.map or args.maps or args.features or args.neighbours):
         return "--propagate is measured alone: leave --map, --maps, --features, --neighbours out"
     if args.pixels and args.pool != "default":
@@ -120,7 +123,7 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
     None on the other ranks, where there are no labels, and where --maps is all that is asked for.
     """
     name, backbone = frozen.open_network(model_name(args), args.seed)
-    labelled = bool(args.neighbours) or not (args.features or args.maps)
+    labelled = bool(args.neighbours or args.map) or not (args.features or args.maps)
     source, size, workers = settings.open_data(args, backbone, ranks, labelled)
     if ranks.first and source.notes and not args.maps:  # which needs no labels
         print("\n".join(source.notes), flush=True)
@@ -178,6 +181,7 @@ def propagate(args, ranks: distributed.Ranks) -> None:
     strides = backbone.pyramid_strides
     chosen = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
     size = args.image_size or 2 * demo.SCENE_SIDE // strides[-1] * strides[-1]
+    segmentation.check_size(size, strides[-1])
     if len(frozen.normalisation(backbone)[0]) != 3:
         raise segmentation.UserError(f"demo scenes are in colours, and {name} is not")
     found, still = segmentation.propagated_iou(

@@ -335,9 +335,10 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     as_read = reading.Pixels(channels, max_megapixels=args.max_megapixels)
     where = args.data_path, args.data_root, args.download
     source = annotations.load(*where, args.detector == "mask_rcnn", as_read, ranks.rank)
+    said = ""
     if isinstance(source.train, annotations.Pictures):
         paths = [picture.path for picture in source.train.pictures]
-        as_read = pixels.with_range(args, backbone, paths, as_read)
+        as_read, said = pixels.with_range(args, backbone, source.name, paths, as_read)
         source.train.pixels = source.test.pixels = as_read
     if len(source.train[0][0]) != channels:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
@@ -349,7 +350,7 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
             print("\n".join(source.notes))
         counts = f"{len(source.train)} training and {len(source.test)} test pictures"
         classes = f"{len(source.names)} classes"
-        print(f"{title}; {source.name}: {counts}, {classes}, {size} px", flush=True)
+        print(f"{title}; {source.name}: {counts}, {classes}, {size} px{said}", flush=True)
     torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape anew
     start = time.perf_counter()
     for fraction in args.label_fraction:

@@ -107,7 +107,7 @@ def fit(args, backbone: nn.Module, source: sources.Data, saved: dict | None = No
         # Before ranges were kept, there was one for all, which reading has by itself.
         value_range, how = args.value_range or saved.get("value_range"), "before"
     else:
-        value_range, how = given_or_found(args, source)
+        value_range, how = given_or_found(args, source.pretrain, source.name)
     said = read_range(backbone, source, value_range, how)
     if backbone.mean is None:
         backbone.mean, backbone.std = statistics(source.pretrain)
@@ -121,27 +121,48 @@ def fit(args, backbone: nn.Module, source: sources.Data, saved: dict | None = No
 
 def fit_evaluation(args, backbone: nn.Module, source: sources.Data) -> str:
     """As `fit`, of an evaluation: the range and the number of channels are the backbone's own."""
-    own = getattr(backbone, "value_range", None)
-    known = own and not args.value_range
-    value_range, how = (own, "the backbone's") if known else given_or_found(args, source)
-    return read_range(backbone, source, value_range, how)
+    found = range_of_evaluation(args, backbone, source.pretrain, source.name)
+    return read_range(backbone, source, *found)
 
 
-def with_range(args, backbone: nn.Module, paths: list[str], pixels: reading.Pixels):
-    """`pixels` with the range of values of an evaluation: given, the backbone's, or a sample's."""
+def with_range(
+    args, backbone: nn.Module, name: str, paths: list[str], pixels: reading.Pixels
+) -> tuple[reading.Pixels, str]:
+    """As `fit_evaluation`, of the pictures at `paths` of a dense task.
+
+    Args:
+        name: of the data set, in words.
+
+    Returns:
+        `pixels` with the range, and what to say of it.
+    """
     images = data.ImageFiles(paths)
     images.pixels = pixels
-    own = args.value_range or getattr(backbone, "value_range", None)
-    return pixels._replace(value_range=own or find_range(images))
+    value_range, how = range_of_evaluation(args, backbone, images, name)
+    return pixels._replace(value_range=value_range), in_words(value_range, how)
 
 
-def given_or_found(args, source: sources.Data) -> tuple[tuple[float, float] | None, str]:
-    """The range that a flag gives, else that of a sample; and which of them it is."""
-    found = find_range(source.pretrain)
+def range_of_evaluation(
+    args, backbone: nn.Module, images, name: str
+) -> tuple[tuple[float, float] | None, str]:
+    """The range that a flag gives, else the backbone's own, else that of a sample; and which."""
+    own = getattr(backbone, "value_range", None)
+    if own and not args.value_range:
+        return own, "the backbone's"
+    return given_or_found(args, images, name)
+
+
+def given_or_found(args, images, name: str) -> tuple[tuple[float, float] | None, str]:
+    """The range that a flag gives, else that of a sample of the images; and which of them it is.
+
+    Raises:
+        UserError: where a range is given that no image needs, with the `name` of the data set.
+    """
+    found = find_range(images)
     if args.value_range and not found:
         raise UserError(
-            f"--value_range is of values of more than 8 bits, and {source.name} has none in a "
-            "sample: leave it out"
+            f"--value_range is of values of more than 8 bits, and {name} has none in a sample: "
+            "leave it out"
         )
     return (args.value_range, "given") if args.value_range else (found, "found in a sample")
 
@@ -150,6 +171,10 @@ def read_range(backbone: nn.Module, source: sources.Data, value_range, how: str)
     """Read a source by a range, and keep that with the backbone; in words."""
     read_as(source, value_range=value_range)
     backbone.value_range = value_range
+    return in_words(value_range, how)
+
+
+def in_words(value_range: tuple[float, float] | None, how: str) -> str:
     if value_range is None:
         return ""
     low, high = value_range

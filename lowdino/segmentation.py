@@ -63,6 +63,10 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
     if args.test_fraction is not None and not 0 < args.test_fraction < 1:
         return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
+    if args.test_fraction is not None and args.data_path in ("demo_scenes", "voc2012"):
+        return f"--test_fraction is for a folder; {args.data_path} has test pictures of its own"
+    if args.value_range and args.data_path == "demo_scenes":
+        return "--value_range is of values of more than 8 bits, and demo_scenes has none"
     return settings.check_reading(args)
 
 
@@ -375,6 +379,14 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     return dense.mean_iou(total)
 
 
+def check_size(size: int, stride: int) -> None:
+    """Refuse an --image_size that is not in whole strides of the network."""
+    if size % stride:
+        raise UserError(
+            f"--image_size must be a multiple of the network's stride, {stride}, not {size}"
+        )
+
+
 def size_of(args, backbone: nn.Module, images: Dataset) -> int:
     """--image_size, or the median of the shorter side of some pictures, of 512 pixels at most, in
     whole strides of the network: its last map would not cover the rest.
@@ -383,12 +395,8 @@ def size_of(args, backbone: nn.Module, images: Dataset) -> int:
         UserError: where --image_size is no multiple of the stride.
     """
     stride = backbone.pyramid_strides[-1]
-    if args.image_size and args.image_size % stride:
-        raise UserError(
-            f"--image_size must be a multiple of the network's stride, {stride}, not "
-            f"{args.image_size}"
-        )
     if args.image_size:
+        check_size(args.image_size, stride)
         return args.image_size
     some = range(0, len(images), max(len(images) // 32, 1))
     sides = torch.tensor([float(min(images[i][1].shape)) for i in some])
@@ -402,8 +410,10 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     as_read = reading.Pixels(channels, max_megapixels=args.max_megapixels)
     where = args.data_path, args.data_root, args.download
     source = masks.load(*where, as_read, args.test_fraction, args.seeds[0], ranks.rank)
+    said = ""
     if isinstance(source.train, masks.MaskedImages):
-        as_read = pixels.with_range(args, backbone, source.train.images, as_read)
+        paths = source.train.images
+        as_read, said = pixels.with_range(args, backbone, source.name, paths, as_read)
         source.train.pixels = source.test.pixels = as_read
     elif channels != 3:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
@@ -420,7 +430,8 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
         if number == 1 and source.notes:
             print("\n".join(source.notes))
         counts = f"{len(source.train)} training and {len(source.test)} test pictures"
-        print(f"{title}; {source.name}: {counts}, {source.classes} classes, {size} px", flush=True)
+        counts += f", {source.classes} classes"
+        print(f"{title}; {source.name}: {counts}, {size} px{said}", flush=True)
     backbone = backbone.to(ranks.device).eval()
     if args.finetune or args.from_scratch:
         learn = partial(learn_whole, args, name, source, size, ranks)
@@ -436,9 +447,9 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
             score = evaluate(args, logits_of, frozen.normalisation(backbone), source, size, ranks)
             results[-1].append(score)
             if ranks.first:
-                said = f"{fraction:g} of the masks ({len(chosen)} pictures), seed {seed}"
+                subset = f"{fraction:g} of the masks ({len(chosen)} pictures), seed {seed}"
                 seconds = time.perf_counter() - start
-                print(f"  {said}: mean IoU {score:.4f} in {seconds:.0f} s", flush=True)
+                print(f"  {subset}: mean IoU {score:.4f} in {seconds:.0f} s", flush=True)
     return {"model": title, "image_size": size, "mean_iou": results}
 
 

@@ -354,6 +354,16 @@ def test_features_go_through_a_file(picture_folder, tmp_path, call_script):
     assert own["top1"] == [1.0] and other["top1"] == [0.0]
 
 
+def test_what_retrieval_needs_is_asked_for(picture_folder, tmp_path, call_script):
+    flags = ["--arch", "mobilevit_xxs", "--data_path", picture_folder / "train" / "dark", "--map"]
+    for others, sentence in (
+        (["--features", tmp_path / "features.npz"], "has no labels to test on"),
+        (["--maps", tmp_path / "maps.png"], "--maps needs a backbone, .* and is written alone"),
+    ):
+        done = call_script("eval_knn.py", *flags, *others, check=False)
+        assert done.returncode == 2 and re.search(sentence, done.stderr)
+
+
 def test_a_picture_of_neighbours(picture_folder, tmp_path, call_script):
     flags = ["--arch", "mobilevit_xxs", "--data_path", picture_folder, "--pool", "default+max"]
     call_script("eval_knn.py", *flags, "--neighbours", tmp_path / "neighbours.png")

@@ -294,6 +294,14 @@ def test_whole_networks_learn_masks(tmp_path, call_script, way):
         (["resnet5m", "--maps", "pyramid", "--finetune"], "--maps is of the linear layer"),
         (["resnet5m", "--lr", "1", "2"], "--task segmentation takes one --lr"),
         (["resnet5m", "--test_fraction", "2"], "--test_fraction must lie between 0 and 1"),
+        (
+            ["resnet5m", "--data_path", "voc2012", "--test_fraction", "0.2"],
+            "--test_fraction is for a folder; voc2012 has test pictures of its own",
+        ),
+        (
+            ["resnet5m", "--data_path", "demo_scenes", "--value_range", "0", "9"],
+            "--value_range is of values of more than 8 bits, and demo_scenes has none",
+        ),
         (["resnet5m", "--image_size", "8"], "--image_size must be at least 32"),
         (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
     ],
@@ -405,11 +413,18 @@ def test_labels_are_propagated_through_demo_films():
     assert found > still + 0.1
 
 
+FILMS = ["--arch", "resnet5m", "--data_path", "demo_scenes"]
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
         (["--arch", "resnet5m"], "--propagate is measured on the films of --data_path demo_scenes"),
         (["--pixels", "--data_path", "demo_scenes"], "--propagate needs a backbone"),
+        ([*FILMS, "--pool", "max"], "--pool is not for --propagate"),
+        ([*FILMS, "--nb_knn", "5"], "--nb_knn is not for --propagate"),
+        ([*FILMS, "--temperature", "0.1"], "--temperature is not for --propagate"),
+        ([*FILMS, "--image_size", "100"], "a multiple of the network's stride, 16, not 100"),
     ],
 )
 def test_wrong_films_are_refused(call_script, flags, sentence):
@@ -523,8 +538,18 @@ def test_deep_pictures_have_one_range_for_all_networks(tmp_path, call_script):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "read_image", watched)
-        run(call_script, tmp_path, "resnet5m", "--test_fraction", "0.5", "--epochs", "1")
+        flags = ["--test_fraction", "0.5", "--epochs", "1"]
+        done, _ = run(call_script, tmp_path, "resnet5m", *flags)
+    assert "px; values 0 to 4095 (found in a sample) become 0 to 255\n" in done.stdout
     assert set(seen) == {(0.0, 4095.0)}
+
+
+def test_a_range_is_refused_for_pictures_of_8_bits(tmp_path, call_script):
+    make(tmp_path, 4)
+    flags = ["--task", "segmentation", "--data_path", tmp_path, "--test_fraction", "0.5"]
+    flags += ["--value_range", "0", "100", "--output_dir", tmp_path / "out"]
+    done = call_script("eval_linear.py", "resnet5m", *flags, check=False)
+    assert done.returncode == 2 and "has none in a sample: leave it out" in done.stderr
 
 
 def test_scenes_are_refused_for_grey_networks(tmp_path, call_script):
