@@ -44,7 +44,12 @@ class ImageArray(Dataset):
     """
 
     replace_bad = False  # there are none; see `ImageFiles`
-    in_memory = True
+    in_memory = True  # see `loader_processes`
+
+    @property
+    def no_processes(self) -> bool:
+        """Images on a GPU are for this process alone, see `loader_processes`."""
+        return self.images.device.type != "cpu"
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, view_side: int | None = None):
         self.images = images
@@ -142,6 +147,8 @@ class CachedImages(Dataset):
         files: the data set, read at its present `max_side` and with its replacements.
         num_workers: loader processes that read it.
     """
+
+    in_memory = no_processes = True  # see `loader_processes`
 
     def __init__(self, files: ImageFiles, device: torch.device, num_workers: int):
         self.paths = files.paths
@@ -295,11 +302,17 @@ def whole(dataset: Dataset) -> Dataset:
 
 
 def loader_processes(dataset: Dataset, asked: int | None) -> int:
-    """Loader processes of this rank: those asked for, else none for images in memory (where the
-    data set has `in_memory`), else as many as its cores, at most 10."""
+    """Loader processes of this rank.
+
+    None for a data set that says `no_processes`, whose images are cached or on a GPU. Else those
+    asked for, else none for images `in_memory`, else as many as its cores, at most 10.
+    """
+    dataset = whole(dataset)
+    if getattr(dataset, "no_processes", False):
+        return 0
     if asked is not None:
         return asked
-    if getattr(whole(dataset), "in_memory", False):
+    if getattr(dataset, "in_memory", False):
         return 0
     return min(max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 10)
 
@@ -361,12 +374,6 @@ def leave_signals_to_parent(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-
-
-def processes(dataset: Dataset, num_workers: int) -> int:
-    """Loader processes: 0 for cached images and for images on a GPU, else `num_workers`."""
-    on_gpu = isinstance(dataset, ImageArray) and dataset.images.device.type != "cpu"
-    return 0 if isinstance(dataset, CachedImages) or on_gpu else num_workers
 
 
 class ByPipe:
@@ -433,7 +440,7 @@ def training_loader(
     dataset: Dataset, batches: TrainingBatches, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """The batches that a sampler names, decoded by `num_workers` processes."""
-    num_workers = processes(dataset, num_workers)
+    num_workers = loader_processes(dataset, num_workers)
     return open_loader(dataset, num_workers, batch_sampler=batches, pin_memory=pin_memory)
 
 
@@ -481,5 +488,5 @@ def evaluation_loader(
             f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer"
         )
     mine = Subset(dataset, range(rank, len(dataset), world))
-    workers = processes(dataset, num_workers)
+    workers = loader_processes(dataset, num_workers)
     return open_loader(mine, workers, batch_size=batch_size, collate_fn=collate_centres)

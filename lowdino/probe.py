@@ -46,7 +46,11 @@ class Scaler:
         stretch = (share + 1e-5) ** -0.25
         length = (variance * stretch**2).sum().sqrt().clamp_min(1e-12)
         self.matrix = directions * (stretch / length)
-        self.symmetric = self.matrix @ directions.T
+        self.directions = directions
+
+    @property
+    def symmetric(self) -> Tensor:
+        return self.matrix @ self.directions.T
 
     def __call__(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, D + 1); the last column is 1, so that the bias is a row of the weights."""

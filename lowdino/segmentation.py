@@ -212,13 +212,13 @@ class LinearLayer(nn.Module):
 
     def __init__(self, scaler: probe.Scaler, width: int, classes: int):
         super().__init__()
-        self.scaler = scaler
-        self.weight = nn.Parameter(torch.zeros(width + 1, classes, device=scaler.mean.device))
+        self.mean, self.stretch = scaler.mean, scaler.symmetric
+        self.weight = nn.Parameter(torch.zeros(width + 1, classes, device=self.mean.device))
 
     def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         # The scaler is linear too: both are one layer on the maps as they are.
-        weight = self.scaler.symmetric @ self.weight[:-1]  # (D, C)
-        bias = self.weight[-1] - self.scaler.mean @ weight
+        weight = self.stretch @ self.weight[:-1]  # (D, C)
+        bias = self.weight[-1] - self.mean @ weight
         logits = F.conv2d(maps, weight.T[:, :, None, None], bias)
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 

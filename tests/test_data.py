@@ -185,8 +185,17 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
 
 def test_images_on_a_gpu_have_no_other_processes():
     array = demo_array(range(3))
-    assert data.processes(array, 2) == 2
-    assert data.processes(data.ImageArray(array.images.to("meta")), 2) == 0
+    assert data.loader_processes(array, 2) == 2
+    elsewhere = data.ImageArray(array.images.to("meta"))
+    assert data.loader_processes(elsewhere, 2) == 0
+    assert data.loader_processes(Subset(elsewhere, [0]), 2) == 0
+
+
+def test_cached_images_have_no_other_processes(picture_folder):
+    files = data.ImageFiles(sorted(map(str, picture_folder.rglob("*.png"))))
+    cached = data.CachedImages(files, torch.device("cpu"), 0)
+    for asked in (None, 2):
+        assert data.loader_processes(Subset(cached, [0, 1]), asked) == 0
 
 
 def test_loader_processes_are_for_files_alone(monkeypatch, picture_folder):
