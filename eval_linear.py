@@ -63,14 +63,17 @@ def add_training_flags(add) -> None:
     add("--solver", choices=["sgd", "lbfgs"], default="sgd", help=help)
     help = (
         "learning rates to choose from, of the probe per 256 images; default: a grid for the "
-        "probe, 0.001 for the whole network"
+        "probe, 0.3 for segmentation's linear layer, 0.001 for the whole network"
     )
     add("--lr", type=float, nargs="+", help=help)
-    help = "to choose from; default: a grid for the probe, 0.05 for the network"
+    help = (
+        "to choose from; default: a grid for the probe, 0 for segmentation's linear layer, 0.05 "
+        "for the whole network"
+    )
     add("--weight_decay", type=float, nargs="+", help=help)
     help = (
         "learning rate of a block over that of the block above; default: 0.75 with --finetune, "
-        "else 1, for of random weights no block knows more than another"
+        "else 1, as in --task detection; random weights have no such order"
     )
     add("--layer_decay", type=float, help=help)
     help = "default: 100; 20 of --task segmentation"

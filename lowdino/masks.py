@@ -123,7 +123,7 @@ def read_mask(path: str) -> Tensor:
 
 @dataclass
 class Data:
-    """A source of pictures with masks; `classes` counts the background, where 0 is that."""
+    """A source of pictures with masks; `classes` includes the background, if class 0 is one."""
 
     name: str
     train: Dataset
@@ -212,7 +212,7 @@ def demo_split(indices: range) -> MaskedArrays:
 
 
 def voc(root: str, split: str, download: bool, pixels: reading.Pixels) -> MaskedImages:
-    """PASCAL VOC 2012 through torchvision; of its pixels on outlines, 255, nothing is asked."""
+    """PASCAL VOC 2012 through torchvision; its outline pixels (255) are ignored."""
     try:
         found = datasets.VOCSegmentation(root, "2012", split)
     except (RuntimeError, OSError) as absent:
