@@ -145,7 +145,7 @@ def choose_and_fit(
         inner, held = (indices[part] for part in parts)
         weights = fit(args, subject, inputs, inner, grid, seed, choosing=True)
         errors = probe.brier_scores(inputs.x[held], inputs.labels[held], weights)
-        grid = [grid[int(errors.argmin())]]
+        grid = [grid[int(errors.nan_to_num(nan=math.inf).argmin())]]  # NaN has diverged
     weights = fit(args, subject, inputs, indices, grid, seed)[:, 0]
     ((lr, decay),) = grid
     rate = "" if args.solver == "lbfgs" else f"lr {lr:g}, "
@@ -300,6 +300,12 @@ def check_finite(name: str, value: float, step: int) -> None:
         raise Diverged(f"diverging loss: {name} is {value} at step {step}; a lower --lr may help")
 
 
+def check_logits(logits: Tensor) -> None:
+    """Refuse what a trained network or classifier says of test images where it is not finite."""
+    if not logits.isfinite().all():
+        raise Diverged("diverging loss: trained logits are not finite; a lower --lr may help")
+
+
 @torch.no_grad()
 def settle_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
     """Replace batch norm's moving averages by the mean over some batches.
@@ -392,7 +398,9 @@ def learn_probe(
 ) -> tuple[Tensor, str]:
     """Train the linear classifier: its logits of `test` (N, D + 1), and the settings chosen."""
     weights, chosen = choose_and_fit(args, subject, inputs, indices, seed)
-    return test @ weights, chosen
+    logits = test @ weights
+    check_logits(logits)
+    return logits, chosen
 
 
 def percent(values: list[float]) -> str:

@@ -367,10 +367,7 @@ def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
     for batch in batches(args, source.test, order, ranks.device):
         x = torch.cat([square(image, size, whole_box(image)) for image, _ in batch])
         found = logits_of(augment.normalize(x, *normalisation))
-        if not found.isfinite().all():
-            raise linear.Diverged(
-                "diverging loss: the trained network's logits are not finite; a lower --lr may help"
-            )
+        linear.check_logits(found)
         for logits, (_, mask) in zip(found, batch):
             said = predicted(logits, tuple(mask.shape))
             total += dense.confusion_of(said, mask, source.classes, masks.IGNORED)

@@ -293,6 +293,16 @@ def test_a_last_loss_that_is_not_finite_is_told():
         linear.adamw_steps(losses, [{"params": [weight], "scale": 1.0}], args, 13, ranks)
 
 
+def test_a_probe_that_diverged_is_not_chosen_and_has_no_figure(picture_folder, call_script):
+    out = picture_folder / "out"
+    flags = [*QUICK, "--data_path", picture_folder, "--output_dir", out, "--weight_decay", 1]
+    call_script("eval_linear.py", "pixels", *flags, "--lr", 1e30, 1)
+    (row,) = json.loads((out / "table.json").read_text())["rows"]
+    assert row["trained"][0]["chosen"] == ["lr 1, weight decay 1"]
+    done = call_script("eval_linear.py", "pixels", *flags, "--lr", 1e30, check=False)
+    assert done.returncode == 2 and "trained logits are not finite" in done.stderr
+
+
 @pytest.mark.slow
 def test_batch_norm_settles_and_divergence_is_told(picture_folder, tmp_path, call_script):
     flags = [*QUICK, "--finetune", "--epochs", 12, "--batch_size_per_gpu", 8]
