@@ -23,7 +23,6 @@ from functools import partial
 import torch
 from torch import nn
 
-import lowdino
 from lowdino import distributed, evaluate, flags, frozen, linear, probe, settings
 from lowdino.evaluate import Features
 
@@ -66,13 +65,10 @@ def check(args: argparse.Namespace) -> str | None:
         return "the whole network is trained as it is: no --pool, no pixels"
     if "pixels" in args.models and (args.augment or args.pool != "default"):
         return "--augment and --pool need backbones; pixels has none"
-    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
-        return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
-    if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
-        return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
     if not 0 < args.val_fraction < 1:
         return f"--val_fraction must lie between 0 and 1, not {args.val_fraction}"
-    return flags.out_of_range(args, at_least_one=("nb_knn",)) or settings.check_evaluation(args)
+    wrong = linear.check_whole(args) or flags.out_of_range(args, at_least_one=("nb_knn",))
+    return wrong or settings.check_evaluation(args)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -188,8 +184,8 @@ COSTS = {
 def headings(args: argparse.Namespace) -> list[str]:
     """The columns behind the model's name."""
     costs = [] if args.from_features else [*COSTS]
-    kind = "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
-    trained = [f"{kind} {100 * fraction:g} %" for fraction in args.label_fraction]
+    way = linear.way_of(args)
+    trained = [f"{way} {100 * fraction:g} %" for fraction in args.label_fraction]
     return [*costs, f"k-NN (k={args.nb_knn})", *trained]
 
 

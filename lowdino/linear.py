@@ -1,6 +1,7 @@
 """What labels add to a backbone: a linear classifier on its frozen features, or a fine-tuning of
 the whole network, and what the network costs."""
 
+import argparse
 import itertools
 import math
 import statistics
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
+import lowdino
 from lowdino import (
     augment,
     checkpoint,
@@ -45,6 +47,21 @@ class UserError(ValueError):
 
 class Diverged(UserError, FloatingPointError):
     """A loss that is not finite."""
+
+
+def check_whole(args: argparse.Namespace) -> str | None:
+    """The first thing wrong with the flags of networks trained whole, in one sentence, or None."""
+    whole = args.finetune or args.from_scratch
+    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
+        return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
+    if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
+        return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
+    return None
+
+
+def way_of(args: argparse.Namespace) -> str:
+    """What is trained, in a word for a table."""
+    return "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
 
 
 @dataclass

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-import lowdino
 from lowdino import (
     augment,
     data,
@@ -51,12 +50,8 @@ def check(args: argparse.Namespace) -> str | None:
         return "--task segmentation needs one backbone or more"
     if args.finetune and args.from_scratch:
         return "--finetune and --from_scratch are two ways of training; give one"
-    if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
-        return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
     if whole and args.maps != "last":
         return "--maps is of the linear layer; a network that is trained whole has the last map"
-    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
-        return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
     if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
         return "--task segmentation takes one --lr and one --weight_decay"
     if args.image_size is not None and args.image_size < 32:
@@ -67,7 +62,7 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--test_fraction is for a folder; {args.data_path} has test pictures of its own"
     if args.value_range and args.data_path == "demo_scenes":
         return "--value_range is of values of more than 8 bits, and demo_scenes has none"
-    return settings.check_reading(args)
+    return linear.check_whole(args) or settings.check_reading(args)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -452,8 +447,8 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
 
 def headings(args: argparse.Namespace) -> list[str]:
     """The columns behind the model's name."""
-    kind = "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
-    return ["pixels", *(f"mIoU, {kind} {100 * f:g} %" for f in args.label_fraction)]
+    way = linear.way_of(args)
+    return ["pixels", *(f"mIoU, {way} {100 * f:g} %" for f in args.label_fraction)]
 
 
 def cells(args: argparse.Namespace, row: dict) -> list[str]:
