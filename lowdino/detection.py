@@ -17,6 +17,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
 
 import lowdino
 from lowdino import (
@@ -61,8 +62,6 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--steps must be at least 1, not {args.steps}"
     if args.image_size is not None and args.image_size < 32:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    if args.image_size is not None and 32 < args.image_size < 64:
-        return f"--image_size below 64 must be 32, as images are padded, not {args.image_size}"
     return settings.check_reading(args)
 
 
@@ -116,8 +115,9 @@ class Recipe(NamedTuple):
 # batch norm is always trained, so that random and pre-trained weights differ in nothing else. On
 # the demo scenes it costs nothing: after 100 steps from the weights of a classifier of glyphs,
 # mobilevit_xxs has an AP of 63 with it, and of 62 where it is frozen.
-LARGE = Recipe((4, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
-SMALL = Recipe((4, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
+FINEST = 4  # stride of the finest map
+LARGE = Recipe((FINEST, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
+SMALL = Recipe((FINEST, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
 SMALL_SIDE = 200  # pixels
 
 
@@ -152,6 +152,20 @@ class Maps(nn.Module):
         return OrderedDict((name, map.float().contiguous()) for name, map in maps.items())
 
 
+class RoIAlign(MultiScaleRoIAlign):
+    """torchvision's, at the strides that the maps have.
+
+    It guesses them once, from the heights of the first images before they are padded, and then
+    takes small ones for half as large. The maps themselves tell the padded size.
+    """
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        height, width = next(iter(x.values())).shape[-2:]
+        return super().forward(x, boxes, [(FINEST * height, FINEST * width)])
+
+
 def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bool) -> FasterRCNN:
     """torchvision's detector on a backbone, for images with a shorter side of `size` pixels.
 
@@ -163,11 +177,14 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
     width, strides = recipe.width, recipe.strides
     maps = Maps(dense.fpn_backbone(backbone, width, strides, freeze_bn))
     mean, std = frozen.normalisation(backbone)
+    pooled = ["0", "1", "2", "3"]  # the names of the maps; a fifth is the proposals' alone
     heads = {
+        "box_roi_pool": RoIAlign(pooled, output_size=7, sampling_ratio=2),
         "box_head": TwoMLPHead(width * 7**2, recipe.hidden),
         "box_predictor": FastRCNNPredictor(recipe.hidden, classes + 1),
     }
     if kind == "mask_rcnn":
+        heads["mask_roi_pool"] = RoIAlign(pooled, output_size=14, sampling_ratio=2)
         heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
         heads["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)
     anchors = AnchorGenerator(anchor_sizes(size, strides), ((0.5, 1.0, 2.0),) * len(strides))
@@ -318,7 +335,7 @@ def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, 
 def suitable_size(pictures: Dataset) -> int:
     """The median of the shorter side to the nearest whole 32 pixels, 32 to 800.
 
-    torchvision pads images to whole 32s, and takes the scale of a small one's map amiss then.
+    torchvision pads images to whole 32s.
     """
     return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
 
