@@ -223,6 +223,8 @@ def upright_size(path: str, pixels: Pixels) -> tuple[int, int]:
         with open_picture(path) as image:
             pixels.check_size(*image.size)
             width, height = image.size
+            if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
+                width, height = image.tag_v2[256], image.tag_v2[257]
             return (width, height) if turn_of(image) in lying else (height, width)
     except Exception as error:  # Pillow raises any kind of exception on a damaged file
         raise UserError(f"cannot read image {path}: {error}") from error

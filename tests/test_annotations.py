@@ -11,6 +11,7 @@ from torchvision import datasets
 
 from lowdino import annotations, demo
 from lowdino.annotations import Picture, UserError, load, polygon_mask, run_length_mask, run_lengths
+from lowdino.reading import read_image
 
 # ---------------------------------------------------------------------------------------------
 # Masks
@@ -281,6 +282,16 @@ def test_pictures_are_upright(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (30, 40), "blue").save(tmp_path / "train/sub/b.jpg", exif=exif)
     assert load(str(tmp_path)).train[1][0].shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("end", ["jpg", "png", "tif"])
+def test_sizes_from_headers_are_those_of_the_pictures_read(tmp_path, end, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"turned.{end}")
+    Image.new("RGB", (30, 40), "blue").save(path, exif=exif)
+    assert annotations.upright_size(path, annotations.RGB) == read_image(path).shape[1:]
 
 
 @pytest.mark.parametrize("missing", ["annotations/instances_val.json", "val"])
