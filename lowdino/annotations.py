@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from lowdino import demo
-from lowdino.reading import RGB, Pixels, open_picture, read_image, turn_of
+from lowdino.reading import RGB, Pixels, is_array, load_array, open_picture, read_image, turn_of
 
 
 class UserError(ValueError):
@@ -220,13 +220,17 @@ def upright_size(path: str, pixels: Pixels) -> tuple[int, int]:
         Image.Transpose.TRANSVERSE,
     )
     try:
+        if is_array(path):
+            height, width = load_array(path, pixels.channels).shape[:2]
+            pixels.check_size(width, height)
+            return height, width
         with open_picture(path) as image:
             pixels.check_size(*image.size)
             width, height = image.size
             if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
                 width, height = image.tag_v2[256], image.tag_v2[257]
             return (width, height) if turn_of(image) in lying else (height, width)
-    except Exception as error:  # Pillow raises any kind of exception on a damaged file
+    except Exception as error:  # on a damaged file Pillow raises any kind of exception
         raise UserError(f"cannot read image {path}: {error}") from error
 
 
