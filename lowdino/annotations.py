@@ -85,7 +85,8 @@ class Picture:
         path: of the file, which is `height` x `width` pixels when it is upright.
         boxes: (n, 4) float32, left, top, right and bottom in pixels, inside the picture, not empty.
         labels: (n,) int64 from 1.
-        crowd: (n,) bool, what stands for several objects, or is too hard to be counted.
+        crowd: (n,) bool, what stands for several objects.
+        difficult: (n,) bool, what is too hard to be counted. Neither is trained on.
         shapes: of each object its polygons, or its run lengths; None without masks.
     """
 
@@ -95,6 +96,7 @@ class Picture:
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    difficult: np.ndarray
     shapes: list[list[np.ndarray] | np.ndarray] | None = None
 
     def masks(self) -> np.ndarray:
@@ -110,11 +112,15 @@ class Picture:
         return masks
 
 
+# What an item says of each box, beside its mask.
+OF_BOXES = ("boxes", "labels", "crowd", "difficult")
+
+
 class Pictures(Dataset):
     """Files, decoded on access, each with what is in it.
 
-    An item is the image, (3, H, W) uint8, and a dict of boxes (n, 4) float32, labels (n,) int64,
-    crowd (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
+    An item is the image, (C, H, W) uint8, and a dict of boxes (n, 4) float32, labels (n,) int64,
+    crowd and difficult (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
     """
 
     def __init__(self, pictures: list[Picture], pixels: Pixels = RGB):
@@ -126,7 +132,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         picture = self.pictures[index]
-        values = {name: getattr(picture, name) for name in ("boxes", "labels", "crowd")}
+        values = {name: getattr(picture, name) for name in OF_BOXES}
         if picture.shapes is not None:
             values["masks"] = picture.masks()
         target = {name: torch.from_numpy(value) for name, value in values.items()}
@@ -142,7 +148,8 @@ class Scenes(Dataset):
         self.images, self.targets = demo.demo_scenes(indices)
         self.sizes = [tuple(self.images.shape[2:])] * len(self.images)
         for target in self.targets:
-            target["crowd"] = torch.zeros(len(target["labels"]), dtype=torch.bool)
+            for name in ("crowd", "difficult"):
+                target[name] = torch.zeros(len(target["labels"]), dtype=torch.bool)
             if not masks:
                 del target["masks"]
 
@@ -261,7 +268,7 @@ def of_lost(file: str | Path, lost: Counter) -> list[str]:
 
 def need_objects(name: str | Path, pictures: list[Picture]) -> None:
     """Refuse pictures that have nothing to learn from, or to test by."""
-    if all(picture.crowd.all() for picture in pictures):
+    if all((picture.crowd | picture.difficult).all() for picture in pictures):
         raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
 
 
@@ -407,7 +414,8 @@ class Coco:
         shapes = [self.shape(i, annotation, size) for i, annotation in kept] if self.masks else None
         known = np.array([labels[a["category_id"]] for _, a in kept], dtype=np.int64)
         crowd = np.array([bool(a.get("iscrowd", 0)) for _, a in kept], dtype=bool)
-        return Picture(path, height, width, boxes[whole], known, crowd, shapes)
+        easy = np.zeros(len(crowd), dtype=bool)
+        return Picture(path, height, width, boxes[whole], known, crowd, easy, shapes)
 
     def box(self, number, bbox) -> list[float]:
         """Left, top, right and bottom of a `bbox` of left, top, width and height."""
@@ -482,7 +490,7 @@ VOC_CLASSES = (
 def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
     """VOC 2007 through torchvision: trainval to train on, test to test on.
 
-    Objects marked as difficult are crowds: they are neither trained on nor counted.
+    Objects marked as difficult are neither trained on nor counted.
     """
     if download and rank == 0:
         for split in ("trainval", "test"):
@@ -494,7 +502,7 @@ def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
         found = open_voc(root, split)
         parts.append([read_voc(*files, pixels, lost) for files in zip(found.images, found.targets)])
         need_objects(f"voc2007, {split}, under {root}", parts[-1])
-    hard = sum(int(picture.crowd.sum()) for part in parts for picture in part)
+    hard = sum(int(picture.difficult.sum()) for part in parts for picture in part)
     notes = [f"{hard} objects marked as difficult are not counted"] * bool(hard)
     train, test = (Pictures(part, pixels) for part in parts)
     return Source("PASCAL VOC 2007", train, test, VOC_CLASSES, notes + of_lost("VOC 2007", lost))
@@ -525,7 +533,7 @@ def read_voc(path: str, file: str, pixels: Pixels, lost: Counter) -> Picture:
     try:
         objects = ElementTree.parse(file).getroot().findall("object")
         labels = [1 + VOC_CLASSES.index(item.findtext("name", "")) for item in objects]
-        crowd = [int(item.findtext("difficult", "0")) != 0 for item in objects]
+        difficult = [int(item.findtext("difficult", "0")) != 0 for item in objects]
         corners = [
             [
                 float(item.findtext(f"bndbox/{name}", ""))
@@ -539,5 +547,6 @@ def read_voc(path: str, file: str, pixels: Pixels, lost: Counter) -> Picture:
         raise UserError(f"{file} has a box that is no numbers")
     boxes = np.array(corners, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
     boxes, whole = in_picture(boxes, height, width, lost)
-    labels, crowd = np.array(labels, dtype=np.int64)[whole], np.array(crowd, dtype=bool)[whole]
-    return Picture(path, height, width, boxes[whole], labels, crowd)
+    labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
+    crowd = np.zeros(whole.sum(), dtype=bool)
+    return Picture(path, height, width, boxes[whole], labels[whole], crowd, difficult[whole])

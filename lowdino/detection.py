@@ -242,15 +242,16 @@ def flipped(image: Tensor, target: dict[str, Tensor]) -> Item:
 def training_batch(items: list[Item], seed: int, step: int, rank: int):
     """Images in [0, 1] and targets as torchvision's detectors take them.
 
-    Half of the images are flipped. Crowds are left out.
+    Half of the images are flipped. Crowds and difficult objects are left out.
     """
     generator = augment.seeded_generator("cpu", FLIPS, seed, step, rank)
     flips = torch.rand(len(items), generator=generator) < 0.5
     items = [flipped(*item) if flip else item for item, flip in zip(items, flips)]
-    targets = [
-        {name: value[~target["crowd"]] for name, value in target.items() if name != "crowd"}
-        for _, target in items
-    ]
+    targets = []
+    for _, target in items:
+        kept = ~(target["crowd"] | target["difficult"])
+        names = [name for name in target if name not in ("crowd", "difficult")]
+        targets.append({name: target[name][kept] for name in names})
     return [image / 255 for image, _ in items], targets
 
 

@@ -118,7 +118,7 @@ def test_coco(tmp_path, names):
         assert image[:, 5, 5].tolist() == [255, 0, 0]
         assert target["boxes"].tolist() == [[2, 2, 12, 12], [30.5, 20, 35.5, 24.5], [0, 0, 40, 30]]
         assert target["labels"].tolist() == [2, 1, 1]
-        assert target["crowd"].tolist() == [False, False, True]
+        assert target["crowd"].tolist() == [False, False, True] and not target["difficult"].any()
         masks = target["masks"]
         assert masks.shape == (3, 30, 40) and masks.dtype == torch.uint8
         assert masks.sum(dim=(1, 2)).tolist() == [75, 3, 1200]
@@ -127,7 +127,8 @@ def test_coco(tmp_path, names):
         # An image without boxes is kept.
         image, target = part[1]
         assert image[2, 0, 0] > 200
-        assert [list(target[name].shape) for name in target] == [[0, 4], [0], [0], [0, 30, 40]]
+        shapes = [list(target[name].shape) for name in target]
+        assert shapes == [[0, 4], [0], [0], [0], [0, 30, 40]]
         assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
 
 
@@ -136,7 +137,7 @@ def test_without_masks_nothing_is_asked_of_them(tmp_path):
     del own["annotations"][1]["segmentation"]
     own["annotations"][0]["segmentation"] = "nonsense"
     source = load(str(write(tmp_path, own, own)))
-    assert set(source.train[0][1]) == {"boxes", "labels", "crowd"}
+    assert set(source.train[0][1]) == {"boxes", "labels", "crowd", "difficult"}
 
 
 def test_files_beside_the_folders(tmp_path):
@@ -364,7 +365,7 @@ def test_voc(tmp_path):
         assert image.shape == (3, 30, 40)
         assert target["boxes"].tolist() == [[0, 0, 10, 20], [10, 4, 40, 30]]
         assert [source.names[i - 1] for i in target["labels"]] == ["dog", "person"]
-        assert target["crowd"].tolist() == [False, True]
+        assert target["difficult"].tolist() == [False, True] and not target["crowd"].any()
     assert source.notes[0] == "2 objects marked as difficult are not counted"
     assert source.notes[1].startswith("VOC 2007: 2 boxes reach beyond their pictures and are cut")
 
@@ -426,14 +427,15 @@ def test_demo_scenes(monkeypatch):
     assert (image == images[0]).all() and source.test.sizes[1] == (96, 96)
     for name in ("boxes", "labels", "masks"):
         assert (target[name] == targets[0][name]).all()
-    assert not target["crowd"].any() and len(target["crowd"]) == len(target["labels"])
+    for name in ("crowd", "difficult"):
+        assert not target[name].any() and len(target[name]) == len(target["labels"])
     assert "masks" not in load("demo_scenes").train[0][1]
 
 
 def test_masks_of_a_picture_are_unions_of_polygons():
     squares = [np.array([[a, a], [a + 2, a], [a + 2, a + 2], [a, a + 2]]) for a in (0.0, 1.0)]
-    none = np.zeros((1, 4), dtype=np.float32)
-    picture = Picture("", 4, 4, none, np.ones(1), np.zeros(1), [squares])
+    box = np.zeros((1, 4), dtype=np.float32)
+    picture = Picture("", 4, 4, box, np.ones(1), np.zeros(1), np.zeros(1), [squares])
     wanted = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_array_equal(picture.masks()[0], wanted)
     assert annotations.is_polygon([1, 2, 3, 4, 5, 6]) and not annotations.is_polygon([1] * 7)

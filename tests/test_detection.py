@@ -95,9 +95,10 @@ def test_training_batches_depend_on_seed_and_step_alone():
     assert len({tuple(row) for row in flips.values()}) > 3
 
 
-def test_crowds_are_not_trained_on():
+@pytest.mark.parametrize("kind", ["crowd", "difficult"])
+def test_crowds_and_difficult_objects_are_not_trained_on(kind):
     image, target = scenes(masks=True).train[0]
-    target = target | {"crowd": torch.arange(len(target["labels"])) == 1}
+    target = target | {kind: torch.arange(len(target["labels"])) == 1}
     _, (own,) = detection.training_batch([(image, target)], 0, 0, 0)
     assert set(own) == {"boxes", "labels", "masks"}
     assert all(len(value) == len(target["labels"]) - 1 for value in own.values())
@@ -164,7 +165,7 @@ def test_batches_are_the_items(workers, shared_memory, monkeypatch):
     assert [len(items) for items in found] == [2, 1]
     for (image, target), i in zip((item for items in found for item in items), (2, 0, 1)):
         assert (image == source[i][0]).all()
-        assert [*target] == ["boxes", "labels", "masks", "crowd"]
+        assert [*target] == ["boxes", "labels", "masks", "crowd", "difficult"]
         assert all((value == source[i][1][name]).all() for name, value in target.items())
 
 
