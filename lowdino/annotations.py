@@ -36,14 +36,19 @@ def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     The centre of the first pixel is (0.5, 0.5). What edges enclose twice is outside.
     """
     (x0, y0), (x1, y1) = polygon.T[:, :, None], np.roll(polygon, -1, axis=0).T[:, :, None]
-    y = np.arange(height) + 0.5
+    # All is computed within the polygon's bounding box, for objects are small in their pictures.
+    left, top = np.floor(polygon.min(axis=0)).clip(0, (width, height)).astype(np.int64)
+    right, bottom = np.ceil(polygon.max(axis=0)).clip(0, (width, height)).astype(np.int64)
+    y = np.arange(top, bottom) + 0.5
     edges, rows = np.nonzero((y0 <= y) != (y1 <= y))
     slope = (x1 - x0)[edges, 0] / (y1 - y0)[edges, 0]
     x = x0[edges, 0] + (y[rows] - y0[edges, 0]) * slope  # where the row crosses the edge
-    crossings = np.zeros((height, width + 1), dtype=np.int64)
-    columns = np.ceil(x - 0.5).clip(0, width).astype(np.int64)
+    crossings = np.zeros((bottom - top, right - left + 1), dtype=np.int64)
+    columns = np.ceil(x - 0.5).clip(left, right).astype(np.int64) - left
     np.add.at(crossings, (rows, columns), 1)
-    return crossings.cumsum(axis=1)[:, :width] % 2 == 1
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = crossings.cumsum(axis=1)[:, :-1] % 2 == 1
+    return mask
 
 
 def run_lengths(text: str) -> list[int]:

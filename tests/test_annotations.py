@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ def test_polygons_equal_pillows_up_to_their_edges(seed):
     wanted = np.array(large)[32::64, 32::64]
     assert (polygon_mask(points, 30, 40) != wanted).sum() <= 2
     assert 50 < wanted.sum() < 1150
+
+
+def test_a_small_polygon_takes_no_more_memory_than_its_mask():
+    tracemalloc.start()
+    mask = polygon_mask(np.array([[100.0, 200], [130, 200], [130, 230]]), 600, 800)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Its rows have 30, 29, ..., 1 pixels: those whose centres lie on the slope are inside.
+    assert mask.sum() == sum(range(1, 31)) and peak < 1.2 * mask.nbytes
 
 
 def test_run_lengths_by_hand():
