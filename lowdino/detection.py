@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -212,17 +213,31 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
 Item = tuple[Tensor, dict[str, Tensor]]
 
 
-def flat(items: list[Item]) -> list[Tensor]:
-    return [tensor for image, target in items for tensor in (image, *target.values())]
+def kinds_of(args: argparse.Namespace) -> list[str]:
+    """What the detector finds of each object, by which its AP is named."""
+    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
+
+
+def flat(items: list[Item], names: list[str]) -> list[Tensor]:
+    return [tensor for image, target in items for tensor in (image, *map(target.get, names))]
 
 
 def batches(
-    pictures: Dataset, order: Iterable[list[int]], workers: int, device: torch.device
+    pictures: Dataset,
+    kinds: list[str],
+    order: Iterable[list[int]],
+    workers: int,
+    device: torch.device,
 ) -> Iterator[list[Item]]:
-    """The pictures and what is in them, of each list of indices in `order`."""
-    names = [*pictures[0][1]]
+    """The pictures and what is in them, of each list of indices in `order`.
+
+    Args:
+        kinds: "boxes", and "masks" where they are wanted.
+    """
+    names = [*annotations.OF_BOXES, *(kind for kind in kinds if kind != "boxes")]
+    collate, pinned = partial(flat, names=names), device.type == "cuda"
     loader: DataLoader = data.open_loader(
-        pictures, workers, batch_sampler=order, collate_fn=flat, pin_memory=device.type == "cuda"
+        pictures, workers, batch_sampler=order, collate_fn=collate, pin_memory=pinned
     )
     for tensors in loader:
         values = iter([tensor.to(device, non_blocking=True) for tensor in tensors])
@@ -281,13 +296,13 @@ def learn(
     own = {*backbone.parameters()}
     head = nn.ParameterList(p for p in detector.parameters() if p not in own)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
-    pictures = Subset(source.train, chosen)
+    pictures, kinds = Subset(source.train, chosen), kinds_of(args)
     order = data.TrainingBatches(len(chosen), batch, seed, 0, args.steps, ranks.rank, ranks.world)
     workers = data.loader_processes(pictures, args.num_workers)
     model = distributed.data_parallel(detector).train()
 
     def losses() -> Iterator[Tensor]:
-        for step, items in enumerate(batches(pictures, order, workers, ranks.device)):
+        for step, items in enumerate(batches(pictures, kinds, order, workers, ranks.device)):
             images, targets = training_batch(items, seed, step, ranks.rank)
             torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
             yield sum(model(images, targets).values())
@@ -296,7 +311,7 @@ def learn(
     if not freeze_bn:
         few = min(args.steps, 20)
         order = data.TrainingBatches(len(chosen), batch, seed, 0, few, ranks.rank, ranks.world)
-        settle_batch_norm(detector, batches(pictures, order, workers, ranks.device))
+        settle_batch_norm(detector, batches(pictures, kinds, order, workers, ranks.device))
         distributed.broadcast_buffers(detector)
     return detector
 
@@ -317,7 +332,7 @@ def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, 
     order = linear.shares(len(pictures), batch, ranks)
     kinds = ["boxes", *["masks"] * isinstance(detector, MaskRCNN)]
     matches = {kind: [] for kind in kinds}
-    for items in batches(pictures, order, workers, ranks.device):
+    for items in batches(pictures, kinds, order, workers, ranks.device):
         for found, (_, target) in zip(detector([image / 255 for image, _ in items]), items):
             if "masks" in found:
                 found["masks"] = found["masks"][:, 0] > 0.5
@@ -395,10 +410,6 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
 
 def in_words(scores: dict[str, Score]) -> str:
     return ", ".join(f"AP50 of {k} {s.ap50:.4f}, AP {s.ap:.4f}" for k, s in scores.items())
-
-
-def kinds_of(args: argparse.Namespace) -> list[str]:
-    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
 
 
 def headings(args: argparse.Namespace) -> list[str]:

@@ -161,12 +161,24 @@ def test_size_is_the_pictures_own():
 def test_batches_are_the_items(workers, shared_memory, monkeypatch):
     monkeypatch.setattr(data, "lacks_shared_memory", lambda *_: not shared_memory)
     source, order = scenes(masks=True).train, [[2, 0], [1]]
-    found = list(detection.batches(source, order, workers, ALONE.device))
+    kinds = ["boxes", "masks"]
+    found = list(detection.batches(source, kinds, order, workers, ALONE.device))
     assert [len(items) for items in found] == [2, 1]
     for (image, target), i in zip((item for items in found for item in items), (2, 0, 1)):
         assert (image == source[i][0]).all()
-        assert [*target] == ["boxes", "labels", "masks", "crowd", "difficult"]
+        assert {*target} == {"boxes", "labels", "masks", "crowd", "difficult"}
         assert all((value == source[i][1][name]).all() for name, value in target.items())
+
+
+def test_batches_read_what_they_give_alone(monkeypatch):
+    source, read = scenes(masks=True).train, []
+    item = annotations.Scenes.__getitem__
+    monkeypatch.setattr(
+        annotations.Scenes, "__getitem__", lambda own, i: read.append(i) or item(own, i)
+    )
+    found = list(detection.batches(source, ["boxes"], [[2], [1]], 0, ALONE.device))
+    assert read == [2, 1]
+    assert all("masks" not in target for items in found for _, target in items)
 
 
 # ---------------------------------------------------------------------------------------------
