@@ -318,7 +318,7 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 class Coco:
-    """One JSON file in COCO's form, read with every doubt said in one sentence.
+    """One JSON file in COCO's form, of which any fault is reported in one sentence.
 
     Args:
         file: the JSON file. folder: of the pictures. masks: every object needs its segmentation.
@@ -334,7 +334,8 @@ class Coco:
         """Categories by id, pictures in the file's order, and notes.
 
         Args:
-            known: the training file's categories, by which labels are counted; None for it itself.
+            known: the training file's categories, by which labels are counted; None when reading
+                the training file.
         """
         content = self.content()
         rows = {name: self.rows(content, name) for name in ("images", "annotations", "categories")}
