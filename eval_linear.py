@@ -16,6 +16,8 @@ pixels. Several give one table.
 import argparse
 import json
 
+from torch import nn
+
 from lowdino import classification, detection, distributed, flags, frozen, segmentation, settings
 
 # Each offers FLAGS, check, settle, protocol, measure, headings and cells.
@@ -136,6 +138,17 @@ def table(args: argparse.Namespace, rows: list[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def open_model(args: argparse.Namespace, name: str) -> tuple[str, nn.Module]:
+    """A model in words and as a module, at the first seed's random weights if it has no others.
+
+    Networks that are trained whole start from random weights of every seed, so none is named.
+    """
+    title, model = frozen.open_network(name, args.seeds[0])
+    if args.finetune or args.from_scratch or args.task == "detection":
+        title = title.removesuffix(f", seed {args.seeds[0]}")
+    return title, model
+
+
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     output = settings.make_output_folder(args.output_dir)
     task = TASKS[args.task]
@@ -143,7 +156,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if ranks.first:
         print(f"protocol: {task.protocol(args)}", flush=True)
     # All models first: a wrong one is said before anything is computed.
-    opened = [(name, frozen.open_network(name, args.seeds[0])) for name in args.models]
+    opened = [(name, open_model(args, name)) for name in args.models]
     rows = []
     for number, (name, model) in enumerate(opened or [(args.from_features, None)], start=1):
         rows.append(task.measure(args, name, model, number, ranks))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from lowdino import demo
-from lowdino.reading import RGB, Pixels, open_picture, read_image, turn_of
+from lowdino.reading import RGB, Pixels, is_array, load_array, open_picture, read_image, turn_of
 
 
 class UserError(ValueError):
@@ -36,14 +36,19 @@ def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     The centre of the first pixel is (0.5, 0.5). What edges enclose twice is outside.
     """
     (x0, y0), (x1, y1) = polygon.T[:, :, None], np.roll(polygon, -1, axis=0).T[:, :, None]
-    y = np.arange(height) + 0.5
+    # All is computed within the polygon's bounding box, for objects are small in their pictures.
+    left, top = np.floor(polygon.min(axis=0)).clip(0, (width, height)).astype(np.int64)
+    right, bottom = np.ceil(polygon.max(axis=0)).clip(0, (width, height)).astype(np.int64)
+    y = np.arange(top, bottom) + 0.5
     edges, rows = np.nonzero((y0 <= y) != (y1 <= y))
     slope = (x1 - x0)[edges, 0] / (y1 - y0)[edges, 0]
     x = x0[edges, 0] + (y[rows] - y0[edges, 0]) * slope  # where the row crosses the edge
-    crossings = np.zeros((height, width + 1), dtype=np.int64)
-    columns = np.ceil(x - 0.5).clip(0, width).astype(np.int64)
+    crossings = np.zeros((bottom - top, right - left + 1), dtype=np.int64)
+    columns = np.ceil(x - 0.5).clip(left, right).astype(np.int64) - left
     np.add.at(crossings, (rows, columns), 1)
-    return crossings.cumsum(axis=1)[:, :width] % 2 == 1
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = crossings.cumsum(axis=1)[:, :-1] % 2 == 1
+    return mask
 
 
 def run_lengths(text: str) -> list[int]:
@@ -85,7 +90,8 @@ class Picture:
         path: of the file, which is `height` x `width` pixels when it is upright.
         boxes: (n, 4) float32, left, top, right and bottom in pixels, inside the picture, not empty.
         labels: (n,) int64 from 1.
-        crowd: (n,) bool, what stands for several objects, or is too hard to be counted.
+        crowd: (n,) bool, what stands for several objects.
+        difficult: (n,) bool, what is too hard to be counted. Neither is trained on.
         shapes: of each object its polygons, or its run lengths; None without masks.
     """
 
@@ -95,6 +101,7 @@ class Picture:
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    difficult: np.ndarray
     shapes: list[list[np.ndarray] | np.ndarray] | None = None
 
     def masks(self) -> np.ndarray:
@@ -110,11 +117,15 @@ class Picture:
         return masks
 
 
+# What an item says of each box, beside its mask.
+OF_BOXES = ("boxes", "labels", "crowd", "difficult")
+
+
 class Pictures(Dataset):
     """Files, decoded on access, each with what is in it.
 
-    An item is the image, (3, H, W) uint8, and a dict of boxes (n, 4) float32, labels (n,) int64,
-    crowd (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
+    An item is the image, (C, H, W) uint8, and a dict of boxes (n, 4) float32, labels (n,) int64,
+    crowd and difficult (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
     """
 
     def __init__(self, pictures: list[Picture], pixels: Pixels = RGB):
@@ -126,7 +137,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         picture = self.pictures[index]
-        values = {name: getattr(picture, name) for name in ("boxes", "labels", "crowd")}
+        values = {name: getattr(picture, name) for name in OF_BOXES}
         if picture.shapes is not None:
             values["masks"] = picture.masks()
         target = {name: torch.from_numpy(value) for name, value in values.items()}
@@ -142,7 +153,8 @@ class Scenes(Dataset):
         self.images, self.targets = demo.demo_scenes(indices)
         self.sizes = [tuple(self.images.shape[2:])] * len(self.images)
         for target in self.targets:
-            target["crowd"] = torch.zeros(len(target["labels"]), dtype=torch.bool)
+            for name in ("crowd", "difficult"):
+                target[name] = torch.zeros(len(target["labels"]), dtype=torch.bool)
             if not masks:
                 del target["masks"]
 
@@ -220,11 +232,17 @@ def upright_size(path: str, pixels: Pixels) -> tuple[int, int]:
         Image.Transpose.TRANSVERSE,
     )
     try:
+        if is_array(path):
+            height, width = load_array(path, pixels.channels).shape[:2]
+            pixels.check_size(width, height)
+            return height, width
         with open_picture(path) as image:
             pixels.check_size(*image.size)
             width, height = image.size
+            if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
+                width, height = image.tag_v2[256], image.tag_v2[257]
             return (width, height) if turn_of(image) in lying else (height, width)
-    except Exception as error:  # Pillow raises any kind of exception on a damaged file
+    except Exception as error:  # on a damaged file Pillow raises any kind of exception
         raise UserError(f"cannot read image {path}: {error}") from error
 
 
@@ -255,7 +273,7 @@ def of_lost(file: str | Path, lost: Counter) -> list[str]:
 
 def need_objects(name: str | Path, pictures: list[Picture]) -> None:
     """Refuse pictures that have nothing to learn from, or to test by."""
-    if all(picture.crowd.all() for picture in pictures):
+    if all((picture.crowd | picture.difficult).all() for picture in pictures):
         raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
 
 
@@ -300,7 +318,7 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 class Coco:
-    """One JSON file in COCO's form, read with every doubt said in one sentence.
+    """One JSON file in COCO's form, of which any fault is reported in one sentence.
 
     Args:
         file: the JSON file. folder: of the pictures. masks: every object needs its segmentation.
@@ -316,7 +334,8 @@ class Coco:
         """Categories by id, pictures in the file's order, and notes.
 
         Args:
-            known: the training file's categories, by which labels are counted; None for it itself.
+            known: the training file's categories, by which labels are counted; None when reading
+                the training file.
         """
         content = self.content()
         rows = {name: self.rows(content, name) for name in ("images", "annotations", "categories")}
@@ -401,7 +420,8 @@ class Coco:
         shapes = [self.shape(i, annotation, size) for i, annotation in kept] if self.masks else None
         known = np.array([labels[a["category_id"]] for _, a in kept], dtype=np.int64)
         crowd = np.array([bool(a.get("iscrowd", 0)) for _, a in kept], dtype=bool)
-        return Picture(path, height, width, boxes[whole], known, crowd, shapes)
+        easy = np.zeros(len(crowd), dtype=bool)
+        return Picture(path, height, width, boxes[whole], known, crowd, easy, shapes)
 
     def box(self, number, bbox) -> list[float]:
         """Left, top, right and bottom of a `bbox` of left, top, width and height."""
@@ -476,7 +496,7 @@ VOC_CLASSES = (
 def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
     """VOC 2007 through torchvision: trainval to train on, test to test on.
 
-    Objects marked as difficult are crowds: they are neither trained on nor counted.
+    Objects marked as difficult are neither trained on nor counted.
     """
     if download and rank == 0:
         for split in ("trainval", "test"):
@@ -488,7 +508,7 @@ def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
         found = open_voc(root, split)
         parts.append([read_voc(*files, pixels, lost) for files in zip(found.images, found.targets)])
         need_objects(f"voc2007, {split}, under {root}", parts[-1])
-    hard = sum(int(picture.crowd.sum()) for part in parts for picture in part)
+    hard = sum(int(picture.difficult.sum()) for part in parts for picture in part)
     notes = [f"{hard} objects marked as difficult are not counted"] * bool(hard)
     train, test = (Pictures(part, pixels) for part in parts)
     return Source("PASCAL VOC 2007", train, test, VOC_CLASSES, notes + of_lost("VOC 2007", lost))
@@ -519,7 +539,7 @@ def read_voc(path: str, file: str, pixels: Pixels, lost: Counter) -> Picture:
     try:
         objects = ElementTree.parse(file).getroot().findall("object")
         labels = [1 + VOC_CLASSES.index(item.findtext("name", "")) for item in objects]
-        crowd = [int(item.findtext("difficult", "0")) != 0 for item in objects]
+        difficult = [int(item.findtext("difficult", "0")) != 0 for item in objects]
         corners = [
             [
                 float(item.findtext(f"bndbox/{name}", ""))
@@ -533,5 +553,6 @@ def read_voc(path: str, file: str, pixels: Pixels, lost: Counter) -> Picture:
         raise UserError(f"{file} has a box that is no numbers")
     boxes = np.array(corners, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
     boxes, whole = in_picture(boxes, height, width, lost)
-    labels, crowd = np.array(labels, dtype=np.int64)[whole], np.array(crowd, dtype=bool)[whole]
-    return Picture(path, height, width, boxes[whole], labels, crowd)
+    labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
+    crowd = np.zeros(whole.sum(), dtype=bool)
+    return Picture(path, height, width, boxes[whole], labels[whole], crowd, difficult[whole])

@@ -32,7 +32,7 @@ class Matches(NamedTuple):
     scores: np.ndarray  # (D,) float64
     labels: np.ndarray  # (D,) int64
     correct: np.ndarray  # (T, D) bool, matched to an object that counts
-    ignored: np.ndarray  # (T, D) bool, matched to a crowd: neither right nor wrong
+    ignored: np.ndarray  # (T, D) bool, matched to what does not count: neither right nor wrong
     objects: np.ndarray  # (G,) int64, labels of the objects to be found
 
 
@@ -98,8 +98,12 @@ def match(
     Args:
         prediction: scores (D,), labels (D,), and boxes (D, 4) or masks (D, H, W).
         target: labels (G,), and boxes (G, 4) or masks (G, H, W); crowd (G,) bool where some of the
-            objects are crowds. Detections on a crowd do not count, and nobody need find it.
-        kind: "boxes" or "masks", what overlap is measured by. Either may be torch's on a CPU.
+            objects are crowds, and difficult (G,) bool where some are VOC's difficult ones.
+            Detections on either do not count, and nobody need find it. A crowd is met by what lies
+            in it, COCO's rule, and a difficult object by what has its place and size, VOC's.
+        kind: "boxes" or "masks", what overlap is measured by.
+
+    Both may hold torch's tensors, on a CPU.
 
     Raises:
         UserError: where scores are not finite: no order would be right.
@@ -108,38 +112,42 @@ def match(
     if not np.isfinite(scores).all():
         raise UserError("scores of detections are not finite numbers: the detector has diverged")
     found, true = np.asarray(prediction["labels"]), np.asarray(target["labels"])
-    crowd = np.asarray(target.get("crowd", np.zeros(len(true))), dtype=bool)
+    crowd, difficult = (
+        np.asarray(target.get(name, np.zeros(len(true))), dtype=bool)
+        for name in ("crowd", "difficult")
+    )
+    left_out = crowd | difficult
     iou = {"boxes": box_iou, "masks": mask_iou}[kind]
     orders, correct, ignored = [], [], []
     for label in np.unique(found):
         of_class = np.flatnonzero(found == label)
         order = of_class[np.argsort(-scores[of_class], kind="stable")][:MOST]
         objects = np.flatnonzero(true == label)
-        objects = objects[np.argsort(crowd[objects], kind="stable")]  # crowds last
+        objects = objects[np.argsort(left_out[objects], kind="stable")]  # those last
         overlaps = iou(
             np.asarray(prediction[kind])[order], np.asarray(target[kind])[objects], crowd[objects]
         )
         orders.append(order)
-        for parts, part in zip((correct, ignored), match_class(overlaps, crowd[objects])):
+        for parts, part in zip((correct, ignored), match_class(overlaps, left_out[objects])):
             parts.append(part)
     none = np.zeros((len(IOU_THRESHOLDS), 0), dtype=bool)
     order = np.concatenate([np.zeros(0, dtype=int), *orders])
     matched = (np.concatenate([none, *parts], axis=1) for parts in (correct, ignored))
-    return Matches(scores[order], found[order], *matched, true[~crowd])
+    return Matches(scores[order], found[order], *matched, true[~left_out])
 
 
-def match_class(overlaps: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Greedy matching: `Matches.correct` and `.ignored` of one class's (D, G) overlaps.
 
     Each detection in turn takes the free object that it overlaps most, of several alike the last.
-    Only where there is none does it take a crowd, and many may take the same.
+    Only where there is none does it take what is left out, and many may take the same.
 
     Args:
-        overlaps: of detections by falling score, and of objects with crowds last.
-        crowd: (G,) bool.
+        overlaps: of detections by falling score, and of objects with those left out last.
+        left_out: (G,) bool.
     """
     correct, ignored = np.zeros((2, len(IOU_THRESHOLDS), len(overlaps)), dtype=bool)
-    single = int((~crowd).sum())
+    single = int((~left_out).sum())
     free = np.ones((len(IOU_THRESHOLDS), single), dtype=bool)
     enough = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
     for d in np.flatnonzero(overlaps.max(axis=1, initial=0) >= enough[0]):

@@ -113,13 +113,15 @@ def fpn_backbone(
         A module with `out_channels`; of (B, C, H, W) it gives maps by name, "0" the finest.
 
     Raises:
-        UserError: for strides that are not each twice the one before, or none of the backbone's.
+        UserError: for strides that are not powers of 2, each twice the one before, or that do not
+            include the backbone's coarsest; a ViT's is the power of 2 nearest to its patches' side.
     """
-    if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
-        raise UserError(f"strides must be each twice the one before, not {strides}")
-    if not strides[0] <= max(backbone.pyramid_strides) < 2 * strides[-1]:
-        own = ", ".join(map(str, backbone.pyramid_strides))
-        raise UserError(f"strides {strides} have none of the backbone's own, {own}")
+    first = strides[0] if strides else 0
+    if first.bit_count() != 1 or any(b != 2 * a for a, b in zip(strides, strides[1:])):
+        raise UserError(f"strides must be powers of 2, each twice the one before, not {strides}")
+    last = 2 ** round(math.log2(max(backbone.pyramid_strides)))
+    if not first <= last <= strides[-1]:
+        raise UserError(f"strides must reach the backbone's coarsest, {last}, not {strides}")
     if freeze_bn:
         freeze_batch_norm(backbone)
     return FPNBackbone(backbone, out_channels, strides)

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
 
 import lowdino
 from lowdino import (
@@ -61,8 +63,6 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--steps must be at least 1, not {args.steps}"
     if args.image_size is not None and args.image_size < 32:
         return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    if args.image_size is not None and 32 < args.image_size < 64:
-        return f"--image_size below 64 must be 32, as images are padded, not {args.image_size}"
     return settings.check_reading(args)
 
 
@@ -116,8 +116,9 @@ class Recipe(NamedTuple):
 # batch norm is always trained, so that random and pre-trained weights differ in nothing else. On
 # the demo scenes it costs nothing: after 100 steps from the weights of a classifier of glyphs,
 # mobilevit_xxs has an AP of 63 with it, and of 62 where it is frozen.
-LARGE = Recipe((4, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
-SMALL = Recipe((4, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
+FINEST = 4  # stride of the finest map
+LARGE = Recipe((FINEST, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
+SMALL = Recipe((FINEST, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
 SMALL_SIDE = 200  # pixels
 
 
@@ -152,6 +153,20 @@ class Maps(nn.Module):
         return OrderedDict((name, map.float().contiguous()) for name, map in maps.items())
 
 
+class RoIAlign(MultiScaleRoIAlign):
+    """torchvision's, at the strides that the maps have.
+
+    It guesses them once, from the heights of the first images before they are padded, and then
+    takes small ones for half as large. The maps themselves tell the padded size.
+    """
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        height, width = next(iter(x.values())).shape[-2:]
+        return super().forward(x, boxes, [(FINEST * height, FINEST * width)])
+
+
 def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bool) -> FasterRCNN:
     """torchvision's detector on a backbone, for images with a shorter side of `size` pixels.
 
@@ -163,11 +178,14 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
     width, strides = recipe.width, recipe.strides
     maps = Maps(dense.fpn_backbone(backbone, width, strides, freeze_bn))
     mean, std = frozen.normalisation(backbone)
+    pooled = ["0", "1", "2", "3"]  # the names of the maps; a fifth is the proposals' alone
     heads = {
+        "box_roi_pool": RoIAlign(pooled, output_size=7, sampling_ratio=2),
         "box_head": TwoMLPHead(width * 7**2, recipe.hidden),
         "box_predictor": FastRCNNPredictor(recipe.hidden, classes + 1),
     }
     if kind == "mask_rcnn":
+        heads["mask_roi_pool"] = RoIAlign(pooled, output_size=14, sampling_ratio=2)
         heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
         heads["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)
     anchors = AnchorGenerator(anchor_sizes(size, strides), ((0.5, 1.0, 2.0),) * len(strides))
@@ -195,17 +213,31 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
 Item = tuple[Tensor, dict[str, Tensor]]
 
 
-def flat(items: list[Item]) -> list[Tensor]:
-    return [tensor for image, target in items for tensor in (image, *target.values())]
+def kinds_of(args: argparse.Namespace) -> list[str]:
+    """What the detector finds of each object, by which its AP is named."""
+    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
+
+
+def flat(items: list[Item], names: list[str]) -> list[Tensor]:
+    return [tensor for image, target in items for tensor in (image, *map(target.get, names))]
 
 
 def batches(
-    pictures: Dataset, order: Iterable[list[int]], workers: int, device: torch.device
+    pictures: Dataset,
+    kinds: list[str],
+    order: Iterable[list[int]],
+    workers: int,
+    device: torch.device,
 ) -> Iterator[list[Item]]:
-    """The pictures and what is in them, of each list of indices in `order`."""
-    names = [*pictures[0][1]]
+    """The pictures and what is in them, of each list of indices in `order`.
+
+    Args:
+        kinds: "boxes", and "masks" where they are wanted.
+    """
+    names = [*annotations.OF_BOXES, *(kind for kind in kinds if kind != "boxes")]
+    collate, pinned = partial(flat, names=names), device.type == "cuda"
     loader: DataLoader = data.open_loader(
-        pictures, workers, batch_sampler=order, collate_fn=flat, pin_memory=device.type == "cuda"
+        pictures, workers, batch_sampler=order, collate_fn=collate, pin_memory=pinned
     )
     for tensors in loader:
         values = iter([tensor.to(device, non_blocking=True) for tensor in tensors])
@@ -225,15 +257,16 @@ def flipped(image: Tensor, target: dict[str, Tensor]) -> Item:
 def training_batch(items: list[Item], seed: int, step: int, rank: int):
     """Images in [0, 1] and targets as torchvision's detectors take them.
 
-    Half of the images are flipped. Crowds are left out.
+    Half of the images are flipped. Crowds and difficult objects are left out.
     """
     generator = augment.seeded_generator("cpu", FLIPS, seed, step, rank)
     flips = torch.rand(len(items), generator=generator) < 0.5
     items = [flipped(*item) if flip else item for item, flip in zip(items, flips)]
-    targets = [
-        {name: value[~target["crowd"]] for name, value in target.items() if name != "crowd"}
-        for _, target in items
-    ]
+    targets = []
+    for _, target in items:
+        kept = ~(target["crowd"] | target["difficult"])
+        names = [name for name in target if name not in ("crowd", "difficult")]
+        targets.append({name: target[name][kept] for name in names})
     return [image / 255 for image, _ in items], targets
 
 
@@ -263,13 +296,13 @@ def learn(
     own = {*backbone.parameters()}
     head = nn.ParameterList(p for p in detector.parameters() if p not in own)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
-    pictures = Subset(source.train, chosen)
+    pictures, kinds = Subset(source.train, chosen), kinds_of(args)
     order = data.TrainingBatches(len(chosen), batch, seed, 0, args.steps, ranks.rank, ranks.world)
     workers = data.loader_processes(pictures, args.num_workers)
     model = distributed.data_parallel(detector).train()
 
     def losses() -> Iterator[Tensor]:
-        for step, items in enumerate(batches(pictures, order, workers, ranks.device)):
+        for step, items in enumerate(batches(pictures, kinds, order, workers, ranks.device)):
             images, targets = training_batch(items, seed, step, ranks.rank)
             torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
             yield sum(model(images, targets).values())
@@ -278,7 +311,7 @@ def learn(
     if not freeze_bn:
         few = min(args.steps, 20)
         order = data.TrainingBatches(len(chosen), batch, seed, 0, few, ranks.rank, ranks.world)
-        settle_batch_norm(detector, batches(pictures, order, workers, ranks.device))
+        settle_batch_norm(detector, batches(pictures, kinds, order, workers, ranks.device))
         distributed.broadcast_buffers(detector)
     return detector
 
@@ -299,7 +332,7 @@ def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, 
     order = linear.shares(len(pictures), batch, ranks)
     kinds = ["boxes", *["masks"] * isinstance(detector, MaskRCNN)]
     matches = {kind: [] for kind in kinds}
-    for items in batches(pictures, order, workers, ranks.device):
+    for items in batches(pictures, kinds, order, workers, ranks.device):
         for found, (_, target) in zip(detector([image / 255 for image, _ in items]), items):
             if "masks" in found:
                 found["masks"] = found["masks"][:, 0] > 0.5
@@ -318,7 +351,7 @@ def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, 
 def suitable_size(pictures: Dataset) -> int:
     """The median of the shorter side to the nearest whole 32 pixels, 32 to 800.
 
-    torchvision pads images to whole 32s, and takes the scale of a small one's map amiss then.
+    torchvision pads images to whole 32s.
     """
     return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
 
@@ -378,10 +411,6 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
 
 def in_words(scores: dict[str, Score]) -> str:
     return ", ".join(f"AP50 of {k} {s.ap50:.4f}, AP {s.ap:.4f}" for k, s in scores.items())
-
-
-def kinds_of(args: argparse.Namespace) -> list[str]:
-    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
 
 
 def headings(args: argparse.Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torchvision import datasets
 
 from lowdino import annotations, demo
 from lowdino.annotations import Picture, UserError, load, polygon_mask, run_length_mask, run_lengths
+from lowdino.reading import Pixels, read_image
 
 # ---------------------------------------------------------------------------------------------
 # Masks
@@ -42,6 +44,15 @@ def test_polygons_equal_pillows_up_to_their_edges(seed):
     assert 50 < wanted.sum() < 1150
 
 
+def test_a_small_polygon_takes_no_more_memory_than_its_mask():
+    tracemalloc.start()
+    mask = polygon_mask(np.array([[100.0, 200], [130, 200], [130, 230]]), 600, 800)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Its rows have 30, 29, ..., 1 pixels: those whose centres lie on the slope are inside.
+    assert mask.sum() == sum(range(1, 31)) and peak < 1.2 * mask.nbytes
+
+
 def test_run_lengths_by_hand():
     # Columns of three pixels: the first is 0 0 1, the second 1 1 0.
     mask = run_length_mask(np.array([2, 3, 1]), 3, 2)
@@ -52,17 +63,33 @@ def test_run_lengths_by_hand():
     assert run_lengths("3X12" + chr(48 + 29 + 32) + chr(48 + 30)) == [3, 40, 2, 5]
 
 
-def test_masks_equal_pycocotools():
-    rle = pytest.importorskip("pycocotools.mask")
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        mask = rng.random((30, 40)) < rng.choice([0.01, 0.5, 0.99])
-        text = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-        np.testing.assert_array_equal(run_length_mask(np.array(run_lengths(text)), 30, 40), mask)
-        points = rng.uniform(0, 30, (3, 2))
-        wanted = rle.decode(rle.frPyObjects([points.flatten().tolist()], 30, 40))[..., 0]
-        # Theirs is drawn on a grid five times as fine, so that it differs at edges.
-        assert (polygon_mask(points, 30, 40) != wanted).sum() <= 8
+# Of pycocotools 2.0.11: `mask.encode` of RandomState(0).random_sample((12, 10)) < share, by share.
+ENCODED = {
+    0.02: "c11Q20QN",
+    0.5: "321O010O34ML211021N2MM100O14NO0M1065NLKO10O000030M1",
+    0.98: "0m01m1",
+}
+# And `mask.frPyObjects` of polygons in pictures of 30 x 40.
+DRAWN = [
+    ([[16.5, 21.5], [18.1, 16.3], [12.7, 19.4]], "i<1l0101N10NUd0"),
+    ([[12.5, 21.6], [0.0, 9.1], [4.4, 2.8]], "82k02M3N2N21O2M2O1O1O2N1Odi0"),
+    ([[13.1, 0.8], [16.5, 13.1], [12.6, 9.9]], "X<9h0M4MVf0"),
+]
+
+
+@pytest.mark.parametrize("share", ENCODED)
+def test_run_lengths_equal_pycocotools(share):
+    mask = np.random.RandomState(0).random_sample((12, 10)) < share
+    counts = np.array(run_lengths(ENCODED[share]))
+    np.testing.assert_array_equal(run_length_mask(counts, 12, 10), mask)
+
+
+@pytest.mark.parametrize("points, text", DRAWN)
+def test_polygons_equal_pycocotools_up_to_their_edges(points, text):
+    """Theirs is drawn on a grid five times as fine, so that it differs at edges."""
+    wanted = run_length_mask(np.array(run_lengths(text)), 30, 40)
+    found = polygon_mask(np.array(points), 30, 40)
+    assert (found != wanted).sum() <= 0.2 * wanted.sum()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,7 +144,7 @@ def test_coco(tmp_path, names):
         assert image[:, 5, 5].tolist() == [255, 0, 0]
         assert target["boxes"].tolist() == [[2, 2, 12, 12], [30.5, 20, 35.5, 24.5], [0, 0, 40, 30]]
         assert target["labels"].tolist() == [2, 1, 1]
-        assert target["crowd"].tolist() == [False, False, True]
+        assert target["crowd"].tolist() == [False, False, True] and not target["difficult"].any()
         masks = target["masks"]
         assert masks.shape == (3, 30, 40) and masks.dtype == torch.uint8
         assert masks.sum(dim=(1, 2)).tolist() == [75, 3, 1200]
@@ -126,7 +153,8 @@ def test_coco(tmp_path, names):
         # An image without boxes is kept.
         image, target = part[1]
         assert image[2, 0, 0] > 200
-        assert [list(target[name].shape) for name in target] == [[0, 4], [0], [0], [0, 30, 40]]
+        shapes = [list(target[name].shape) for name in target]
+        assert shapes == [[0, 4], [0], [0], [0], [0, 30, 40]]
         assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
 
 
@@ -135,7 +163,7 @@ def test_without_masks_nothing_is_asked_of_them(tmp_path):
     del own["annotations"][1]["segmentation"]
     own["annotations"][0]["segmentation"] = "nonsense"
     source = load(str(write(tmp_path, own, own)))
-    assert set(source.train[0][1]) == {"boxes", "labels", "crowd"}
+    assert set(source.train[0][1]) == {"boxes", "labels", "crowd", "difficult"}
 
 
 def test_files_beside_the_folders(tmp_path):
@@ -283,6 +311,35 @@ def test_pictures_are_upright(tmp_path):
     assert load(str(tmp_path)).train[1][0].shape == (3, 30, 40)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("end", ["jpg", "png", "tif"])
+def test_sizes_from_headers_are_those_of_the_pictures_read(tmp_path, end, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"turned.{end}")
+    Image.new("RGB", (30, 40), "blue").save(path, exif=exif)
+    assert annotations.upright_size(path, Pixels()) == read_image(path).shape[1:]
+
+
+def test_pictures_that_are_arrays(tmp_path):
+    write(tmp_path)
+    values = np.random.default_rng(0).integers(0, 256, (5, 30, 40), dtype=np.uint8)
+    for split, array in (("train", values), ("val", values.transpose(1, 2, 0))):
+        np.save(tmp_path / f"{split}/a.npy", array)
+        own = content()
+        own["images"] = [own["images"][0] | {"file_name": "a.npy"}]
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(own))
+    source = load(str(tmp_path), masks=True, pixels=Pixels(channels=5))
+    for part in (source.train, source.test):
+        assert part.sizes == [(30, 40)]
+        np.testing.assert_array_equal(part[0][0], values)
+    file = re.escape(str(tmp_path / "train/a.npy"))
+    with pytest.raises(UserError, match=f"cannot read image {file}: its shape .* no axis of 3"):
+        load(str(tmp_path))
+    with pytest.raises(UserError, match=f"{file}: 40 x 30 pixels are more than --max_megapixels"):
+        load(str(tmp_path), pixels=Pixels(5, max_megapixels=0.001))
+
+
 @pytest.mark.parametrize("missing", ["annotations/instances_val.json", "val"])
 def test_what_was_looked_for(tmp_path, missing):
     write(tmp_path)
@@ -334,7 +391,7 @@ def test_voc(tmp_path):
         assert image.shape == (3, 30, 40)
         assert target["boxes"].tolist() == [[0, 0, 10, 20], [10, 4, 40, 30]]
         assert [source.names[i - 1] for i in target["labels"]] == ["dog", "person"]
-        assert target["crowd"].tolist() == [False, True]
+        assert target["difficult"].tolist() == [False, True] and not target["crowd"].any()
     assert source.notes[0] == "2 objects marked as difficult are not counted"
     assert source.notes[1].startswith("VOC 2007: 2 boxes reach beyond their pictures and are cut")
 
@@ -396,14 +453,15 @@ def test_demo_scenes(monkeypatch):
     assert (image == images[0]).all() and source.test.sizes[1] == (96, 96)
     for name in ("boxes", "labels", "masks"):
         assert (target[name] == targets[0][name]).all()
-    assert not target["crowd"].any() and len(target["crowd"]) == len(target["labels"])
+    for name in ("crowd", "difficult"):
+        assert not target[name].any() and len(target[name]) == len(target["labels"])
     assert "masks" not in load("demo_scenes").train[0][1]
 
 
 def test_masks_of_a_picture_are_unions_of_polygons():
     squares = [np.array([[a, a], [a + 2, a], [a + 2, a + 2], [a, a + 2]]) for a in (0.0, 1.0)]
-    none = np.zeros((1, 4), dtype=np.float32)
-    picture = Picture("", 4, 4, none, np.ones(1), np.zeros(1), [squares])
+    box = np.zeros((1, 4), dtype=np.float32)
+    picture = Picture("", 4, 4, box, np.ones(1), np.zeros(1), np.zeros(1), [squares])
     wanted = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_array_equal(picture.masks()[0], wanted)
     assert annotations.is_polygon([1, 2, 3, 4, 5, 6]) and not annotations.is_polygon([1] * 7)

@@ -66,6 +66,13 @@ def test_fpn_of_a_vit_has_all_strides(patch, strides):
     assert [map.shape[1:] for map in maps.values()] == [(16, n, n) for n in expected]
 
 
+@pytest.mark.parametrize("patch", [14, 16])
+def test_fpn_of_a_vit_needs_no_finer_map_than_its_own(patch):
+    body = dense.fpn_backbone(small("vit_tiny", patch_size=patch), 8, (16, 32))
+    maps = body(torch.randn(1, 3, 128, 128))
+    assert [map.shape[1:] for map in maps.values()] == [(8, 8, 8), (8, 4, 4)]
+
+
 def test_fpn_of_convnets_has_all_strides():
     for arch in ("mobilevit_xxs", "resnet5m"):
         body = dense.fpn_backbone(small(arch), 16)
@@ -138,10 +145,16 @@ def test_frozen_batch_norm_stays_and_gives_the_same_maps():
 
 
 def test_bad_strides_are_refused():
-    with pytest.raises(dense.UserError, match="each twice the one before"):
-        dense.fpn_backbone(small("resnet5m"), strides=(4, 16))
-    with pytest.raises(dense.UserError, match="none of the backbone's own, 4, 8, 16"):
-        dense.fpn_backbone(small("resnet5m"), strides=(32, 64))
+    for strides in ((4, 16), (6, 12, 24), (), (0, 0)):
+        with pytest.raises(dense.UserError, match="powers of 2, each twice the one before"):
+            dense.fpn_backbone(small("resnet5m"), strides=strides)
+    for strides in ((32, 64), (4, 8)):
+        said = (
+            rf"strides must reach the backbone's coarsest, 16, not \({strides[0]}, {strides[1]}\)"
+        )
+        for network in (small("resnet5m"), small("vit_tiny", patch_size=14, image_size=56)):
+            with pytest.raises(dense.UserError, match=said):
+                dense.fpn_backbone(network, strides=strides)
 
 
 @pytest.mark.parametrize("arch", ["mobilevit_xxs", "vit_tiny"])
