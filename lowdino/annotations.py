@@ -104,6 +104,11 @@ class Picture:
     difficult: np.ndarray
     shapes: list[list[np.ndarray] | np.ndarray] | None = None
 
+    @property
+    def layers(self) -> int:
+        """Masks that it has."""
+        return 0 if self.shapes is None else len(self.shapes)
+
     def masks(self) -> np.ndarray:
         """(n, H, W) uint8."""
         size = self.height, self.width
@@ -131,6 +136,11 @@ class Pictures(Dataset):
     def __init__(self, pictures: list[Picture], pixels: Pixels = RGB):
         self.pictures, self.pixels = pictures, pixels
         self.sizes = [(picture.height, picture.width) for picture in pictures]
+
+    @property
+    def item_bytes(self) -> int:
+        """The most that a picture and its masks have; see `data.lacks_shared_memory`."""
+        return max((self.pixels.channels + p.layers) * p.height * p.width for p in self.pictures)
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -156,7 +156,8 @@ def open_picture(path: str) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded yet, Pillow's own limit of their number put aside."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as image:
+        # As a file, for by its name Pillow 13 maps plain grey TIFFs into memory, lying ones turned.
+        with open(path, "rb") as file, Image.open(file) as image:
             yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -60,8 +60,6 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
     if args.test_fraction is not None and args.data_path in ("demo_scenes", "voc2012"):
         return f"--test_fraction is for a folder; {args.data_path} has test pictures of its own"
-    if args.value_range and args.data_path == "demo_scenes":
-        return "--value_range is of values of more than 8 bits, and demo_scenes has none"
     return linear.check_whole(args) or settings.check_reading(args)
 
 

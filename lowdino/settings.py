@@ -372,6 +372,8 @@ def check_reading(args: argparse.Namespace) -> str | None:
     if args.value_range and not -math.inf < args.value_range[0] < args.value_range[1] < math.inf:
         low, high = args.value_range
         return f"--value_range needs LOW < HIGH, not {low:g} {high:g}"
+    if args.value_range and args.data_path == "demo_scenes":
+        return "--value_range is of values of more than 8 bits, and demo_scenes has none"
     if args.num_workers is not None and args.num_workers > 1000:
         return f"--num_workers must be at most 1000, not {args.num_workers}"
     return out_of_range(args, not_negative=("num_workers",), above_zero=("max_megapixels",))

@@ -486,6 +486,10 @@ def test_eval_linear(few_scenes, call_script, tmp_path):
     [
         (("--data_path", "demo"), "no pictures with boxes at demo: give a folder in COCO's form"),
         (("--solver", "lbfgs"), "--solver goes with --task classification"),
+        (
+            ("--data_path", "demo_scenes", "--value_range", 0, 9),
+            "--value_range is of values of more than 8 bits, and demo_scenes has none",
+        ),
         (("--steps", 0), "--steps must be at least 1, not 0"),
     ],
 )

@@ -46,6 +46,21 @@ def test_pictures_are_upright(tmp_path, orientation, ending):
     assert reading.shorter_side(str(path)) == 20
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGBA", "I;16"])
+def test_plain_tiffs_are_upright(tmp_path, orientation, mode):
+    """Which Pillow maps into memory where it opens them by their names."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey = Image.fromarray(colours()).convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    picture = {"L": grey, "RGBA": grey.convert("RGBA"), "I;16": deep}[mode]
+    picture.save(tmp_path / "plain.tif", exif=exif)
+    grey.save(tmp_path / "turned.png", exif=exif)
+    found = read(tmp_path / "plain.tif", None, reading.Pixels(1))
+    np.testing.assert_array_equal(found, read(tmp_path / "turned.png", None, reading.Pixels(1)))
+
+
 def test_a_turned_photograph_is_upright_when_it_is_reduced_on_decoding(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
