@@ -263,6 +263,7 @@ def test_commands_of_the_results_run(tmp_path, call_small):
         shutil.rmtree(tmp_path / output, ignore_errors=True)  # another table's
         backbone = tmp_path / "runs/mobilevit_xxs/backbone.pth"
         if f"{backbone.relative_to(tmp_path)}" in flags:  # of a row, whose command has no folder
+            backbone.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save_backbone(
                 backbone, lowdino.build_backbone("mobilevit_xxs"), "mobilevit_xxs", 32, 1
             )
