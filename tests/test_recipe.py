@@ -137,7 +137,6 @@ def test_settings_follow_from_the_images(images, ranks, flags, expected, tmp_pat
     monkeypatch.setattr(sources.Data, "limit_side", lambda self, side: None)
     monkeypatch.setattr(settings, "load_data", lambda args, ranks: source)
     monkeypatch.setattr(data, "suitable_size", lambda images: images.view_side)
-    monkeypatch.setattr(data, "default_workers", lambda images: 0)
     args = parsed(flags, output_dir=tmp_path)
     settings.settle(args, distributed.Ranks(0, ranks, CPU))
     assert {name: getattr(args, name) for name in expected} == expected
