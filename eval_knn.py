@@ -78,9 +78,13 @@ def check(args: argparse.Namespace) -> str | None:
         return "--propagate needs a backbone, --weights or --arch"
     if args.propagate and args.data_path != "demo_scenes":
         return "--propagate is measured on the films of --data_path demo_scenes"
-    for name in ("pool", "nb_knn", "temperature") if args.propagate else ():
-        if getattr(args, name) != get_parser().get_default(name):
-            return f"--{name} is not for --propagate, which has its own neighbours: leave it out"
+    if args.propagate:
+        parser = get_parser()
+        for name in ("pool", "nb_knn", "temperature"):
+            if getattr(args, name) != parser.get_default(name):
+                return (
+                    f"--{name} is not for --propagate, which has its own neighbours: leave it out"
+                )
     if args.propagate and (args.map or args.maps or args.features or args.neighbours):
         return "--propagate is measured alone: leave --map, --maps, --features, --neighbours out"
     if args.pixels and args.pool != "default":

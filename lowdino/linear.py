@@ -301,9 +301,10 @@ def adamw_steps(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         if step % max(steps // 5, 1) == 0 or step == steps:
-            check_finite("it", loss.item(), step)
+            value = loss.item()
+            check_finite("it", value, step)
             if ranks.first:
-                print(f"  step {step}/{steps} loss {loss.item():.4f}", flush=True)
+                print(f"  step {step}/{steps} loss {value:.4f}", flush=True)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if max_norm < math.inf:
