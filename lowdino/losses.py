@@ -198,13 +198,15 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()  # as NCCL wants both what it sends and what it fills
         gathered = [torch.empty_like(x) for _ in range(ranks())]
-        dist.all_gather(gathered, x.contiguous())
+        dist.all_gather(gathered, x)
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        # A copy, because autograd may give the same tensor to another function: of a + b to both.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(ranks())[rank()]
 

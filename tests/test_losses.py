@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import saved_by_one_and_two_ranks
 
+from lowdino import losses
 from lowdino.losses import DINOLoss, InfoNCELoss, KoLeoLoss, sinkhorn_knopp
 
 
@@ -208,6 +209,35 @@ def test_infonce_is_the_loop_over_both_views():
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.fixture
+def two_equal_ranks(monkeypatch):
+    """This process as the first of two that hold the same tensors, which must be contiguous."""
+
+    def all_gather(gathered, x):
+        assert all(tensor.is_contiguous() for tensor in (*gathered, x))
+        for tensor in gathered:
+            tensor.copy_(x)
+
+    monkeypatch.setattr(losses, "ranks", lambda: 2)
+    monkeypatch.setattr(losses, "rank", lambda: 0)
+    monkeypatch.setattr(losses.dist, "all_gather", all_gather)
+    monkeypatch.setattr(losses.dist, "all_reduce", lambda x: x.mul_(2))
+
+
+def test_gathered_rows_share_their_gradient_with_nobody(two_equal_ranks):
+    """A sum gives both its terms one gradient, which each of them is to double by itself."""
+    a, b = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
+    weight = torch.randn(6, 2)
+    (weight * (losses.rows_of_all_ranks(a) + losses.rows_of_all_ranks(b))).sum().backward()
+    for x in (a, b):
+        assert torch.equal(x.grad, 2 * weight[:3])
+
+
+def test_rows_in_any_layout_are_gathered(two_equal_ranks):
+    x = torch.randn(2, 3).T
+    assert torch.equal(losses.rows_of_all_ranks(x), torch.cat([x, x]))
 
 
 RANKS = textwrap.dedent("""
