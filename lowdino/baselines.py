@@ -212,7 +212,13 @@ class SwAV(Projecting):
         self.prototypes = WeightNormLinear(args.projector[-1], args.out_dim, learn_gain=False)
         self.register_buffer("queue", torch.zeros(2, args.queue_size, args.projector[-1]))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # rows of either
-        self.full = False  # whether all are, which the host need not ask any more then
+        # Whether the queue is full. It stays so, and the host need not wait for `filled` any more.
+        self.full = False
+        self.register_load_state_dict_post_hook(SwAV.ask_again)
+
+    def ask_again(self, _keys) -> None:
+        """Another state may have a queue that is not full."""
+        self.full = False
 
     def forward(self, views, batch=None, step=0):
         self.full = self.full or bool(self.filled >= self.args.queue_size)

@@ -212,6 +212,16 @@ def test_the_queue_waits_for_its_epoch_and_prototypes_for_theirs():
         assert (early.prototypes.weight.grad is None) == (step < 5)
 
 
+def test_a_queue_that_was_full_is_not_after_another_state():
+    """As where steps are timed and taken back: zeros are no embeddings."""
+    method, fresh = method_of("swav"), method_of("swav")
+    for step in range(4):
+        method(views_of(seed=step), step=step)
+    assert method.full
+    method.load_state_dict(fresh.state_dict())
+    assert method(views_of()).item() == fresh(views_of()).item()
+
+
 # ---------------------------------------------------------------------------------------------
 # Teachers
 # ---------------------------------------------------------------------------------------------
