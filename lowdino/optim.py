@@ -153,14 +153,27 @@ def muon_groups(model: nn.Module, scale: float) -> list[dict]:
 
 
 @contextmanager
-def matmul_precision(name: str):
-    """How far products of float32 matrices may be rounded for speed, for the time of a `with`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+def exact_matmul():
+    """Products of float32 matrices are not rounded to TF32 or bf16, for the time of a `with`.
+
+    torch 2.9 brought a precision of each backend. A program that sets one of these may not ask for
+    the older one of all, which is an error, but any program may ask for these.
+    """
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [backend.fp32_precision for backend in backends]
+    of_all = None if backends else torch.get_float32_matmul_precision()
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if of_all:
+            torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+        if of_all:
+            torch.set_float32_matmul_precision(of_all)
 
 
 def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
@@ -179,7 +192,7 @@ def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = gradients.float()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    with matmul_precision("highest"):
+    with exact_matmul():
         s, product = x @ x.mT, None  # (k, m, m)
         for i in range(steps):
             factor = torch.baddbmm(s, s, s, beta=b, alpha=c)

@@ -99,15 +99,35 @@ DECADES = torch.logspace(0, -3, 256, dtype=torch.float64)
 LOW_RANK = torch.cat([torch.ones(2), torch.full((254,), 0.01)]).double()
 
 
+@pytest.fixture(params=["of_all", "of_each", "before torch 2.9"])
+def rounded(request, monkeypatch):
+    """Leave to round factors, by either of torch's settings; a function that says whether it is."""
+    backends = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    both = hasattr(backends[1], "fp32_precision")
+    if request.param == "of_each":
+        if not both:
+            pytest.skip("this torch has one setting, of all backends")
+        before = [backend.fp32_precision for backend in backends]
+        backends[0].fp32_precision, backends[1].fp32_precision = "tf32", "bf16"
+        yield lambda: [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+        return
+    torch.set_float32_matmul_precision("medium")
+    if both and request.param != "of_all":
+        for module in (torch.backends.cuda, torch.backends.mkldnn):
+            monkeypatch.setattr(module, "matmul", None)
+    yield lambda: torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("singular_values", [DECADES, LOW_RANK], ids=["decades", "low_rank"])
-def test_leave_to_round_factors_is_not_taken(singular_values):
+def test_leave_to_round_factors_is_not_taken(singular_values, rounded):
     """A CPU with AMX and a GPU round them where they may; then S has negative eigenvalues."""
     u, v = (torch.linalg.qr(torch.randn(n, 256, dtype=torch.float64))[0] for n in (256, 700))
     g = u @ torch.diag(singular_values) @ v.T
-    with optim.matmul_precision("medium"):
-        found = optim.orthogonalized(g[None])[0]
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == "highest"
+    found = optim.orthogonalized(g[None])[0]
+    assert rounded()
     torch.testing.assert_close(found.double(), newton_schulz(g), atol=2e-3, rtol=0.02)
 
 
