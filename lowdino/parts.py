@@ -23,9 +23,17 @@ class UserError(ValueError):
 def choose_amp(args, ranks, saved: dict | None) -> None:
     """Give --amp auto the type of the checkpoint, or of the device; a CPU is left to be timed."""
     if args.amp == "auto":
-        of_device = {"cuda": "bf16", "cpu": "auto"}.get(ranks.device.type, "none")
+        of_device = amp_of(ranks.device)
         args.amp = saved["settings"].get("amp", of_device) if saved else of_device
         check_amp(args.amp, ranks.device)
+
+
+def amp_of(device: torch.device) -> str:
+    """What --amp auto is: a GPU's fastest type, `auto` on a CPU, which is timed, else none."""
+    if device.type == "cuda":
+        # Before Ampere, compute capability 8.0, GPUs have tensor cores for fp16 alone.
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "auto" if device.type == "cpu" else "none"
 
 
 def check_amp(amp: str, device: torch.device) -> None:

@@ -189,7 +189,10 @@ def add_optimisation_flags(add) -> None:
     add("--weight_decay_end", type=float, default=0.4, help=help)
     help = "limit of each parameter's gradient norm; 0: none"
     add("--clip_grad", type=float, default=3.0, help=help)
-    help = "autocast type; auto: bf16 on CUDA, on a CPU the faster of bf16 and none, which is timed"
+    help = (
+        "autocast type; auto: bf16 on CUDA, or fp16 on GPUs before Ampere; on a CPU the faster of "
+        "bf16 and none, which is timed"
+    )
     add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help=help)
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 from torch import nn
 
 import lowdino
-from lowdino import distributed, ema, optim, schedules
+from lowdino import distributed, ema, optim, parts, schedules
 from lowdino.heads import DINOHead, MultiViewNetwork
 
 
@@ -337,3 +337,22 @@ def test_a_rank_without_a_gpu_is_refused_inside_a_slurm_job_too(started_as, monk
 def test_ranks_come_from_torchrun_or_srun(environment, expected, started_as):
     started_as(environment)
     assert distributed.rank_from_environment() == expected
+
+
+@pytest.mark.parametrize(
+    "device, capability, expected",
+    [
+        ("cuda:1", (7, 5), "fp16"),
+        ("cuda:1", (8, 0), "bf16"),
+        ("cuda:1", (12, 0), "bf16"),
+        ("cpu", None, "auto"),
+        ("mps", None, "none"),
+    ],
+)
+def test_autocast_is_what_the_device_has_cores_for(device, capability, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda d: asked.append(d) or capability
+    )
+    assert parts.amp_of(torch.device(device)) == expected
+    assert asked == [torch.device(device)] * (capability is not None)
