@@ -40,7 +40,11 @@ class Method(nn.Module):
         """What follows the optimizer: a momentum teacher."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last forward pass, over all ranks, for the log and for `health.Health`."""
+        """Numbers of the last forward pass, for the log and for `health.Health`.
+
+        Losses and entropies are over all ranks, spread and rank are those of this rank's images.
+        All ranks must call it together.
+        """
         return {}
 
 

@@ -389,7 +389,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
     """Which of some flags are set on any rank.
 
-    It is one exchange, and the only time in a step that the CPU waits for the device.
+    It is one exchange, at which the CPU waits for what the step has asked of the device so far.
     """
     if dist.is_initialized():
         found = torch.stack(
