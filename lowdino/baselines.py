@@ -231,7 +231,7 @@ class SwAV(Projecting):
         if self.training and self.args.queue_size:
             for queue, rows in zip(self.queue, z.detach().chunk(len(views))):
                 queue.copy_(enqueued(queue, rows_of_all_ranks(rows)))
-            self.filled += len(views[0]) * losses.ranks()
+            self.filled += len(views[0]) * losses.world_size()
         self.keep(step, features, z, views, swapped=loss)
         self.terms |= {"code_entropy": health.mean_entropy(torch.cat(codes))}
         return loss
@@ -241,7 +241,7 @@ class SwAV(Projecting):
         """q of global view i: logits (B, K) -> (B, K)."""
         rows = s
         if self.full and step >= self.args.queue_epochs * self.epoch_steps:
-            share = self.queue[i][losses.rank() :: losses.ranks()]
+            share = self.queue[i][losses.rank() :: losses.world_size()]
             rows = torch.cat([s, self.prototypes(share)])
         return losses.sinkhorn_knopp(rows, self.args.teacher_temp)[: len(s)]
 

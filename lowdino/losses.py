@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def ranks() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager:
@@ -32,10 +32,10 @@ def autocast_off(x: Tensor) -> AbstractContextManager:
 def logsumexp_over_ranks(x: Tensor) -> Tensor:
     """log of the sum of exp over the rows of all ranks: (n, K) -> (1, K). No gradient."""
     highest = x.amax(dim=0, keepdim=True)
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     total = (x - highest).exp().sum(dim=0, keepdim=True)
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(total)
     return highest + total.log()
 
@@ -187,9 +187,9 @@ class DINOLoss(nn.Module):
         if self.centering == "sinkhorn":
             return
         mean = logits.float().mean(dim=0, keepdim=True)
-        if ranks() > 1:
+        if world_size() > 1:
             dist.all_reduce(mean)
-            mean /= ranks()
+            mean /= world_size()
         self.center.lerp_(mean.to(self.center.dtype), 1 - self.center_momentum)
 
 
@@ -199,7 +199,7 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.contiguous()  # as NCCL wants both what it sends and what it fills
-        gathered = [torch.empty_like(x) for _ in range(ranks())]
+        gathered = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(gathered, x)
         return torch.cat(gathered)
 
@@ -208,7 +208,7 @@ class GatherRows(torch.autograd.Function):
         # A copy, because autograd may give the same tensor to another function: of a + b to both.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
-        return gradient.chunk(ranks())[rank()]
+        return gradient.chunk(world_size())[rank()]
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -225,12 +225,12 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient * ranks()
+        return gradient * world_size()
 
 
 def rows_of_all_ranks(x: Tensor) -> Tensor:
     """`GatherRows` where there are several: (n, D) -> (ranks * n, D)."""
-    return GatherRows.apply(x) if ranks() > 1 else x
+    return GatherRows.apply(x) if world_size() > 1 else x
 
 
 def own_rows(x: Tensor) -> Tensor:
@@ -320,8 +320,8 @@ class CodingRateLoss(nn.Module):
 
     def coding_rate(self, z: Tensor) -> Tensor:
         """R of each view: (V, B, d) -> (V,)."""
-        n, d = z.shape[1] * ranks(), z.shape[2]
-        if ranks() > 1:
+        n, d = z.shape[1] * world_size(), z.shape[2]
+        if world_size() > 1:
             gram = SumOverRanks.apply(z.mT @ z)  # (V, d, d)
         else:  # of the two products, which have the same determinant, the smaller
             gram = z @ z.mT if n < d else z.mT @ z

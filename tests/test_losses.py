@@ -220,7 +220,7 @@ def two_equal_ranks(monkeypatch):
         for tensor in gathered:
             tensor.copy_(x)
 
-    monkeypatch.setattr(losses, "ranks", lambda: 2)
+    monkeypatch.setattr(losses, "world_size", lambda: 2)
     monkeypatch.setattr(losses, "rank", lambda: 0)
     monkeypatch.setattr(losses.dist, "all_gather", all_gather)
     monkeypatch.setattr(losses.dist, "all_reduce", lambda x: x.mul_(2))
