@@ -302,7 +302,7 @@ class CodingRateLoss(nn.Module):
     only the sums Z_v^T Z_v (d, d).
 
     forward(z): embeddings (V, B, d) of this rank, of any length. Returns C and R, scalars, and
-    `loss(C, R)` is L.
+    `total(C, R)` is L.
 
     Args:
         weight: of C; 200 in the paper. eps: squared precision of the code; 0.2 in the paper's code.
@@ -331,7 +331,7 @@ class CodingRateLoss(nn.Module):
         rate = factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
         return rate.where(info == 0, torch.nan)
 
-    def loss(self, cosine: Tensor, rate: Tensor) -> Tensor:
+    def total(self, cosine: Tensor, rate: Tensor) -> Tensor:
         return -self.weight * cosine - rate
 
 

@@ -291,7 +291,7 @@ class EMP(Projecting):
         z = outputs["projector"].unflatten(0, (len(views), -1))  # (V, B, d)
         cosine, rate = self.loss(z)
         self.keep(step, features, outputs["projector"], views, cosine=cosine, coding_rate=rate)
-        return self.loss.loss(cosine, rate)
+        return self.loss.total(cosine, rate)
 
 
 def add_emp_flags(parser: argparse.ArgumentParser) -> None:

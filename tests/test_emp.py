@@ -36,7 +36,7 @@ def test_coding_rate_is_its_definition(B, d):
     found = loss(torch.tensor(z, dtype=torch.float32))
     expected = by_hand(z, 0.3)
     assert [v.item() for v in found] == pytest.approx(expected, rel=1e-5)
-    assert loss.loss(*found).item() == pytest.approx(-7 * expected[0] - expected[1], rel=1e-5)
+    assert loss.total(*found).item() == pytest.approx(-7 * expected[0] - expected[1], rel=1e-5)
 
 
 def test_coding_rate_rises_with_the_spread():
@@ -48,7 +48,7 @@ def test_coding_rate_rises_with_the_spread():
     # Eight orthogonal vectors have eight eigenvalues 1 + 1 / eps, equal ones a single 1 + 8 / eps.
     assert r_spread.item() == pytest.approx(8 / 2 * math.log(1 + 8 / (8 * 0.2)), rel=1e-5)
     assert r_point.item() == pytest.approx(1 / 2 * math.log(1 + 8 / 0.2), rel=1e-5)
-    assert loss.loss(c_spread, r_spread) < loss.loss(c_point, r_point)
+    assert loss.total(c_spread, r_spread) < loss.total(c_point, r_point)
 
 
 RANKS = textwrap.dedent("""
@@ -68,7 +68,7 @@ RANKS = textwrap.dedent("""
         optimizer, loss = optim.Muon(model.parameters(), lr=0.1), CodingRateLoss()
         for _ in range(3):
             optimizer.zero_grad()
-            loss.loss(*loss(wrapped(x[:, own]))).backward()
+            loss.total(*loss(wrapped(x[:, own]))).backward()
             optimizer.step()
         if rank == 0:
             torch.save([model.weight.grad, model.bias.grad, *model.state_dict().values()], {out!r})
@@ -184,7 +184,7 @@ def test_embeddings_that_are_not_finite_give_a_loss_that_is_not():
     z = torch.randn(2, 4, 6)
     z[1, 2, 3] = torch.nan
     loss = CodingRateLoss()
-    assert loss.loss(*loss(z)).isnan()
+    assert loss.total(*loss(z)).isnan()
 
 
 def test_muon_goes_on_from_its_state():
