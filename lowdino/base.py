@@ -137,9 +137,12 @@ def teacher_metrics(method: Method, step: int) -> dict[str, float]:
     """State of the momentum teacher, and whether it still moves."""
     momentum = teacher_momentum(method, step)
     theta_t, theta_s = (weights[0] for weights in method.weights)
-    # One weight tells whether any moves. Towards the end of a long run the schedule lets none, and
-    # a copy of the student does not need to.
-    held = momentum > 1 - 1e-6 > teacher_momentum(method, 0)
-    held = held or getattr(method.args, "teacher_update", "momentum") != "momentum"
-    moves = held or not torch.equal(theta_t, theta_t.lerp(theta_s.detach(), 1 - momentum))
-    return {"momentum": momentum, "teacher_moved": moves}
+    # Towards the end of a long run the schedule lets the teacher stand still, as it should.
+    nearly_one = 1 - 1e-6
+    by_schedule = momentum > nearly_one and teacher_momentum(method, 0) < nearly_one
+    is_copy = getattr(method.args, "teacher_update", "momentum") != "momentum"
+    if by_schedule or is_copy:
+        moved = True
+    else:  # one weight tells whether any moves
+        moved = not torch.equal(theta_t, theta_t.lerp(theta_s.detach(), 1 - momentum))
+    return {"momentum": momentum, "teacher_moved": moved}
