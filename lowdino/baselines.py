@@ -173,14 +173,15 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_moco(args: argparse.Namespace) -> str | None:
     """The first thing wrong with the flags of MoCo, in one sentence, or None."""
-    fractions = ("momentum_teacher", "alpha")
-    wrong = out_of_range(args, above_zero=("temperature",), fractions=fractions)
-    if args.momentum_teacher is None:
-        wrong = "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
+    if wrong := check_queue(args) or check_pairs(args):
+        return wrong
     if args.batch_size_per_gpu < 4:
         batch = args.batch_size_per_gpu
-        wrong = f"--batch_size_per_gpu must be at least 4, as moco halves it, not {batch}"
-    return check_queue(args) or check_pairs(args) or wrong
+        return f"--batch_size_per_gpu must be at least 4, as moco halves it, not {batch}"
+    if args.momentum_teacher is None:
+        return "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
+    fractions = ("momentum_teacher", "alpha")
+    return out_of_range(args, above_zero=("temperature",), fractions=fractions)
 
 
 def check_queue(args: argparse.Namespace) -> str | None:
