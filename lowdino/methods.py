@@ -334,7 +334,13 @@ class Entry(NamedTuple):
 METHODS = {
     "dino": Entry(DINO, add_dino_flags, check_dino),
     "emp": Entry(EMP, add_emp_flags, check_emp, defaults=dict(projector=[512, 512, 256])),
-    "mvmr": Entry(MVMR, add_mvmr_flags, check_mvmr, ("projector",), dict(projector=[8192] * 3)),
+    "mvmr": Entry(
+        MVMR,
+        add_mvmr_flags,
+        check_mvmr,
+        shared=("projector",),
+        defaults=dict(projector=[8192] * 3),
+    ),
     "byol": Entry(
         baselines.BYOL,
         no_flags,
@@ -346,15 +352,17 @@ METHODS = {
         baselines.MoCo,
         baselines.add_moco_flags,
         baselines.check_moco,
-        ("projector", "momentum_teacher", "alpha"),
-        dict(projector=[2048, 128], momentum_teacher=0.999),
+        shared=("projector", "momentum_teacher", "alpha"),
+        defaults=dict(projector=[2048, 128], momentum_teacher=0.999),
     ),
     "swav": Entry(
         baselines.SwAV,
         baselines.add_swav_flags,
         baselines.check_swav,
-        "projector queue_size out_dim student_temp teacher_temp freeze_last_layer alpha".split(),
-        dict(projector=[2048, 128], out_dim=3000, teacher_temp=0.05, queue_size=3840),
+        shared=(
+            "projector queue_size out_dim student_temp teacher_temp freeze_last_layer alpha".split()
+        ),
+        defaults=dict(projector=[2048, 128], out_dim=3000, teacher_temp=0.05, queue_size=3840),
     ),
     "simclr": Entry(
         baselines.SimCLR,
@@ -367,15 +375,15 @@ METHODS = {
         baselines.VICReg,
         baselines.add_vicreg_flags,
         baselines.check_vicreg,
-        ("projector", "invariance_weight", "variance_weight"),
-        dict(projector=[8192] * 3, invariance_weight=25.0, variance_weight=25.0),
+        shared=("projector", "invariance_weight", "variance_weight"),
+        defaults=dict(projector=[8192] * 3, invariance_weight=25.0, variance_weight=25.0),
     ),
     "barlow": Entry(
         baselines.BarlowTwins,
         baselines.add_barlow_flags,
         baselines.check_barlow,
-        ("projector",),
-        dict(projector=[8192] * 3),
+        shared=("projector",),
+        defaults=dict(projector=[8192] * 3),
     ),
 }
 
@@ -385,10 +393,10 @@ def options(method: str, **given) -> argparse.Namespace:
 
     MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views.
     """
-    parser = argparse.ArgumentParser()
-    for entry in METHODS.values():  # some share a flag
-        entry.add_flags(parser)
-    known = vars(parser.parse_args([]))
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    parser = argparse.ArgumentParser()
+    for entry in METHODS.values():  # of all methods, for some share a flag
+        entry.add_flags(parser)
+    known = vars(parser.parse_args([]))
     return argparse.Namespace(**known | METHODS[method].defaults | given)
