@@ -259,7 +259,9 @@ def windows(sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     most images. These keep their views, for the generator is left as it is.
     """
     part = torch.minimum(sizes, 2 * sizes.amin(dim=1, keepdim=True))
-    own = generator and torch.Generator(sizes.device).manual_seed(generator.initial_seed() ^ 1)
+    own = None
+    if generator is not None:  # a stream of its own: that seed with the last bit flipped
+        own = torch.Generator(sizes.device).manual_seed(generator.initial_seed() ^ 1)
     u = torch.rand(sizes.shape, generator=own, device=sizes.device)
     return (u * (sizes - part + 1)).floor().minimum(sizes - part), part
 

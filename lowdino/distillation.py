@@ -91,6 +91,7 @@ class Distillation(Method):
         if self.evaluated == "average_student":
             momentum = teacher_momentum(self, step)
             ema.update(*self.weights, momentum)
+            # Paired anew, because a move to a device replaces buffers, unlike parameters.
             ema.update(*ema.paired_buffers(self.average_student, self.student), momentum)
 
     def metrics(self):

@@ -21,7 +21,8 @@ class UserError(ValueError):
     """What a user can mend, said in one sentence."""
 
 
-LEAST_STEPS = 2000  # of a training without --epochs or --minutes; more from 64 x 67 images on
+# Of a training without --epochs or --minutes. The usual 30 epochs are more from 67 steps each on.
+LEAST_STEPS = 2000
 IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "queue_epochs")
 
 

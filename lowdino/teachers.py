@@ -342,10 +342,8 @@ def cached_features(
         ) from error
     if dist.is_initialized():
         dist.barrier()  # all have read what the first rank is going to change
-    replaced, images.replace_bad = (
-        images.replace_bad,
-        False,
-    )  # the file outlives a substitute's image
+    # The file outlives this run: no other image may stand in for one that cannot be read.
+    replaced, images.replace_bad = images.replace_bad, False
     fill_cache(teacher, images, path, own, done, workers, ranks)
     images.replace_bad = replaced
     if dist.is_initialized():
