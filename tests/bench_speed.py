@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -320,18 +319,19 @@ def averages(arch: str, device: torch.device) -> tuple[Callable[[], None], Calla
 
 
 def measure_levers(
-    arch: str, size: int, batch: int, repeats: int, device: torch.device
+    arch: str, size: int, batch: int, repeats: int, device: torch.device, compiled: bool
 ) -> list[dict]:
-    """What one choice each gives: milliseconds as train.py has it, and otherwise."""
+    """What one choice each gives: milliseconds as train.py has it, and otherwise; with `compiled`
+    also what --compile gives, which takes minutes."""
     run = functools.partial(passes, arch, torch.randn(2 * batch, 3, size, size, device=device))
     levers = {
         "channels_last": (run(torch.channels_last), run(torch.contiguous_format)),
         "fused AdamW": (adamw(arch, device, True), adamw(arch, device, False)),
         "foreach EMA": averages(arch, device),
     }
-    if device.type == "cuda" or shutil.which("c++"):
-        compiled = run(torch.channels_last, compiled=True)
-        levers["--compile (off by default)"] = compiled, levers["channels_last"][0]
+    if compiled:
+        faster = run(torch.channels_last, compiled=True)
+        levers["--compile (off by default)"] = faster, levers["channels_last"][0]
     rows = []
     for name, (with_it, without) in levers.items():
         times = in_turns(device, repeats, **{"with": with_it, "without": without})
@@ -424,7 +424,8 @@ def whole_run(arch: str, size: int, args, output: Path, device: torch.device, pr
     folder = output / f"{arch}_{size}_{preset}_{time.time_ns()}"
     with get_context("spawn").Pool(1) as process:
         run = arch, size, args.batch, args.steps, folder, device
-        return process.apply(measure_train, [training_flags(*run, preset=preset, amp=args.amp)])
+        flags = training_flags(*run, preset=preset, amp=args.amp)
+        return process.apply(measure_train, [flags, args.steps])
 
 
 def measure_networks(args, device: torch.device, output: Path, found: dict) -> None:
@@ -451,8 +452,9 @@ def measure_networks(args, device: torch.device, output: Path, found: dict) -> N
             for total in (batch, 2 * batch)
         ]
         show(found["ranks"], RANKS)
-    levers = (measure_levers(arch, size, batch, repeats, device) for arch in args.archs)
-    found["levers"] = sum(levers, [])
+    found["levers"] = []
+    for arch in args.archs:
+        found["levers"] += measure_levers(arch, size, batch, repeats, device, args.compile)
     show(found["levers"], LEVERS)
     grown = [(batch // 4, 0), (batch, 0), (4 * batch, 0), (batch, 2), (batch, 8)]
     found["growth"] = [
@@ -472,6 +474,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120, help="of train.py")
+    help = "as a lever too, which takes minutes and, on a CPU, a C++ compiler"
+    parser.add_argument("--compile", action="store_true", help=help)
     help = "of train.py; default: bf16 on a GPU, none on a CPU"
     parser.add_argument("--amp", choices=["bf16", "none"], help=help)
     device = "cuda" if torch.cuda.is_available() else "cpu"

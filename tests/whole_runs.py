@@ -43,11 +43,14 @@ def pictures(count: int, view: int) -> Tensor:
 
 
 class Repeated(data.ImageArray):
-    """As many images as the demo has, but always the same few: of the larger sizes so many would
-    not fit."""
+    """`count` images, which are always the same few: of the larger sizes so many would not fit."""
+
+    def __init__(self, images: Tensor, count: int):
+        super().__init__(images)
+        self.count = count
 
     def __len__(self) -> int:
-        return demo.TRAIN
+        return self.count
 
     def __getitems__(self, indices: list[int]) -> data.Batch:
         return super().__getitems__([i % len(self.images) for i in indices])
@@ -118,19 +121,20 @@ def logged(folder: Path) -> list[dict]:
     return [record for record in read_log(folder / "log.jsonl") if "images_per_s" in record]
 
 
-def measure_train(flags: list[str]) -> dict:
+def measure_train(flags: list[str], steps: int) -> dict:
     """Images/s of train.py's own loop, and of the bare passes that it is stopped for between blocks
-    of steps: one machine for both.
+    of steps: one machine for both. It makes one epoch, of so many steps.
 
     With the share of time that it waits for data, and its peak memory; to be called in a process of
     its own, with flags of `training_flags`.
     """
-    args = settings.parse(train.get_parser(), flags)
+    args = settings.parse(train.get_parser(), [*flags, "--epochs", "1"])
     batch = args.batch_size_per_gpu
     ranks = distributed.start(args.device)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         source = settings.settle(args, ranks)
-        source = replace(source, pretrain=Repeated(pictures(4 * batch, args.global_crops_size)))
+        images = Repeated(pictures(4 * batch, args.global_crops_size), steps * batch)
+        source = replace(source, pretrain=images)
         method = type("Stopped", (Interrupted, methods.METHODS[args.method].build), {})
         blocks = engine.train(args, ranks, source, method).blocks
     records = logged(Path(args.output_dir))
