@@ -224,6 +224,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
+    def load_state_dict(self, state_dict):
+        """Of this run, and not of the saved one, are the factors of learning rates, `scale`."""
+        own = [{"scale": g["scale"]} if "scale" in g else {} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, scale in zip(self.param_groups, own):
+            group.update(scale)
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None

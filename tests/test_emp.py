@@ -277,3 +277,10 @@ def test_options_are_enough_for_ones_own_loop():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and method.metrics()["cosine"] > 0
+
+
+def test_what_is_no_matrix_keeps_the_factor_of_this_runs_learning_rate():
+    """As after --accept_changes --lr: the factor is 0.002 over the rate of matrices."""
+    saved, loaded = (optim.Muon(optim.muon_groups(nn.Linear(4, 6), x)) for x in (0.1, 0.4))
+    loaded.load_state_dict(saved.state_dict())
+    assert [group.get("scale") for group in loaded.param_groups] == [None, 0.4, 0.4]
