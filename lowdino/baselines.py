@@ -1,7 +1,9 @@
 """Methods that LowDINO, SSLight and MV-MR are compared with, one class a method, its loss above it.
 
 They are used as those of `methods.py`, whose table has them. All views of one size are one batch
-for batch norm. Embeddings and losses are those of the batch of all ranks.
+for the backbone's batch norm, and all views one for the projector's, as in the code of SwAV and
+SimCLR; that of BYOL, VICReg and Barlow Twins has each view as a batch of its own. Embeddings and
+losses are those of the batch of all ranks. `heads.Projector` tells of the projectors' last layers.
 """
 
 import argparse
@@ -28,8 +30,8 @@ class BYOL(Projecting):
     """Bootstrap your own latent (Grill et al., 2020): no prototypes and no negatives.
 
     The student's prediction q(z), of every view, is to be the EMA teacher's projection z' of
-    another, global, view of the same image: 2 - 2 cos(q(z), z'), equation 2, over all pairs. Local
-    views and `alpha` are ours, after SSLight.
+    another, global, view of the same image: 2 - 2 cos(q(z), z'), equation 2, the mean over all
+    pairs, where the paper adds its two. Local views and `alpha` are ours, after SSLight.
     """
 
     remedy = "raise --momentum_teacher, or lower --lr"

@@ -88,6 +88,10 @@ class Projector(nn.Sequential):
     """Linear layers with batch norm and ReLU between them, as in MV-MR and other methods.
 
     (B, widths[0]) -> (B, widths[-1])
+
+    The last layer has a bias and no batch norm, as SwAV's. In their authors' code it has no bias in
+    BYOL, VICReg and Barlow Twins (whose losses, of the last two, do not depend on it), and in
+    SimCLR batch norm with a gain in its place.
     """
 
     def __init__(self, *widths: int):

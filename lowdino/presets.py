@@ -96,9 +96,12 @@ PRESETS = {
         global_crops_size=224, global_crops_scale=[0.3, 1.0], local_crops_number=6,
         local_crops_size=128, local_crops_scale=[0.05, 0.3], vertical_flip=0.0,
     ),
-    # The papers' settings for ImageNet and ResNet-50, those of their code where the two differ, but
-    # for the colours, which are DINO's. A batch of 4,096 is 64 GPUs of 64 images: the learning rate
-    # follows the batch, its end is that of the paper's.
+    # The papers' settings for ImageNet and ResNet-50, those of their code where the two differ. A
+    # batch of 4,096 is 64 GPUs of 64 images: the learning rate follows the batch, its end is that
+    # of the paper's. Colours, blur and solarisation are DINO's, which BYOL, VICReg and Barlow Twins
+    # have too; MoCo, SwAV and SimCLR blur every view with probability 0.5, solarise none, and have
+    # jitter of 0.4 0.4 0.4 0.1 (MoCo) and 0.8 0.8 0.8 0.2. Biases and norms neither decay nor get
+    # LARS's rates; MoCo's code decays them, and that of SwAV does both.
     # Grill et al. (2020), with 1,000 epochs.
     "byol": dict(
         method="byol", epochs=1000, batch_size_per_gpu=64, lr=0.2, lr_reference_batch=256,
@@ -123,7 +126,8 @@ PRESETS = {
         global_crops_scale=[0.14, 1.0], local_crops_number=6, local_crops_size=96,
         local_crops_scale=[0.05, 0.14],
     ),
-    # Chen et al. (2020), SimCLR with batches of 4,096 and 100 epochs.
+    # Chen et al. (2020), SimCLR with batches of 4,096 and 100 epochs, as in the paper and its first
+    # code; since SimCLR v2 that has a weight decay of 1e-4 and a projector of three layers.
     "simclr": dict(
         method="simclr", epochs=100, batch_size_per_gpu=64, lr=0.3, lr_reference_batch=256,
         min_lr=0.0, warmup_epochs=10, optimizer="lars", weight_decay=1e-6, weight_decay_end=1e-6,
