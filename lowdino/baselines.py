@@ -125,15 +125,23 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def joined(parts: Sequence[Tensor], views: int) -> Tensor:
+    """Rows of parts of a batch, each part view by view, as those of the batch, view by view."""
+    by_part = [part.chunk(views) for part in parts]
+    return torch.cat([rows for of_view in zip(*by_part) for rows in of_view])
+
+
 class MoCo(Projecting):
     """Momentum contrast with a projector, MoCo v2 (He et al., 2020; Chen et al., 2020).
 
     The key is of the first global view, by the EMA teacher, whose momentum is fixed; the second
     global view and the local ones are queries, as in SSLight. The projector has no batch norm.
 
-    Batch norm tells a query which keys were in its batch. MoCo shuffles the keys over the ranks
-    against that. Here each rank's keys come in two random halves, each a batch of its own, as the
-    authors' demonstration on one GPU splits its batch: no half has the images of the queries.
+    Batch norm tells a query which key was in its batch: its own, for the queue's are older. Against
+    that MoCo has the statistics of each GPU for itself, and shuffles the keys over the GPUs. Here
+    each rank's batch comes in parts, see `parts`, each a batch of its own, and the keys in another
+    order, as in the authors' demonstration on one GPU: few keys of a part have their queries in
+    one.
     """
 
     remedy = "lower --temperature, or --lr"
@@ -148,18 +156,32 @@ class MoCo(Projecting):
 
     def forward(self, views, batch=None, step=0):
         k = self.keys(views[0], step)
-        features, q = self.student(views[1:])  # ((V - 1) B, E)
-        loss = self.loss(q["projector"].chunk(len(views) - 1), k)
-        self.keep(step, features, q["projector"], views, contrast=loss)
+        features, q = self.queries(views[1:])
+        loss = self.loss(q.chunk(len(views) - 1), k)
+        self.keep(step, features, q, views, contrast=loss)
         return loss
+
+    def parts(self, view: Tensor) -> Sequence[Tensor]:
+        """A view (B, 3, H, W) in 2 to 8 parts, of 32 images over all ranks if there are as many.
+
+        That is what each of MoCo's eight GPUs has. A part has two images of a rank at least.
+        """
+        wanted = min(max(len(view) * losses.world_size() // 32, 2), 8)
+        return view.tensor_split(max(min(wanted, len(view) // 2), 1))
+
+    def queries(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """V views (B, 3, H, W) -> features (V B, D) and embeddings (V B, E), view by view."""
+        outputs = [self.student(list(part)) for part in zip(*map(self.parts, views))]
+        features = joined([features for features, _ in outputs], len(views))
+        return features, joined([heads["projector"] for _, heads in outputs], len(views))
 
     @torch.no_grad()
     def keys(self, view: Tensor, step: int) -> Tensor:
-        """(B, 3, H, W) -> (B, E), in halves that the step draws."""
+        """(B, 3, H, W) -> (B, E), in parts of an order that the step draws."""
         generator = torch.Generator().manual_seed(step)
         order = torch.randperm(len(view), generator=generator).to(view.device)
-        halves = [self.teacher([half])[1]["projector"] for half in view[order].chunk(2)]
-        return torch.cat(halves)[order.argsort()]
+        keys = [self.teacher([part])[1]["projector"] for part in self.parts(view[order])]
+        return torch.cat(keys)[order.argsort()]
 
     def after_step(self, step=0):
         ema.update(*self.weights, teacher_momentum(self, step))
@@ -179,7 +201,7 @@ def check_moco(args: argparse.Namespace) -> str | None:
         return wrong
     if args.batch_size_per_gpu < 4:
         batch = args.batch_size_per_gpu
-        return f"--batch_size_per_gpu must be at least 4, as moco halves it, not {batch}"
+        return f"--batch_size_per_gpu must be at least 4, as moco splits it, not {batch}"
     if args.momentum_teacher is None:
         return "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
     fractions = ("momentum_teacher", "alpha")

@@ -227,18 +227,48 @@ def test_a_queue_that_was_full_is_not_after_another_state():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_keys_of_moco_are_of_two_random_halves():
-    """Batch norm would tell a query which keys were of its batch."""
-    method, (first, _) = method_of("moco"), views_of(images=6)
+def test_mocos_queries_and_keys_come_in_parts_of_different_images(monkeypatch):
+    """Batch norm would tell a query which key was of its batch, the others being of the queue."""
+    seen = {}
+
+    def look(loss, queries, k):
+        seen.update(queries=queries, k=k)
+        return queries[0].sum()
+
+    monkeypatch.setattr(baselines.MoCoLoss, "forward", look)
+    method, views = method_of("moco"), [view.requires_grad_() for view in views_of(3, images=9)]
     norm = copy.deepcopy(method.teacher)
-    halves = torch.randperm(6, generator=torch.Generator().manual_seed(3)).tolist()
-    halves = halves[:3], halves[3:]
-    keys = method.keys(first, 3)
-    for half in halves:
-        expected = norm([first[half]])[1]["projector"]
-        torch.testing.assert_close(keys[half], expected)
-    whole = norm([first])[1]["projector"]
-    assert not keys.requires_grad and (keys - whole).abs().max() > 1e-3
+    method(views, step=3)
+
+    for j, part in ((0, slice(5)), (7, slice(5, 9))):  # an image of each part
+        for query, view in zip(seen["queries"], views[1:]):
+            (gradient,) = torch.autograd.grad(query[j].sum(), view, retain_graph=True)
+            inside = torch.zeros(9, dtype=torch.bool)
+            inside[part] = True
+            assert torch.equal(gradient.flatten(1).any(dim=1), inside)  # what the query depends on
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    for part in (order[:5], order[5:]):
+        expected = norm([views[0][part]])[1]["projector"]
+        torch.testing.assert_close(seen["k"][part], expected)
+    assert not seen["k"].requires_grad and set(order[:5].tolist()) != set(range(5))
+
+
+def test_mocos_queries_are_in_the_order_of_views_and_images():
+    """Without batch norm the parts change nothing."""
+    method, views = method_of("moco"), views_of(4, images=9)
+    method.eval()
+    features, z = method.student(views[1:])
+    for found, expected in zip(method.queries(views[1:]), (features, z["projector"])):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "images, ranks, sizes",
+    [(3, 1, [3]), (25, 1, [13, 12]), (128, 1, [32] * 4), (512, 1, [64] * 8), (32, 8, [4] * 8)],
+)
+def test_sizes_of_mocos_parts(images, ranks, sizes, monkeypatch):
+    monkeypatch.setattr(losses, "world_size", lambda: ranks)
+    assert [len(part) for part in method_of("moco").parts(torch.zeros(images, 1))] == sizes
 
 
 def test_mocos_momentum_is_fixed_and_byols_rises_to_one():
