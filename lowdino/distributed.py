@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -151,7 +152,9 @@ def join(rank: int, world: int, device: torch.device) -> None:
     store, _, _ = next(dist.rendezvous("env://", rank, world))
     store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # While the first rank downloads, the others wait longer than the ten minutes that NCCL allows.
+    options = dict(store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, **options)
 
 
 def on_one_machine(world: int) -> bool:
