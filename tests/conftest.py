@@ -1,3 +1,4 @@
+import functools
 import importlib
 import os
 import signal
@@ -99,6 +100,34 @@ def restore_signals():
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def drawn_once():
+    """The demo's splits, which take seconds to draw, once for all tests.
+
+    Tensors are shared, as nothing writes into them; lists and dicts are each caller's own.
+    """
+    demo = importlib.import_module("lowdino.demo")
+
+    def remembered(draw):
+        cached = functools.cache(draw)
+
+        def images_of(indices, *more):
+            return (cached if isinstance(indices, range) else draw)(indices, *more)
+
+        return images_of
+
+    scenes = remembered(demo.demo_scenes)
+
+    def own_scenes(*drawn):
+        images, targets = scenes(*drawn)
+        return images, [dict(target) for target in targets]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "demo_images", remembered(demo.demo_images))
+        patch.setattr(demo, "demo_scenes", own_scenes)
+        yield
 
 
 @pytest.fixture(autouse=True)

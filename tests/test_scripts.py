@@ -98,7 +98,8 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, d
 
 
 def test_schedules_are_those_that_the_flags_ask_for(picture_folder, tmp_path, call_script):
-    flags = stepwise(picture_folder, tmp_path, "--preset dino --log_freq 1 --knn_freq 0")
+    text = "--preset dino --global_crops_size 32 --local_crops_size 32 --log_freq 1 --knn_freq 0"
+    flags = stepwise(picture_folder, tmp_path, text)
     call_script("train.py", *flags, "--save_every_steps", 0)
     peak = 5e-4 * 4 / 256
     falling = [1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
