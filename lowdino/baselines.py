@@ -137,11 +137,10 @@ class MoCo(Projecting):
     The key is of the first global view, by the EMA teacher, whose momentum is fixed; the second
     global view and the local ones are queries, as in SSLight. The projector has no batch norm.
 
-    Batch norm tells a query which key was in its batch: its own, for the queue's are older. Against
-    that MoCo has the statistics of each GPU for itself, and shuffles the keys over the GPUs. Here
-    each rank's batch comes in parts, see `parts`, each a batch of its own, and the keys in another
-    order, as in the authors' demonstration on one GPU: few keys of a part have their queries in
-    one.
+    Batch norm would tell a query which key is its own: the one that was in its batch, for those in
+    the queue are older. So MoCo keeps each GPU's statistics apart, and shuffles the keys over the
+    GPUs. Here a rank's queries come in `parts`, each a batch of its own for batch norm, and its
+    keys in parts of another order, as in the authors' demonstration on one GPU.
     """
 
     remedy = "lower --temperature, or --lr"
@@ -162,9 +161,9 @@ class MoCo(Projecting):
         return loss
 
     def parts(self, view: Tensor) -> Sequence[Tensor]:
-        """A view (B, 3, H, W) in 2 to 8 parts, of 32 images over all ranks if there are as many.
+        """A view (B, 3, H, W) in 2 to 8 parts, each of 32 images over all ranks where it can be.
 
-        That is what each of MoCo's eight GPUs has. A part has two images of a rank at least.
+        Each of MoCo's eight GPUs has 32. A rank has two or more in a part.
         """
         wanted = min(max(len(view) * losses.world_size() // 32, 2), 8)
         return view.tensor_split(max(min(wanted, len(view) // 2), 1))

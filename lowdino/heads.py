@@ -89,9 +89,9 @@ class Projector(nn.Sequential):
 
     (B, widths[0]) -> (B, widths[-1])
 
-    The last layer has a bias and no batch norm, as SwAV's. In their authors' code it has no bias in
-    BYOL, VICReg and Barlow Twins (whose losses, of the last two, do not depend on it), and in
-    SimCLR batch norm with a gain in its place.
+    The last layer has a bias and no batch norm, as in SwAV. The authors' code of BYOL, VICReg and
+    Barlow Twins leaves out the bias, on which the losses of the last two do not depend; that of
+    SimCLR ends with batch norm.
     """
 
     def __init__(self, *widths: int):
