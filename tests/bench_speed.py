@@ -40,6 +40,7 @@ import train
 from lowdino import (
     augment,
     data,
+    demo,
     distributed,
     ema,
     engine,
@@ -262,11 +263,15 @@ def usual_rate(folder: Path) -> float:
 def measure_ranks(
     arch: str, size: int, batch: int, steps: int, output: Path, device: torch.device
 ) -> dict:
-    """Two ranks over one process with one batch, by train.py's own log."""
+    """Two ranks over one process with one batch, by train.py's own log.
+
+    Both make about `steps` steps on the demo images, in whole epochs.
+    """
     jobs, folders, port = [], [], get_free_port()
+    epochs = max(steps * batch // demo.TRAIN, 1)
     for world in (1, 2):
         folder = output / f"{arch}_{size}_{batch}_{world}_{time.time_ns()}"
-        flags = training_flags(arch, size, batch, steps, folder, device, world)
+        flags = training_flags(arch, size, batch, folder, device, world, epochs)
         jobs.append(start_training(flags, world, port))
         folders.append(folder)
     take_turns(jobs)
@@ -423,7 +428,7 @@ def whole_run(arch: str, size: int, args, output: Path, device: torch.device, pr
     """`measure_train` in a process of its own, for the peak of its memory."""
     folder = output / f"{arch}_{size}_{preset}_{time.time_ns()}"
     with get_context("spawn").Pool(1) as process:
-        run = arch, size, args.batch, args.steps, folder, device
+        run = arch, size, args.batch, folder, device
         flags = training_flags(*run, preset=preset, amp=args.amp)
         return process.apply(measure_train, [flags, args.steps])
 

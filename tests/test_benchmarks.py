@@ -36,7 +36,7 @@ def test_what_starts_it(capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["small", "emp"])
 def test_a_training_is_timed_between_bare_passes(preset, tmp_path):
-    run = "mobilevit_xxs", 32, 8, 24, tmp_path, torch.device("cpu")
+    run = "mobilevit_xxs", 32, 8, tmp_path, torch.device("cpu")
     row = whole_runs.measure_train(whole_runs.training_flags(*run, preset=preset), 24)
     assert [record["step"] for record in whole_runs.logged(tmp_path)] == [10, 20, 24]
     assert 0 < row["train_images_per_s"] and 0 < row["floor_images_per_s"]

@@ -99,15 +99,14 @@ def training_flags(
     arch: str,
     size: int,
     batch: int,
-    steps: int,
     folder: Path,
     device: torch.device,
     ranks: int = 1,
+    epochs: int = 1,
     preset: str = "small",
     amp: str | None = None,
 ) -> list[str]:
-    """Flags for train.py, about `steps` of it, in whole epochs; the ranks share the batch."""
-    epochs = max(steps * batch // demo.TRAIN, 1)
+    """Flags for train.py; the ranks share the batch."""
     flags = (
         f"--preset {preset} --arch {arch} --global_crops_size {size} --epochs {epochs} "
         f"--batch_size_per_gpu {batch // ranks} --warmup_epochs 0 --knn_freq 0 --saveckp_freq 0 "
@@ -123,12 +122,12 @@ def logged(folder: Path) -> list[dict]:
 
 def measure_train(flags: list[str], steps: int) -> dict:
     """Images/s of train.py's own loop, and of the bare passes that it is stopped for between blocks
-    of steps: one machine for both. It makes one epoch, of so many steps.
+    of steps: one machine for both.
 
     With the share of time that it waits for data, and its peak memory; to be called in a process of
-    its own, with flags of `training_flags`.
+    its own, with flags of `training_flags`, for an epoch of so many steps.
     """
-    args = settings.parse(train.get_parser(), [*flags, "--epochs", "1"])
+    args = settings.parse(train.get_parser(), flags)
     batch = args.batch_size_per_gpu
     ranks = distributed.start(args.device)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
