@@ -18,8 +18,17 @@ from pathlib import Path
 import torch
 
 import lowdino
-from lowdino import distributed, engine, evaluate, flags, frozen, settings, sources, teachers
+from lowdino import (
+    datasets,
+    distillation,
+    distributed,
+    engine,
+    evaluate,
+    flags,
+    settings,
+)
 from lowdino.distillation import Distillation
+from lowdino.features import cached_features, compute_features
 
 OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
 
@@ -153,7 +162,7 @@ def check_teacher(args: argparse.Namespace) -> str | None:
 class TeacherAccuracy:
     """The teacher's k-NN accuracy in words, measured when first asked for."""
 
-    def __init__(self, args, teacher: teachers.Teacher, source: sources.Data, ranks):
+    def __init__(self, args, teacher: distillation.Teacher, source: datasets.Source, ranks):
         self.args, self.teacher, self.source, self.ranks = args, teacher, source, ranks
         self.said = None if teacher.backbone else ""
 
@@ -168,7 +177,7 @@ class TeacherAccuracy:
 
 
 def classifier_accuracy(
-    args, method: Distillation, source: sources.Data, ranks: distributed.Ranks
+    args, method: Distillation, source: datasets.Source, ranks: distributed.Ranks
 ) -> str | None:
     """Accuracy of the teacher's classifier on its own features and, through simkd's projector, on
     the student's; and of the student's own."""
@@ -181,7 +190,7 @@ def classifier_accuracy(
     network = getattr(method, method.evaluated).eval()
     distributed.broadcast_buffers(network)
     size, workers = args.global_crops_size, args.num_workers
-    own = frozen.features(network.backbone, source.test, size, ranks, workers=workers)
+    own = compute_features(network.backbone, source.test, size, ranks, workers=workers)
     if "simkd" in args.objective:
         logits = teacher.classifier(network.heads["simkd"](own.features))
         accuracy = evaluate.accuracy(logits, own.labels)
@@ -194,16 +203,16 @@ def classifier_accuracy(
 
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     source = settings.settle(args, ranks)
-    teacher = teachers.open_teacher(args, source, ranks)
+    teacher = distillation.open_teacher(args, source, ranks)
     same = {"teacher's weights": teacher.fingerprint, "cached": bool(args.cache_teacher)}
 
     def build(backbone, args, **steps) -> Distillation:
         if args.cache_teacher:
             path, teacher.images = Path(args.cache_teacher), source.pretrain
-            teacher.features = teachers.cached_features(
+            teacher.features = cached_features(
                 teacher, teacher.images, path, args.num_workers, ranks
             )
-        teachers.add_classifier(teacher, args, source, ranks)
+        distillation.add_classifier(teacher, args, source, ranks)
         return Distillation(backbone, args, teacher, **steps)
 
     note = TeacherAccuracy(args, teacher, source, ranks)

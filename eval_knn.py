@@ -14,8 +14,10 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import lowdino
-from lowdino import demo, distributed, evaluate, flags, frozen, pictures, segmentation, settings
+from lowdino import demo, distributed, evaluate, flags, pictures, segmentation, settings
+from lowdino.distributed import user_errors
 from lowdino.evaluate import Features
+from lowdino.features import compute_features, normalisation, open_network
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -117,7 +119,7 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """What the flags name, as `frozen.open_network` takes it."""
+    """What the flags name, as `open_network` takes it."""
     return "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
 
 
@@ -126,7 +128,7 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
 
     None on the other ranks, where there are no labels, and where --maps is all that is asked for.
     """
-    name, backbone = frozen.open_network(model_name(args), args.seed)
+    name, backbone = open_network(model_name(args), args.seed)
     labelled = bool(args.neighbours or args.map) or not (args.features or args.maps)
     source, size, workers = settings.open_data(args, backbone, ranks, labelled)
     if ranks.first and source.notes and not args.maps:  # which needs no labels
@@ -144,7 +146,7 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
         images = {"train": source.pretrain}
     batch = args.batch_size_per_gpu
     splits = {
-        split: frozen.features(backbone, part, size, ranks, batch, workers, args.pool)
+        split: compute_features(backbone, part, size, ranks, batch, workers, args.pool)
         for split, part in images.items()
     }
     if not ranks.first:
@@ -168,7 +170,8 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
 
 def features_of_file(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
     """As `features_of_images`, of --from_features."""
-    name, train, test = evaluate.load_features(args.from_features, ranks.device)
+    with user_errors():
+        name, train, test = evaluate.load_features(args.from_features, ranks.device)
     if not ranks.first:
         return None
     counts = f"{len(train.labels)} training and {len(test.labels)} test images"
@@ -178,7 +181,7 @@ def features_of_file(args, ranks: distributed.Ranks) -> tuple[Features, Features
 
 def propagate(args, ranks: distributed.Ranks) -> None:
     """--propagate, by the first rank."""
-    name, backbone = frozen.open_network(model_name(args), args.seed)
+    name, backbone = open_network(model_name(args), args.seed)
     if not ranks.first:
         return
     backbone = backbone.to(ranks.device).eval()
@@ -186,10 +189,10 @@ def propagate(args, ranks: distributed.Ranks) -> None:
     chosen = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
     size = args.image_size or 2 * demo.SCENE_SIDE // strides[-1] * strides[-1]
     segmentation.check_size(size, strides[-1])
-    if len(frozen.normalisation(backbone)[0]) != 3:
+    if len(normalisation(backbone)[0]) != 3:
         raise segmentation.UserError(f"demo scenes are in colours, and {name} is not")
     found, still = segmentation.propagated_iou(
-        lambda x: backbone.forward_pyramid(x)[chosen], size, *frozen.normalisation(backbone), ranks
+        lambda x: backbone.forward_pyramid(x)[chosen], size, *normalisation(backbone), ranks
     )
     print(f"{name}; films of demo scenes, {size} px")
     print(f"label propagation: mean IoU {found:.4f}, of labels that stay {still:.4f}")

@@ -18,7 +18,8 @@ import json
 
 from torch import nn
 
-from lowdino import classification, detection, distributed, flags, frozen, segmentation, settings
+from lowdino import classification, detection, distributed, flags, segmentation, settings
+from lowdino.features import open_network
 
 # Each offers FLAGS, check, settle, protocol, measure, headings and cells.
 TASKS = {"classification": classification, "segmentation": segmentation, "detection": detection}
@@ -143,7 +144,7 @@ def open_model(args: argparse.Namespace, name: str) -> tuple[str, nn.Module]:
 
     Networks that are trained whole start from random weights of every seed, so none is named.
     """
-    title, model = frozen.open_network(name, args.seeds[0])
+    title, model = open_network(name, args.seeds[0])
     if args.finetune or args.from_scratch or args.task == "detection":
         title = title.removesuffix(f", seed {args.seeds[0]}")
     return title, model

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowdino import augment, data, dense, models, reading, vit
-from lowdino.checkpoint import UserError, load, load_backbone_weights, weights_of
+from lowdino import augment, data, dense, image_io, models, vit
+from lowdino.checkpoint import load, load_backbone_weights, weights_of
+from lowdino.distributed import UserError, user_errors
 
 __all__ = ["ARCHS", "build_backbone", "dense", "load_backbone", "open_image"]
 __version__ = "0.1.0"  # that of setup.py
@@ -14,6 +15,7 @@ __version__ = "0.1.0"  # that of setup.py
 ARCHS = models.ARCHS + vit.ARCHS
 
 
+@user_errors()
 def build_backbone(arch: str, in_chans: int = 3, **options) -> nn.Module:
     """A backbone at random initialisation, its name in `arch`.
 
@@ -34,6 +36,7 @@ def build_backbone(arch: str, in_chans: int = 3, **options) -> nn.Module:
     return backbone
 
 
+@user_errors()
 def load_backbone(path: str, arch: str | None = None) -> nn.Module:
     """A trained backbone in eval mode.
 
@@ -84,7 +87,7 @@ def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.M
     if arch not in models.ARCHS and "pos_embed" in weights:
         try:
             backbone = vit.like(weights)
-        except vit.UserError as error:
+        except ValueError as error:
             raise UserError(f"{path}: {error}") from error
         names = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
         backbone.arch = names.get(backbone.embed_dim, "vit")
@@ -96,6 +99,7 @@ def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.M
     return build_backbone(arch)
 
 
+@user_errors()
 def open_image(path: str | Path, backbone: nn.Module, size: int | None = None) -> Tensor:
     """A file as a network's input: (1, C, size, size) float32, on the CPU.
 
@@ -110,12 +114,12 @@ def open_image(path: str | Path, backbone: nn.Module, size: int | None = None) -
         UserError: naming the file, where it cannot be read or has other channels.
     """
     size = size or getattr(backbone, "image_size", 224)
-    pixels = reading.Pixels(len(backbone.mean), getattr(backbone, "value_range", None))
-    if not pixels.value_range and reading.deep_values(str(path), pixels) is not None:
+    pixels = image_io.PixelFormat(len(backbone.mean), getattr(backbone, "value_range", None))
+    if not pixels.value_range and image_io.deep_values(str(path), pixels) is not None:
         raise UserError(
             f"{path} has values of more than 8 bits, and the network was trained on 8: set its "
             "value_range to what is to be black and white, such as (0, 4095)"
         )
-    image = data.central_part(reading.read_image(str(path), 2 * size, pixels))
+    image = data.central_part(image_io.read_image(str(path), 2 * size, pixels))
     sizes = torch.tensor([image.shape[1:]])
     return augment.central_view(image[None], sizes, size, backbone.mean, backbone.std)

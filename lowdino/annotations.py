@@ -15,15 +15,19 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets
+from torchvision import datasets as torchvision_datasets
 
 from lowdino import demo
-from lowdino.reading import RGB, Pixels, is_array, load_array, open_picture, read_image, turn_of
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
+from lowdino.distributed import UserError, user_errors
+from lowdino.image_io import (
+    RGB,
+    PixelFormat,
+    is_array,
+    load_array,
+    open_picture,
+    read_image,
+    turn_of,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Masks: polygons, and COCO's run lengths, which go down the columns and begin with zeros
@@ -133,7 +137,7 @@ class Pictures(Dataset):
     crowd and difficult (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
     """
 
-    def __init__(self, pictures: list[Picture], pixels: Pixels = RGB):
+    def __init__(self, pictures: list[Picture], pixels: PixelFormat = RGB):
         self.pictures, self.pixels = pictures, pixels
         self.sizes = [(picture.height, picture.width) for picture in pictures]
 
@@ -145,6 +149,7 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         picture = self.pictures[index]
         values = {name: getattr(picture, name) for name in OF_BOXES}
@@ -171,6 +176,7 @@ class Scenes(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self.images[index], self.targets[index]
 
@@ -192,12 +198,13 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
+@user_errors()
 def load(
     source: str,
     root: str = "data",
     download: bool = False,
     masks: bool = False,
-    pixels: Pixels = RGB,
+    pixels: PixelFormat = RGB,
     rank: int = 0,
 ) -> Source:
     """Open a source by name.
@@ -229,7 +236,7 @@ def load(
     )
 
 
-def upright_size(path: str, pixels: Pixels) -> tuple[int, int]:
+def upright_size(path: str, pixels: PixelFormat) -> tuple[int, int]:
     """Height and width of a picture as `read_image` gives it, from the file's header.
 
     Raises:
@@ -292,7 +299,7 @@ def need_objects(name: str | Path, pictures: list[Picture]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_coco(folder: Path, masks: bool = False, pixels: Pixels = RGB) -> Source:
+def load_coco(folder: Path, masks: bool = False, pixels: PixelFormat = RGB) -> Source:
     """Pictures in train/ and val/ of a folder, and what is in them by JSON files in COCO's form.
 
     COCO's own names, train2017/ and val2017/, are known too. The files are annotations/ or the
@@ -334,7 +341,7 @@ class Coco:
         file: the JSON file. folder: of the pictures. masks: every object needs its segmentation.
     """
 
-    def __init__(self, file: Path, folder: Path, masks: bool, pixels: Pixels):
+    def __init__(self, file: Path, folder: Path, masks: bool, pixels: PixelFormat):
         self.file, self.folder, self.masks, self.pixels = file, folder, masks, pixels
 
     def wrong(self, what: str) -> UserError:
@@ -503,7 +510,7 @@ VOC_CLASSES = (
 ).split()
 
 
-def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
+def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> Source:
     """VOC 2007 through torchvision: trainval to train on, test to test on.
 
     Objects marked as difficult are neither trained on nor counted.
@@ -524,22 +531,22 @@ def load_voc(root: str, download: bool, pixels: Pixels, rank: int) -> Source:
     return Source("PASCAL VOC 2007", train, test, VOC_CLASSES, notes + of_lost("VOC 2007", lost))
 
 
-def open_voc(root: str, split: str, download: bool = False) -> datasets.VOCDetection:
+def open_voc(root: str, split: str, download: bool = False) -> torchvision_datasets.VOCDetection:
     """torchvision's data set, fetched only where it is missing."""
     try:
-        return datasets.VOCDetection(root, "2007", split)
+        return torchvision_datasets.VOCDetection(root, "2007", split)
     except (RuntimeError, OSError) as absent:
         hint = "not found; add --download, or name its folder by --data_root"
         error = absent
         if download:
             try:
-                return datasets.VOCDetection(root, "2007", split, download=True)
+                return torchvision_datasets.VOCDetection(root, "2007", split, download=True)
             except (RuntimeError, OSError) as failed:
                 hint, error = "the download failed", failed
     raise UserError(f"voc2007, {split}, under {root}: {hint}") from error
 
 
-def read_voc(path: str, file: str, pixels: Pixels, lost: Counter) -> Picture:
+def read_voc(path: str, file: str, pixels: PixelFormat, lost: Counter) -> Picture:
     """A picture and its XML file.
 
     Pixels are counted from 1 there and boxes include their last one, so left and top are less by

@@ -23,10 +23,6 @@ LEFT_OUT = ("fc.", "classifier.", "head.fc.", "mask_token")
 PREFIXES = ("module.backbone.", "module.", "backbone.")
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 @contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` once the block ends well.
@@ -36,7 +32,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
     the rename itself is kept by the folder.
 
     Raises:
-        UserError: where the disk is full or the folder cannot be written to; an earlier `path` is
+        ValueError: where the disk is full or the folder cannot be written to; an earlier `path` is
             then as it was.
     """
     path = Path(path)
@@ -54,7 +50,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
         # torch.save hides a full disk behind a RuntimeError, in whose context it is.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError):
-            raise UserError(f"{path}: {reason.strerror or reason}") from error
+            raise ValueError(f"{path}: {reason.strerror or reason}") from error
         raise
 
 
@@ -100,20 +96,20 @@ def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> 
         warn: told, in one sentence, of a newer one that is damaged.
 
     Raises:
-        UserError: where all of them are damaged.
+        ValueError: where all of them are damaged.
     """
     damaged = []
     for path in (path for path in checkpoint_paths(folder) if path.exists()):
         try:
             content = load(path)
-        except UserError as error:
+        except ValueError as error:
             damaged.append(str(error))
             continue
         if damaged:
             warn(f"{'; '.join(damaged)}: going back to {path}")
         return content
     if damaged:
-        raise UserError("; ".join(damaged))
+        raise ValueError("; ".join(damaged))
     return None
 
 
@@ -124,7 +120,7 @@ def load(path: str | Path) -> dict:
     it is checked.
 
     Raises:
-        UserError: where the file is missing, damaged or holds anything else.
+        ValueError: where the file is missing, damaged or holds anything else.
     """
     try:
         if zipfile.is_zipfile(path):  # else it is of torch before 1.6, as some of DINO's files are
@@ -132,15 +128,15 @@ def load(path: str | Path) -> dict:
         with namespaces_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"no file {path or repr(path)}") from error
+        raise ValueError(f"no file {path or repr(path)}") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way there is
-        raise UserError(
+        raise ValueError(
             f"cannot read {path}: it is damaged, or not a file of plain tensors"
         ) from error
     if not isinstance(content, dict):
-        raise UserError(
+        raise ValueError(
             f"{path} holds a {type(content).__name__}, where a dict of weights was expected"
         )
     return content
@@ -198,21 +194,21 @@ def weights_of(content: dict, source: str) -> dict[str, Tensor]:
     taken off where all names have it.
 
     Raises:
-        UserError: where it is a checkpoint of our own training, or no state dict.
+        ValueError: where it is a checkpoint of our own training, or no state dict.
     """
     if "settings" in content:
-        raise UserError(f"{source} is a training checkpoint; give the backbone.pth beside it")
+        raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
     holder = next((key for key in ("teacher", "state_dict", "model") if key in content), None)
     weights = content[holder] if holder else content
     if not isinstance(weights, dict) or not all(
         isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()
     ):
-        raise UserError(f"{source} holds no state dict, names with a tensor each")
+        raise ValueError(f"{source} holds no state dict, names with a tensor each")
     if holder == "teacher":  # beside the backbone it has the projection head
         backbones = "backbone.", "module.backbone."
         weights = {name: value for name, value in weights.items() if name.startswith(backbones)}
         if not weights:
-            raise UserError(f"{source} holds a teacher without a backbone")
+            raise ValueError(f"{source} holds a teacher without a backbone")
     for prefix in PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
             return {name.removeprefix(prefix): value for name, value in weights.items()}
@@ -225,7 +221,7 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
     A classifier or mask token in the file is left out by its name; everything else must fit.
 
     Raises:
-        UserError: naming what is missing, unexpected or of another shape.
+        ValueError: naming what is missing, unexpected or of another shape.
     """
     own = backbone.state_dict()
     weights = {
@@ -245,7 +241,7 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
         if names
     ]
     if problems:
-        raise UserError(
+        raise ValueError(
             f"{source} does not fit this architecture: parameters {', '.join(problems)}"
         )
     backbone.load_state_dict(weights, strict=True)

@@ -23,8 +23,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from lowdino import distributed, evaluate, flags, frozen, linear, probe, settings
+from lowdino import distributed, evaluate, flags, linear, probe, settings
+from lowdino.distributed import user_errors
 from lowdino.evaluate import Features
+from lowdino.features import compute_features
 
 # The flags of eval_linear.py that this task has beside those of every task.
 FLAGS = (
@@ -118,7 +120,7 @@ def measure(
     """All figures of one model: row `number` of the table.
 
     Args:
-        opened: what `frozen.open_network` gave for `name`; None where that is a file of features.
+        opened: what `open_network` gave for `name`; None where that is a file of features.
     """
     subject = None
     if opened:
@@ -126,7 +128,8 @@ def measure(
         if ranks.first and number == 1 and subject.source.notes:
             print("\n".join(subject.source.notes), flush=True)
     else:
-        title, train, test = evaluate.load_features(name, ranks.device)
+        with user_errors():
+            title, train, test = evaluate.load_features(name, ranks.device)
         row = {"model": title}
     classes, last = int(train.labels.max()) + 1, int(test.labels.max())
     if last >= classes:
@@ -156,7 +159,7 @@ def features_of_images(
     row = {"model": title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
     start = time.perf_counter()
     train, test = (
-        frozen.features(backbone, images, size, ranks, args.batch_size_per_gpu, workers, args.pool)
+        compute_features(backbone, images, size, ranks, args.batch_size_per_gpu, workers, args.pool)
         for images in (source.train, source.test)
     )
     if ranks.first:

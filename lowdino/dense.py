@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
+from lowdino.distributed import UserError
 
 
 def freeze_batch_norm(module: nn.Module) -> None:

@@ -14,10 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 @torch.no_grad()
 def pixels(x: Tensor) -> Tensor:
     return x.float().flatten(1)
@@ -121,7 +117,7 @@ class Scattering(nn.Module):
         directions: L.
 
     Raises:
-        UserError: for smaller images.
+        ValueError: for smaller images.
     """
 
     def __init__(self, height: int, width: int, scales: int = 2, directions: int = 8):
@@ -130,7 +126,7 @@ class Scattering(nn.Module):
         step = 2**scales
         self.padded = [((side + step) // step + 1) * step for side in (height, width)]
         if min(height, width) < 2 * step:
-            raise UserError(
+            raise ValueError(
                 f"images of {height} x {width} pixels are too small for scattering with "
                 f"J = {scales}: {2 * step} at least"
             )

@@ -27,14 +27,14 @@ from lowdino import (
     data,
     dense,
     distributed,
-    frozen,
+    image_io,
     linear,
     optim,
-    pixels,
-    reading,
     settings,
 )
-from lowdino.average_precision import Score, average_precision, match
+from lowdino.distributed import UserError, user_errors
+from lowdino.evaluate import Score, average_precision, match
+from lowdino.features import normalisation, open_network
 from lowdino.linear import some_of
 
 # The flags of eval_linear.py that this task has beside those of every task.
@@ -45,10 +45,6 @@ FLAGS = ("detector", "steps", "layer_decay")
 FLIPS, CHOICES = 2, 3
 
 MAX_NORM = 10.0  # of the gradient; above it a step is shortened
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -177,7 +173,7 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
     recipe = recipe_for(size)
     width, strides = recipe.width, recipe.strides
     maps = Maps(dense.fpn_backbone(backbone, width, strides, freeze_bn))
-    mean, std = frozen.normalisation(backbone)
+    mean, std = normalisation(backbone)
     pooled = ["0", "1", "2", "3"]  # the names of the maps; a fifth is the proposals' alone
     heads = {
         "box_roi_pool": RoIAlign(pooled, output_size=7, sampling_ratio=2),
@@ -288,7 +284,7 @@ def learn(
         raise UserError(f"{len(chosen)} pictures are fewer than the {ranks.world} ranks")
     if batch == 1 and size <= 32:
         raise UserError("batch norm needs two pictures a rank or more where they have 32 pixels")
-    _, backbone = frozen.open_network(name, seed)
+    _, backbone = open_network(name, seed)
     torch.manual_seed(seed)
     freeze_bn = recipe_for(size).freeze_bn and name not in lowdino.ARCHS
     detector = build(args.detector, backbone, len(source.names), size, freeze_bn)
@@ -322,6 +318,7 @@ def settle_batch_norm(detector: FasterRCNN, found: Iterable[list[Item]]) -> None
     linear.settle_batch_norm(detector.backbone, views)
 
 
+@user_errors()
 @torch.no_grad()
 def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, ranks):
     """The detector's AP by kind, "boxes" and, of Mask R-CNN, "masks", on all pictures.
@@ -364,14 +361,14 @@ def suitable_size(pictures: Dataset) -> int:
 def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
     """All figures of one model: row `number` of the table."""
     title, backbone = opened
-    channels = len(frozen.normalisation(backbone)[0])
-    as_read = reading.Pixels(channels, max_megapixels=args.max_megapixels)
+    channels = len(normalisation(backbone)[0])
+    as_read = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
     where = args.data_path, args.data_root, args.download
     source = annotations.load(*where, args.detector == "mask_rcnn", as_read, ranks.rank)
     said = ""
     if isinstance(source.train, annotations.Pictures):
         paths = [picture.path for picture in source.train.pictures]
-        as_read, said = pixels.with_range(args, backbone, source.name, paths, as_read)
+        as_read, said = data.with_value_range(args, backbone, source.name, paths, as_read)
         source.train.pixels = source.test.pixels = as_read
     if len(source.train[0][0]) != channels:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")

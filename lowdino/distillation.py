@@ -17,16 +17,347 @@ dino         distributions of all views over the teacher's prototypes follow the
 """
 
 import argparse
+import hashlib
+import importlib
 import math
+import os
+import sys
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowdino import ema, losses
+import lowdino
+from lowdino import (
+    checkpoint,
+    data,
+    datasets,
+    distributed,
+    ema,
+    evaluate,
+    losses,
+    probe,
+)
 from lowdino.base import Method, feature_metrics, mean_terms, teacher_momentum
-from lowdino.heads import DINOHead, ManyHeads, Projector
+from lowdino.distributed import UserError, user_errors
+from lowdino.features import CHUNK, features_of_images, normalisation, open_network
+from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 from lowdino.methods import plain_view
+
+
+@dataclass
+class Teacher:
+    """A frozen network with its classifier and DINO head, where it has them; or features alone."""
+
+    name: str
+    fingerprint: str  # of all its weights, or of its file of features
+    width: int  # D, of its features
+    device: torch.device
+    backbone: nn.Module | None = None
+    size: int = 0  # side of its input in pixels
+    classifier: nn.Linear | None = None
+    head: DINOHead | None = None
+    center: Tensor | None = None
+    features: np.ndarray | None = None  # (N, D), of these images, in their order
+    images: data.ImageArray | data.ImageFiles | None = None
+
+    @torch.no_grad()
+    def __call__(self, view: Tensor, student: nn.Module) -> Tensor:
+        """Features of a view that is normalised for the student: (B, 3, H, W) -> (B, D) float32."""
+        theirs, own = normalisation(student), normalisation(self.backbone)
+        if theirs != tuple(map(tuple, own)):
+            values = (
+                torch.tensor(v, device=view.device).view(1, -1, 1, 1) for v in (*theirs, *own)
+            )
+            student_mean, student_std, mean, std = values
+            view = (view * student_std + student_mean - mean) / std
+        if view.shape[-1] != self.size:
+            side = (self.size, self.size)
+            view = F.interpolate(view, side, mode="bicubic", align_corners=False, antialias=True)
+        return self.backbone(view).float()
+
+    def targets(
+        self, views: list[Tensor], indices: Tensor, student: nn.Module, global_views: int = 2
+    ) -> Tensor:
+        """Its features for each of V views of the images at `indices`: (V * B, D).
+
+        Looked up, those of the whole image for every view; else of the global views, which come
+        first, and their mean for every local one.
+        """
+        if self.features is not None:
+            rows = np.asarray(self.features[indices.cpu().numpy()], dtype=np.float32)
+            return torch.from_numpy(rows).to(self.device).repeat(len(views), 1)
+        seen = [self(view, student) for view in views[:global_views]]
+        return torch.cat(seen + [sum(seen) / len(seen)] * (len(views) - len(seen)))
+
+    def features_of(
+        self, images: data.ImageArray | data.ImageFiles, workers: int, ranks: distributed.Ranks
+    ) -> evaluate.Features:
+        """Features of whole images, looked up or computed over all ranks.
+
+        Raises:
+            UserError: where the teacher is a file of features, of other images.
+        """
+        if self.features is not None and images is self.images:
+            rows = torch.from_numpy(np.asarray(self.features, dtype=np.float32))
+            labels = torch.as_tensor(images.labels)
+            return evaluate.Features(rows.to(self.device), labels.to(self.device), [])
+        if self.backbone is None:
+            raise UserError(
+                f"{self.name} holds features of the images to train on alone, and others are needed"
+            )
+        return features_of_images(self, images, range(len(images)), workers, ranks)
+
+
+def fingerprint(*modules: nn.Module | None) -> str:
+    """SHA-256 over names and values of all weights, in 16 digits for each module."""
+    return "-".join(digest_of(module) for module in modules if module is not None)
+
+
+def digest_of(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().flatten().clone().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------
+# Opening
+# ---------------------------------------------------------------------------------------------
+
+
+def open_teacher(args, source: datasets.Source, ranks: distributed.Ranks) -> Teacher:
+    """The teacher that --teacher names.
+
+    Args:
+        args: with teacher, teacher_size, teacher_head, objective and global_crops_size.
+
+    Raises:
+        UserError: in one sentence, where it cannot be used.
+    """
+    if args.teacher.endswith((".npy", ".npz")):
+        return features_of_file(args.teacher, source, ranks)
+    arch, _, path = args.teacher.partition("=")
+    path = path if arch in lowdino.ARCHS else args.teacher
+    content: dict = {}
+    head = center = None
+    if not os.path.isfile(path) and ":" in path:
+        name, backbone = path, imported(path)
+    else:
+        with user_errors():
+            content = checkpoint.load(path)
+        if "settings" in content:
+            name = path
+            backbone, head, center = teacher_of_run(path, content)
+        else:
+            name, backbone = open_network(args.teacher)
+    if head is None and "dino" in args.objective:
+        raise UserError(
+            "--objective dino needs the teacher's head: give a checkpoint.pth of train.py, not "
+            f"{path}"
+        )
+    size = args.teacher_size or getattr(backbone, "image_size", None) or args.global_crops_size
+    if not isinstance(size, int):
+        raise UserError(
+            f"{name} takes images of {size} pixels; give one --teacher_size for both sides"
+        )
+    classifier = classifier_of_file(path, content) if args.teacher_head == "file" else None
+    backbone, head, classifier = (freeze(m, ranks) for m in (backbone, head, classifier))
+    channels = len(normalisation(backbone)[0])
+    if channels != args.in_chans:
+        raise UserError(f"{name} sees {channels} channels, and --in_chans is {args.in_chans}")
+    width = width_of(name, backbone, size, ranks)
+    key = fingerprint(backbone, head, classifier)
+    return Teacher(
+        name, key, width, ranks.device, backbone, size, classifier, head=head, center=center
+    )
+
+
+def freeze(module: nn.Module | None, ranks: distributed.Ranks) -> nn.Module | None:
+    if module is None:
+        return None
+    module = module.to(ranks.device, memory_format=torch.channels_last)
+    return module.eval().requires_grad_(False)
+
+
+def width_of(name: str, backbone: nn.Module, size: int, ranks: distributed.Ranks) -> int:
+    """Number of features that a network gives for an image."""
+    try:
+        with torch.no_grad():
+            channels = len(normalisation(backbone)[0])
+            features = backbone(torch.zeros(1, channels, size, size, device=ranks.device))
+    except Exception as error:  # somebody else's code fails in any way there is
+        raise UserError(
+            f"{name} cannot take an image of {size} x {size} pixels, see --teacher_size: {error}"
+        ) from error
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        is_tensor = isinstance(features, Tensor)
+        given = tuple(features.shape) if is_tensor else f"a {type(features).__name__}"
+        raise UserError(
+            f"{name} gives {given} for an image, where a tensor (1, features) was expected"
+        )
+    return features.shape[1]
+
+
+def imported(path: str) -> nn.Module:
+    """What MODULE:FUNCTION returns, looked for in the current folder too."""
+    module, _, function = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        backbone = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # somebody else's code fails in any way there is
+        raise UserError(f"--teacher {path}: cannot import and call it: {error}") from error
+    if not isinstance(backbone, nn.Module):
+        kind = type(backbone).__name__
+        raise UserError(f"--teacher {path} returns a {kind}, where a network was expected")
+    return backbone
+
+
+def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tensor]:
+    """Backbone, head and centre of the momentum teacher in a checkpoint of train.py."""
+    settings, state = content["settings"], content.get("method", {})
+    weights = under("teacher.", state)
+    if "loss.center" not in state or not weights:
+        raise UserError(
+            f"{path} is a checkpoint without a DINO head, as train.py --method dino has"
+        )
+    arch, own = settings["arch"], under("backbone.", weights)
+    is_vit = arch in lowdino.vit.ARCHS
+    backbone = lowdino.vit.like(own) if is_vit else lowdino.build_backbone(arch)
+    lowdino.models.set_in_chans(backbone, settings.get("in_chans", 3))
+    head = DINOHead(
+        backbone.embed_dim,
+        settings["out_dim"],
+        settings["use_bn_in_head"],
+        settings["norm_last_layer"],
+        settings["hidden_dim"],
+    )
+    MultiViewNetwork(backbone, head).load_state_dict(weights)
+    backbone.mean, backbone.std = map(tuple, content["normalisation"])
+    backbone.image_size = settings["global_crops_size"]
+    return backbone, head, state["loss.center"]
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict below a prefix, which is taken off."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def classifier_of_file(path: str, content: dict) -> nn.Linear:
+    try:
+        weights = content["classifier"]
+        classifier = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+        classifier.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{path} holds no classifier, with weight and bias; eval_linear.py --finetune writes "
+            "such a file, --teacher_head train trains one"
+        ) from error
+    return classifier
+
+
+def features_of_file(path: str, source: datasets.Source, ranks: distributed.Ranks) -> Teacher:
+    """A teacher that is an array (N, D): an .npy, or `train` of eval_knn.py --features."""
+    try:
+        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+        files = None
+        if isinstance(arrays, np.lib.npyio.NpzFile):
+            with arrays:
+                files = arrays["train_files"] if "train_files" in arrays else None
+                arrays = arrays["train"]
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except Exception as error:  # a damaged file makes zipfile and numpy fail in any way there is
+        raise UserError(
+            f"cannot read {path}: it is damaged, or not a file of features, (N, D), `train` in "
+            "an .npz"
+        ) from error
+    if arrays.ndim != 2 or arrays.dtype.kind != "f":
+        raise UserError(
+            f"{path}: features should be (N, D) floating-point numbers, not {arrays.shape} "
+            f"{arrays.dtype}"
+        )
+    names = getattr(source.pretrain, "paths", None)
+    other_names = files is not None and names is not None
+    if other_names:
+        other_names = [os.path.basename(str(f)) for f in files] != list(
+            map(os.path.basename, names)
+        )
+    if len(arrays) != len(source.pretrain) or other_names:
+        raise UserError(
+            f"{path} holds features of {len(arrays)} other images than the {len(source.pretrain)} "
+            f"of {source.name}"
+        )
+    if not all(np.isfinite(arrays[i : i + CHUNK]).all() for i in range(0, len(arrays), CHUNK)):
+        raise UserError(f"{path} has values that are not finite numbers")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    key = digest.hexdigest()[:16]
+    images = source.pretrain
+    return Teacher(path, key, arrays.shape[1], ranks.device, features=arrays, images=images)
+
+
+# ---------------------------------------------------------------------------------------------
+# Features of whole images, and their cache
+# ---------------------------------------------------------------------------------------------
+
+
+# ---------------------------------------------------------------------------------------------
+# Its classifier
+# ---------------------------------------------------------------------------------------------
+
+
+def add_classifier(
+    teacher: Teacher, args, source: datasets.Source, ranks: distributed.Ranks
+) -> None:
+    """Train the classifier that --teacher_head train asks for, and see that it fits.
+
+    Raises:
+        UserError: where labels are needed and missing, or the classifier is for others.
+    """
+    if args.teacher_head == "train":
+        if source.train is None:
+            raise UserError(f"--teacher_head train needs labels, and {source.name} has none")
+        x, y, _ = teacher.features_of(source.train, args.num_workers, ranks)
+        teacher.classifier = trained_classifier(x, y, source.classes)
+    classifier, classes = teacher.classifier, source.classes
+    if classifier and classifier.in_features != teacher.width:
+        raise UserError(
+            f"{teacher.name}: its classifier takes {classifier.in_features} features, its network "
+            f"gives {teacher.width}"
+        )
+    if classifier and classes not in (0, classifier.out_features):
+        raise UserError(
+            f"{teacher.name}: its classifier knows {classifier.out_features} classes, "
+            f"{source.name} has {classes}; --teacher_head train trains another"
+        )
+    if args.kd_weight < 1 and source.train is not source.pretrain:
+        raise UserError(
+            f"--kd_weight {args.kd_weight} needs labels, and {source.name} has none for the images "
+            "to train on"
+        )
+
+
+def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """Logistic regression on features (N, D), with weight decay 1e-4 on scaled ones, as a layer
+    that takes them as they are."""
+    scaler = probe.Scaler(features)
+    weights = probe.logistic_regression(scaler(features), labels, classes, [1e-4])[:, 0]  # (D+1, C)
+    layer = nn.Linear(features.shape[1], classes).to(features.device).requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.copy_((scaler.matrix @ weights[:-1]).T)
+        layer.bias.copy_(weights[-1] - scaler.mean @ scaler.matrix @ weights[:-1])
+    return layer
+
+
+# --------------------------------------------------------------------------------------------------
+# The method
+# --------------------------------------------------------------------------------------------------
 
 
 class Distillation(Method):
@@ -37,7 +368,7 @@ class Distillation(Method):
     about the plain image, which the student then sees too.
 
     Args:
-        teacher: `teachers.Teacher`. It is no sub-module: no checkpoint holds it.
+        teacher: `Teacher`. It is no sub-module: no checkpoint holds it.
     """
 
     def __init__(

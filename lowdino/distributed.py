@@ -34,7 +34,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
+    """What a user can fix, in one sentence: `launch` prints it, and the exit status is 2."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around calls of files that can be copied alone, whose ValueErrors are sentences for users.
+
+    It is a decorator too.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -315,12 +329,9 @@ MACHINE_ERRORS = {getattr(errno, name) for name in NAMES_OF_MACHINE_ERRORS if ha
 
 
 def sentence_of(error: Exception) -> str | None:
-    """One sentence on an error that a user can mend; None for any other, which is a bug.
-
-    Each file that can be copied alone has a UserError of its own, so its name is what counts.
-    """
+    """One sentence on an error that a user can fix; None for any other, which is a bug."""
     lines = lines_of(error)
-    if any(kind.__name__ == "UserError" for kind in type(error).__mro__):
+    if isinstance(error, UserError):
         return " ".join(lines)
     said = lines[0]
     if isinstance(error, OSError) and error_number(error, said) in MACHINE_ERRORS:

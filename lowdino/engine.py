@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowdino import (
+    budget,
     checkpoint,
     data,
+    datasets,
     distributed,
     evaluate,
-    frozen,
     health,
-    monitor,
+    logger,
     optim,
-    pace,
-    pixels,
+    pictures,
     report,
     settings,
-    sources,
 )
+from lowdino.distributed import UserError, user_errors
+from lowdino.features import compute_features, normalisation
 from lowdino.methods import Method
 from lowdino.parts import (
     build_backbone,
@@ -43,10 +44,6 @@ from lowdino.parts import (
 LEAST_SCALE = 2.0**-10
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 class Diverged(UserError, FloatingPointError):
     """A loss or gradients that are not finite."""
 
@@ -54,7 +51,7 @@ class Diverged(UserError, FloatingPointError):
 def train(
     args,
     ranks: distributed.Ranks,
-    source: sources.Data,
+    source: datasets.Source,
     build: Callable[..., Method],
     more_settings: dict | None = None,
     knn_note: Callable[[], str] = str,
@@ -120,7 +117,7 @@ class Run:
         self.args, self.ranks, self.source, self.knn_note = args, ranks, source, knn_note
         self.signals = distributed.StopSignals()
         self.output = Path(args.output_dir)
-        self.log = monitor.Log(self.output, active=ranks.first)
+        self.log = logger.Log(self.output, active=ranks.first)
 
         self.total_batch = args.batch_size_per_gpu * ranks.world
         self.epoch_steps = len(source.pretrain) // self.total_batch
@@ -130,19 +127,20 @@ class Run:
         self.budget = None
         if args.minutes:
             every = self.knn_steps if "knn_freq" in args.by_hand else None
-            self.budget = pace.Budget(args.minutes, args.started, every)
+            self.budget = budget.Budget(args.minutes, args.started, every)
         reference = args.lr_reference_batch
         self.peak_lr = args.lr * (self.total_batch / reference if reference else 1)
 
         # Compared before a method is built, which may work for hours.
         self.settings = settings.compared(args, source.pretrain, ranks.world) | more_settings
-        saved = checkpoint.load_checkpoint(self.output, warn=self.warn)
+        with user_errors():
+            saved = checkpoint.load_checkpoint(self.output, warn=self.warn)
         if saved:
             self.compare_settings(saved)
         choose_amp(args, ranks, saved)
 
         backbone = build_backbone(args)
-        said = pixels.fit(args, backbone, source, saved)
+        said = data.fit_values(args, backbone, source, saved)
         self.multicrop = build_views(args, backbone).to(ranks.device)
         images = f"data: {source.name}, {len(source.pretrain)} images"
         self.log.say(f"{images}; {self.multicrop.describe()}{said}", *source.notes)
@@ -166,11 +164,12 @@ class Run:
         if ranks.first:
             self.log.rewind(self.step)
         self.health = health.Health(self.method.out_dim, self.method.remedy)
-        self.table = monitor.Table()
+        self.table = logger.Table()
         self.reporter = report.Reporter(self.output, args.global_crops_size, ranks.device)
-        self.bad_images = monitor.BadImages(
-            self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
-        )
+        with user_errors():
+            self.bad_images = logger.BadImages(
+                self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
+            )
 
     # -- Resume ---------------------------------------------------------------------------------
 
@@ -281,7 +280,7 @@ class Run:
             if self.step == 0:
                 self.first_knn = self.last_knn
         self.method.train()
-        self.clock = monitor.Clock()
+        self.clock = logger.Clock()
         self.signals.held = True
         while self.step < self.total_steps:
             yield batch
@@ -311,18 +310,18 @@ class Run:
         """Time a few steps, where --amp or --minutes ask for it, and take them back."""
         args, device = self.args, self.ranks.device
         if args.amp == "auto" or self.budget:
-            with pace.put_back(self.parts):
+            with budget.put_back(self.parts):
                 if args.amp == "auto":
-                    found = pace.faster_amp(args, step, device)
+                    found = budget.faster_amp(args, step, device)
                     said = "{none:.3g} s in float32, {bf16:.3g} s in bf16".format(**found)
                     self.log.say(f"--amp {args.amp}: a step takes {said}")
                 else:
-                    found = {args.amp: pace.seconds(step, device)}
+                    found = {args.amp: budget.seconds(step, device)}
         self.settings["amp"] = args.amp
         if self.budget:
             if self.source.test is not None and args.knn_freq:
                 backbone = self.method.backbone
-                seconds = pace.seconds_of_evaluation(backbone, args, self.source, self.ranks)
+                seconds = budget.seconds_of_evaluation(backbone, args, self.source, self.ranks)
                 self.budget.evaluated(seconds)
                 self.knn_note()  # which has a teacher evaluated, once
             self.report(page=False)  # which tells how long its pictures take
@@ -362,9 +361,9 @@ class Run:
     def show(self, views: list[Tensor]) -> None:
         """The first step's views as a picture."""
         if self.step == 0 and self.ranks.first:
-            mean, std = frozen.normalisation(self.method.backbone)
-            with checkpoint.atomic(self.output / "crops.png") as file:
-                monitor.save_views(file, views, mean, std)
+            mean, std = normalisation(self.method.backbone)
+            with user_errors(), checkpoint.atomic(self.output / "crops.png") as file:
+                pictures.save_views(file, views, mean, std)
 
     # -- Guard ----------------------------------------------------------------------------------
 
@@ -390,7 +389,8 @@ class Run:
         found = distributed.any_rank(flags, self.ranks.device)
         nonfinite, self.stopping, bad, self.correcting = found
         if bad:
-            self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
+            with user_errors():
+                self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
         if not nonfinite:
             self.skipped = 0
         return not nonfinite
@@ -477,7 +477,7 @@ class Run:
             **metrics,
             "lr": weights["lr"],
             "weight_decay": weights["weight_decay"],
-            "memory_mb": monitor.memory_mb(self.ranks.device),
+            "memory_mb": logger.memory_mb(self.ranks.device),
         }
         epoch = (self.step - 1) // self.epoch_steps
         steps = f"{self.step}/{self.total_steps}"
@@ -492,6 +492,7 @@ class Run:
         if due or self.stopping:
             self.save()
 
+    @user_errors()
     def save(self) -> None:
         """Checkpoint and, at the end of an epoch, the backbone alone."""
         args, backbone = self.args, self.method.backbone
@@ -507,7 +508,7 @@ class Run:
             "loss_sums": loss_sums,
             "loss_steps": self.loss_steps,
             "settings": self.settings,
-            "normalisation": [list(values) for values in frozen.normalisation(backbone)],
+            "normalisation": [list(values) for values in normalisation(backbone)],
             "value_range": getattr(backbone, "value_range", None),
         }
         if self.epoch_ended:
@@ -552,7 +553,7 @@ class Run:
         epoch, backbone = self.step // self.epoch_steps, self.method.backbone
         distributed.broadcast_buffers(backbone)
         train, test = (
-            frozen.features(
+            compute_features(
                 backbone, images, args.global_crops_size, ranks, workers=args.num_workers
             )
             for images in (source.train, source.test)

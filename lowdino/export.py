@@ -33,14 +33,11 @@ from torch import Tensor, nn
 
 import lowdino
 from lowdino import checkpoint, distributed, flags, vit
+from lowdino.distributed import UserError, user_errors
 
 # The largest difference to PyTorch's features that is allowed, relative to their root mean square.
 # Rounding in another order gives a few 1e-6.
 TOLERANCE = 1e-4
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 class Exported(NamedTuple):
@@ -259,7 +256,7 @@ def export(
             f"{path} is not written: its features differ from PyTorch's by {difference:.1e} of "
             f"their root mean square, more than {TOLERANCE:.0e}"
         )
-    with checkpoint.atomic(path) as file:
+    with user_errors(), checkpoint.atomic(path) as file:
         file.write(content)
     return Exported(len(content) / 1e6, by, difference, *milliseconds([function, network], x))
 

@@ -22,14 +22,15 @@ from lowdino import (
     augment,
     checkpoint,
     data,
+    datasets,
     distributed,
     evaluate,
-    frozen,
     optim,
     probe,
     schedules,
-    sources,
 )
+from lowdino.distributed import UserError, user_errors
+from lowdino.features import compute_features, normalisation, open_network, pooled
 
 # The probe's grids. `probe.Scaler` brings all features to one scale, so they suit every network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
@@ -39,10 +40,6 @@ LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7
 # The stream of random numbers of the training views, see augment.derived_seed. 0 is the order of
 # the images, in data.py.
 VIEWS = 2
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 class Diverged(UserError, FloatingPointError):
@@ -69,7 +66,7 @@ class Subject:
     """A backbone, the images it is measured on, and how they are read."""
 
     backbone: nn.Module
-    source: sources.Data
+    source: datasets.Source
     size: int
     workers: int
     ranks: distributed.Ranks
@@ -127,7 +124,7 @@ def training_view(batch: data.Batch, subject: Subject, seed: int, step: int) -> 
     boxes = augment.random_boxes(sizes, (0.08, 1.0), generator)
     flip = torch.rand(len(images), generator=generator, device=device) < 0.5
     x = augment.resized_crop(images, boxes, subject.size, flip)
-    x = augment.normalize(x, *frozen.normalisation(subject.backbone))
+    x = augment.normalize(x, *normalisation(subject.backbone))
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -158,7 +155,8 @@ def choose_and_fit(
     """
     grid = list(itertools.product(args.lr, args.weight_decay))
     if len(grid) > 1:
-        parts = probe.hold_out(inputs.labels[indices], args.val_fraction, seed)
+        with user_errors():
+            parts = probe.hold_out(inputs.labels[indices], args.val_fraction, seed)
         inner, held = (indices[part] for part in parts)
         weights = fit(args, subject, inputs, inner, grid, seed, choosing=True)
         errors = probe.brier_scores(inputs.x[held], inputs.labels[held], weights)
@@ -215,7 +213,7 @@ def fit_on_views(
     """As `fit`, on the features of new random views in every step."""
     ranks = subject.ranks
     probes = probe.Probes(settings, inputs.x.shape[1], inputs.classes, ranks.device)
-    network = frozen.pooled(subject.backbone, args.pool).eval()
+    network = pooled(subject.backbone, args.pool).eval()
     for step, images in enumerate(training_batches(subject, indices, batch, steps, seed)):
         features = network(training_view(images, subject, seed, step)).float()
         # All ranks take the same step on the features of all.
@@ -263,12 +261,12 @@ def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> 
 
 def with_classifier(name: str, classes: int, seed: int) -> nn.Sequential:
     """A network by name and a linear classifier of zeros, with the network's normalisation."""
-    _, backbone = frozen.open_network(name, seed)
+    _, backbone = open_network(name, seed)
     torch.manual_seed(seed)
     head = nn.Linear(backbone.embed_dim, classes)
     nn.init.zeros_(head.weight)
     network = nn.Sequential(backbone, head)
-    network.mean, network.std = frozen.normalisation(backbone)
+    network.mean, network.std = normalisation(backbone)
     return network
 
 
@@ -338,6 +336,7 @@ def settle_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int 
         network(view)
 
 
+@user_errors()
 def save_network(path: Path, network: nn.Sequential, image_size: int, epochs: int) -> None:
     """A backbone file that also holds its classifier: logits = features @ weight.T + bias."""
     backbone, head = network
@@ -366,10 +365,11 @@ def results(
             was chosen.
     """
     # All subsets first: one that cannot be is said before anything is trained.
-    subsets = [
-        [probe.label_subset(labels, fraction, seed) for seed in args.seeds]
-        for fraction in args.label_fraction
-    ]
+    with user_errors():
+        subsets = [
+            [probe.label_subset(labels, fraction, seed) for seed in args.seeds]
+            for fraction in args.label_fraction
+        ]
     cells = []
     for fraction, own in zip(args.label_fraction, subsets):
         top1, top5, settings = [], [], []
@@ -404,7 +404,7 @@ def learn_whole(
     network = finetuned(args, subject, name, indices, seed)
     test, size, ranks = subject.source.test, subject.size, subject.ranks
     batch, workers = args.batch_size_per_gpu, subject.workers
-    logits = frozen.features(network, test, size, ranks, batch, workers).features
+    logits = compute_features(network, test, size, ranks, batch, workers).features
     if ranks.first:
         path = Path(args.output_dir) / f"network{number}_{subset}.pth"
         save_network(path, network, size, args.epochs)
@@ -439,7 +439,7 @@ def cost(
     """Millions of parameters and of multiply-adds an image, both counted, and milliseconds an
     image in batches of `batch`."""
     backbone.eval()
-    channels = len(frozen.normalisation(backbone)[0])
+    channels = len(normalisation(backbone)[0])
     x = torch.randn(batch, channels, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     # The plain form of attention is matrix products, which the counter knows on every device.

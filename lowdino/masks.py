@@ -13,15 +13,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets
+from torchvision import datasets as torchvision_datasets
 
-from lowdino import demo, files, labels, reading
+from lowdino import datasets, demo, image_io
+from lowdino.distributed import UserError, user_errors
 
 IGNORED = 255  # the class of pixels that count neither in training nor in evaluation
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 class MaskedImages(Dataset):
@@ -31,7 +28,7 @@ class MaskedImages(Dataset):
         images, masks: paths of the files, in the same order.
     """
 
-    def __init__(self, images: list[str], masks: list[str], pixels: reading.Pixels):
+    def __init__(self, images: list[str], masks: list[str], pixels: image_io.PixelFormat):
         self.images, self.masks, self.pixels = images, masks, pixels
 
     def __len__(self) -> int:
@@ -44,8 +41,9 @@ class MaskedImages(Dataset):
         sample = self.masks[:: max(len(self) // 64, 1)]
         return (self.pixels.channels + 1) * max(map(pixels_of, sample))
 
+    @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = reading.read_image(self.images[index], None, self.pixels)
+        image = image_io.read_image(self.images[index], None, self.pixels)
         mask = read_mask(self.masks[index])
         if mask.shape != image.shape[1:]:
             (h, w), (height, width) = mask.shape, image.shape[1:]
@@ -58,7 +56,7 @@ class MaskedImages(Dataset):
 
 def pixels_of(path: str) -> int:
     """How many pixels a picture has, from its header; 0 where it cannot be read."""
-    with suppress(Exception), reading.open_picture(path) as image:  # whoever reads it says why
+    with suppress(Exception), image_io.open_picture(path) as image:  # whoever reads it says why
         return math.prod(image.size)
     return 0
 
@@ -93,7 +91,7 @@ def scale_of(image: Image.Image) -> int:
         raise UserError(f"it is a TIFF file whose 0 is white: {advice}")
     if image.mode != "L" or not image.tile:
         return 1
-    options, raw = image.tile[0][3], reading.raw_mode(image.tile[0])
+    options, raw = image.tile[0][3], image_io.raw_mode(image.tile[0])
     if image.format == "PPM" and options != raw and options[1] != 255:
         raise UserError(f"its greatest value is said to be {options[1]}, not 255: {advice}")
     if isinstance(raw, str) and raw not in SCALED:  # of GIF it is the number of bits
@@ -104,7 +102,7 @@ def scale_of(image: Image.Image) -> int:
 def read_mask(path: str) -> Tensor:
     """A mask (H, W) uint8: a picture's palette indices or grey values, upright as its picture."""
     try:
-        with reading.open_picture(path) as image:
+        with image_io.open_picture(path) as image:
             if image.format in LOSSY:
                 raise UserError(f"a {image.format} file changes values; a mask has class indices")
             if image.mode not in ("P", "L", "1"):
@@ -114,7 +112,7 @@ def read_mask(path: str) -> Tensor:
                 )
             scale = scale_of(image)
             image.load()
-            turn = reading.turn_of(image)  # asked for after load(), as in reading.py
+            turn = image_io.turn_of(image)  # asked for after load(), as in reading.py
             image = image.transpose(turn) if turn is not None else image
             return torch.from_numpy(np.array(image, dtype=np.uint8) // scale)
     except Exception as error:  # on a damaged file Pillow's decoders raise any kind of exception
@@ -132,11 +130,12 @@ class Data:
     notes: list[str]
 
 
+@user_errors()
 def load(
     source: str,
     root: str,
     download: bool,
-    pixels: reading.Pixels,
+    pixels: image_io.PixelFormat,
     test_fraction: float | None = None,
     seed: int = 0,
     rank: int = 0,
@@ -191,11 +190,11 @@ def split_places(folder: Path) -> list[tuple[Path, Path]]:
     """
     for top in (folder, folder / "images"):
         inside = (
-            {path.name.lower(): path for path in files.sub_folders(top)} if top.is_dir() else {}
+            {path.name.lower(): path for path in image_io.sub_folders(top)} if top.is_dir() else {}
         )
         train, test = (
             next((inside[name] for name in names if name in inside), None)
-            for names in (labels.TRAIN, labels.TEST)
+            for names in (datasets.TRAIN, datasets.TEST)
         )
         if train and top == folder:
             if not test:
@@ -211,22 +210,22 @@ def demo_split(indices: range) -> MaskedArrays:
     return MaskedArrays(scenes, torch.stack([demo.semantic_mask(target) for target in targets]))
 
 
-def voc(root: str, split: str, download: bool, pixels: reading.Pixels) -> MaskedImages:
+def voc(root: str, split: str, download: bool, pixels: image_io.PixelFormat) -> MaskedImages:
     """PASCAL VOC 2012 through torchvision; its outline pixels (255) are ignored."""
     try:
-        found = datasets.VOCSegmentation(root, "2012", split)
+        found = torchvision_datasets.VOCSegmentation(root, "2012", split)
     except (RuntimeError, OSError) as absent:
         if not download:
             hint = "not found; add --download, or name its folder by --data_root"
             raise UserError(f"voc2012 under {root}: {hint}") from absent
         try:
-            found = datasets.VOCSegmentation(root, "2012", split, download=True)
+            found = torchvision_datasets.VOCSegmentation(root, "2012", split, download=True)
         except (RuntimeError, OSError) as failed:
             raise UserError(f"voc2012 under {root}: the download failed") from failed
     return MaskedImages(found.images, found.masks, pixels)
 
 
-def pairs(pictures: Path, of: Path, pixels: reading.Pixels, notes: list[str]) -> MaskedImages:
+def pairs(pictures: Path, of: Path, pixels: image_io.PixelFormat, notes: list[str]) -> MaskedImages:
     """The pictures below a folder that have a mask of the same name `of` another, whatever the
     suffix."""
     for folder in (pictures, of):
@@ -250,7 +249,7 @@ def by_stem(folder: Path) -> dict[str, str]:
         UserError: where two have the same.
     """
     found: dict[str, str] = {}
-    for path in files.find_images(folder):
+    for path in image_io.find_images(folder):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         if stem in found:
             raise UserError(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowdino import augment, baselines, data, descriptors, ema, losses, schedules
+from lowdino import augment, baselines, data, descriptors, distributed, ema, losses, schedules
 from lowdino.base import (
     Method,
     Projecting,
@@ -195,7 +195,8 @@ class MVMR(Projecting):
         )
         if "scattering" in args.descriptors:
             size = args.global_crops_size
-            self.scattering = descriptors.Scattering(size, size)
+            with distributed.user_errors():
+                self.scattering = descriptors.Scattering(size, size)
 
     def forward(self, views, batch=None, step=0):
         plain = plain_view(batch, views[0].shape[-1], self.backbone)

@@ -29,10 +29,6 @@ from torchvision.models.resnet import Bottleneck
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 def stem_of(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
     """The convolution that sees the image, and its name."""
     modules = backbone.named_modules()
@@ -48,13 +44,13 @@ def set_in_chans(backbone: nn.Module, channels: int) -> None:
     become None, for the images tell them. Nothing happens where the number is the network's own.
 
     Raises:
-        UserError: where the network is of neither RGB nor `channels` channels.
+        ValueError: where the network is of neither RGB nor `channels` channels.
     """
     _, stem = stem_of(backbone)
     if stem.in_channels == channels:
         return
     if stem.in_channels != 3:
-        raise UserError(
+        raise ValueError(
             f"weights of {stem.in_channels} channels cannot be adapted to {channels}, as those of "
             "RGB can"
         )

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 import lowdino
-from lowdino import augment, data, frozen, models, optim, schedules, vit
+from lowdino import augment, data, models, optim, schedules, vit
+from lowdino.distributed import UserError
+from lowdino.features import normalisation
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
@@ -14,10 +16,6 @@ VIEWS, DROP_PATH = 1, 3
 
 # Peak learning rate of AdamW for what is no matrix, beside Muon, as of the preset "small".
 MUON_OTHERS = 2e-3
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 def choose_amp(args, ranks, saved: dict | None) -> None:
@@ -59,7 +57,7 @@ def build_backbone(args) -> nn.Module:
         backbone = lowdino.build_backbone(args.arch, **(options if is_vit else {}))
     try:
         models.set_in_chans(backbone, args.in_chans)
-    except models.UserError as error:
+    except ValueError as error:
         raise UserError(f"--init {args.init}: {error} (--in_chans {args.in_chans})") from error
     if is_vit:
         backbone.set_drop_path_rate(args.drop_path_rate)
@@ -68,7 +66,7 @@ def build_backbone(args) -> nn.Module:
 
 def build_views(args, backbone: nn.Module | None = None) -> augment.MultiCrop:
     """The views that the flags ask for, normalised as the backbone expects."""
-    mean, std = frozen.normalisation(backbone)
+    mean, std = normalisation(backbone)
     return augment.MultiCrop(
         args.global_crops_size,
         args.local_crops_size,

@@ -13,10 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 class Scaler:
     """Centres features, half-whitens them and scales their mean squared length to 1.
 
@@ -197,15 +193,15 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     smaller fraction's images are a subset of a larger one's.
 
     Raises:
-        UserError: where a class has no image, or would keep none.
+        ValueError: where a class has no image, or would keep none.
     """
     chosen = []
     for label, indices in enumerate(shuffled_classes(labels, seed)):
         keep = round(fraction * len(indices))
         if len(indices) == 0:
-            raise UserError(f"class {label} has no training image")
+            raise ValueError(f"class {label} has no training image")
         if keep == 0:
-            raise UserError(
+            raise ValueError(
                 f"a fraction of {fraction:g} of the labels leaves class {label}, "
                 f"of {len(indices)} images, without one"
             )
@@ -219,13 +215,13 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     The fraction is rounded down.
 
     Raises:
-        UserError: where no class has enough images to hold one out.
+        ValueError: where no class has enough images to hold one out.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
     for indices in shuffled_classes(labels, seed):
         held[indices[: int(fraction * len(indices))]] = True
     if not held.any():
-        raise UserError(
+        raise ValueError(
             f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing "
             "the settings: give one --lr and one --weight_decay, or more labels"
         )

@@ -25,14 +25,9 @@ from PIL import Image
 from torch import nn
 
 import lowdino
-from lowdino import checkpoint, distributed, evaluate, health, monitor, sources
-from lowdino.curves import COLOURS, Curve, drawn, thinned
-from lowdino.pictures import save_all
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
+from lowdino import checkpoint, datasets, distributed, evaluate, health, logger
+from lowdino.distributed import UserError, user_errors
+from lowdino.pictures import COLOURS, Curve, draw_curves, save_all, thinned
 
 # --------------------------------------------------------------------------------------------------
 # What a folder tells of its run
@@ -170,7 +165,7 @@ class Run:
         if not left[-1]:
             return f"finished after {self.step:,} steps"
         known = finite(left[-1])
-        then = f", {monitor.duration(known)} left" if known is not None else ""
+        then = f", {logger.duration(known)} left" if known is not None else ""
         total = finite(self.args.get("total_steps"))
         return f"{self.step:,}{f' of {total:,.0f}' if total else ''} steps{then}"
 
@@ -189,16 +184,16 @@ class Run:
             found["effective rank"] = f"{ranks[0]:.1f} → {ranks[-1]:.1f}"
         found["steps"] = f"{self.step:,}"
         if speeds := self.values("images_per_s"):
-            found["time of the steps"] = monitor.duration(self.seconds())
+            found["time of the steps"] = logger.duration(self.seconds())
             found["images/s"] = f"{statistics.median(speeds):,.0f}"
         return found
 
 
-def facts(method, source: sources.Data, device: torch.device) -> dict:
+def facts(method, source: datasets.Source, device: torch.device) -> dict:
     """What the report of a run needs beside its flags and its log."""
     return {
         "version": lowdino.__version__,
-        "machine": monitor.machine(device),
+        "machine": logger.machine(device),
         "images": f"{source.name}, {len(source.pretrain):,} images",
         "out_dim": method.out_dim,
         "remedy": method.remedy,
@@ -363,7 +358,7 @@ def charts(runs: Sequence[Run]) -> list[str]:
             if any(None in curve.values() for curve in curves.values()):
                 note += " In a gap it is not finite."
             curves = {name: thinned(curve) for name, curve in curves.items()}
-            svg = drawn(curves, "step", chart.unit, from_zero=chart.from_zero)
+            svg = draw_curves(curves, "step", chart.unit, from_zero=chart.from_zero)
             found.append(
                 f"<figure><h3>{html.escape(heading)}</h3>{svg}"
                 f"<figcaption>{html.escape(note)}</figcaption></figure>"
@@ -465,7 +460,7 @@ def write(folders: Sequence[str | Path], output: str | Path) -> None:
             be written.
     """
     content = page([Run(folder) for folder in folders])
-    with checkpoint.atomic(output) as file:
+    with user_errors(), checkpoint.atomic(output) as file:
         file.write(content.encode("utf-8", "backslashreplace"))
 
 
@@ -491,7 +486,7 @@ class Reporter:
     def write(
         self,
         backbone: nn.Module,
-        source: sources.Data,
+        source: datasets.Source,
         features: tuple[evaluate.Features, evaluate.Features] | None = None,
         pictures: bool = True,
         page: bool = True,

@@ -22,25 +22,21 @@ from lowdino import (
     demo,
     dense,
     distributed,
-    frozen,
+    image_io,
     linear,
     masks,
     optim,
-    pixels,
     probe,
-    reading,
     schedules,
     settings,
 )
+from lowdino.distributed import UserError
+from lowdino.features import check_finite, normalisation, open_network
 
 # The flags of eval_linear.py that this task has beside those of every task.
 FLAGS = ("finetune", "from_scratch", "layer_decay", "epochs", "test_fraction", "maps")
 
 VIEWS = 2  # the stream of random numbers of the training views, see augment.derived_seed
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -156,7 +152,7 @@ def frozen_maps(
     Raises:
         UserError: where they would not fit into half of its memory, or are not finite.
     """
-    mean, std = frozen.normalisation(backbone)
+    mean, std = normalisation(backbone)
     count, maps, found = len(images), [], []
     order = linear.shares(count, args.batch_size_per_gpu, ranks)
     for batch in batches(args, images, order, ranks.device):
@@ -170,7 +166,7 @@ def frozen_maps(
             needed *= 1 if ranks.device.type == "cuda" else ranks.world
             check_memory(args, needed, count, memory_of(ranks.device))
     maps, found = torch.cat(maps), torch.stack(found)
-    frozen.check_finite(maps, "maps")
+    check_finite(maps, "maps")
     return tuple(distributed.gather_strided(part, count) for part in (maps, found))
 
 
@@ -278,7 +274,7 @@ def training_batch(batch, size: int, network, seed: int, step: int, ranks) -> tu
     parts = [(*pair, box[None], flip) for pair, box, flip in zip(batch, boxes, flips)]
     x = torch.cat([square(image, size, box, flip[None]) for image, _, box, flip in parts])
     found = [square_mask(mask, size, box, bool(flip)) for _, mask, box, flip in parts]
-    return augment.normalize(x, *frozen.normalisation(network)), torch.stack(found)
+    return augment.normalize(x, *normalisation(network)), torch.stack(found)
 
 
 def learn_whole(
@@ -292,10 +288,10 @@ def learn_whole(
     Raises:
         UserError: where the pictures are too few for the ranks or for batch norm; `Diverged`.
     """
-    _, backbone = frozen.open_network(name, seed)
+    _, backbone = open_network(name, seed)
     torch.manual_seed(seed)
     network = dense.segmenter(backbone, source.classes)
-    network.mean, network.std = frozen.normalisation(backbone)
+    network.mean, network.std = normalisation(backbone)
     network = distributed.on_device(network, ranks)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
     images = Subset(source.train, chosen)
@@ -396,14 +392,14 @@ def size_of(args, backbone: nn.Module, images: Dataset) -> int:
 def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
     """All figures of one model: row `number` of the table."""
     title, backbone = opened
-    channels = len(frozen.normalisation(backbone)[0])
-    as_read = reading.Pixels(channels, max_megapixels=args.max_megapixels)
+    channels = len(normalisation(backbone)[0])
+    as_read = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
     where = args.data_path, args.data_root, args.download
     source = masks.load(*where, as_read, args.test_fraction, args.seeds[0], ranks.rank)
     said = ""
     if isinstance(source.train, masks.MaskedImages):
         paths = source.train.images
-        as_read, said = pixels.with_range(args, backbone, source.name, paths, as_read)
+        as_read, said = data.with_value_range(args, backbone, source.name, paths, as_read)
         source.train.pixels = source.test.pixels = as_read
     elif channels != 3:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
@@ -434,7 +430,7 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
         for seed in args.seeds:
             start, chosen = time.perf_counter(), subsets[fraction, seed]
             logits_of = learn(chosen, seed)
-            score = evaluate(args, logits_of, frozen.normalisation(backbone), source, size, ranks)
+            score = evaluate(args, logits_of, normalisation(backbone), source, size, ranks)
             results[-1].append(score)
             if ranks.first:
                 subset = f"{fraction:g} of the masks ({len(chosen)} pictures), seed {seed}"

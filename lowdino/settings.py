@@ -10,16 +10,12 @@ import time
 from pathlib import Path
 
 import lowdino
-from lowdino import checkpoint, data, demo, distributed, parts, pixels, sources
+from lowdino import checkpoint, data, datasets, demo, distributed, parts
 from lowdino.base import default_momentum
+from lowdino.distributed import UserError, user_errors
 from lowdino.flags import out_of_range
 from lowdino.methods import METHODS
 from lowdino.presets import PRESETS, recipe
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
 
 # Of a training without --epochs or --minutes. The usual 30 epochs are more from 67 steps each on.
 LEAST_STEPS = 2000
@@ -122,7 +118,7 @@ def write(path: Path, args: argparse.Namespace, known: dict) -> list[str]:
         for name, value in values.items()
         if value != args.defaults.get(name) and name not in foreign
     }
-    with checkpoint.atomic(path) as file:
+    with user_errors(), checkpoint.atomic(path) as file:
         content = values | known | {"unusual": list(unusual)}
         file.write(json.dumps(content, indent=2).encode() + b"\n")
     others = f"--preset {args.preset}" if args.preset else "the recipe"
@@ -423,10 +419,10 @@ def check_evaluation(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-NAMED = ("demo", "demo_scenes", *sources.TORCHVISION)  # what --data_path takes beside files
+NAMED = ("demo", "demo_scenes", *datasets.TORCHVISION)  # what --data_path takes beside files
 
 
-def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
+def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Source:
     """What --data_path names; of a set to be fetched the first rank fetches it.
 
     Raises:
@@ -436,23 +432,23 @@ def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Dat
         # Half the side shows the glyphs as well, at a quarter of the cost.
         side, splits = demo.SIDE // 2, demo.splits(demo.TRAIN, demo.TEST)
         train, test = (data.ImageArray(*demo.demo_images(i), view_side=side) for i in splits)
-        return sources.Data("the built-in demo images", train, train, test, classes=10)
+        return datasets.Source("the built-in demo images", train, train, test, classes=10)
     if args.data_path == "demo_scenes":
         scenes, _ = demo.demo_scenes(range(demo.SCENE_TRAIN))
         why = "each has several classes; use demo, or eval_linear.py --task segmentation"
         # A third of the side is enough for a ResNet5M, but not for a MobileViT; see RESULTS.md.
         images = data.ImageArray(scenes, view_side=64)
-        return sources.Data(
+        return datasets.Source(
             "the built-in demo scenes", images, notes=[f"no k-NN: {why}"], no_labels=why
         )
     seed = args.seed if hasattr(args, "seed") else args.seeds[0]
     where = args.data_path, args.data_root, args.download, ranks.rank
-    return sources.load_on_ranks(
+    return datasets.load_on_ranks(
         *where, table=args.labels, test_fraction=args.test_fraction, seed=seed
     )
 
 
-def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
+def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Source:
     """Open the data of a training, and fill in what depends on it and on the machine.
 
     Raises:
@@ -460,7 +456,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> sources.Data:
     """
     parts.check_amp(args.amp, ranks.device)
     source = load_data(args, ranks)
-    pixels.read_as(source, channels=args.in_chans, max_megapixels=args.max_megapixels)
+    data.read_as(source, channels=args.in_chans, max_megapixels=args.max_megapixels)
     if args.global_crops_size is None:
         args.global_crops_size = data.suitable_size(source.pretrain)
     if args.local_crops_size is None:
@@ -500,7 +496,7 @@ def make_output_folder(path: str) -> Path:
 
 def open_data(
     args: argparse.Namespace, backbone, ranks: distributed.Ranks, labelled: bool = True
-) -> tuple[sources.Data, int, int]:
+) -> tuple[datasets.Source, int, int]:
     """The images of an evaluation, the side of the network's input, and the number of workers.
 
     Raises:
@@ -510,11 +506,11 @@ def open_data(
     if labelled and source.test is None:
         raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
     channels = len(getattr(backbone, "mean", (0, 0, 0)))
-    pixels.read_as(source, channels=channels, max_megapixels=args.max_megapixels)
+    data.read_as(source, channels=channels, max_megapixels=args.max_megapixels)
     size = args.image_size or getattr(backbone, "image_size", None)
     size = size or data.suitable_size(source.pretrain)
     source.limit_side(2 * size)
-    said = pixels.fit_evaluation(args, backbone, source)
+    said = data.fit_values_of_evaluation(args, backbone, source)
     if said and ranks.first:
         print(f"{source.name}{said}")
     return source, size, data.loader_processes(source.pretrain, args.num_workers)

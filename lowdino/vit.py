@@ -30,10 +30,6 @@ from torchvision.ops import StochasticDepth
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
-
-
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and maps each to a token: (B, 3, H, W) -> (B, dim, h, w)."""
 
@@ -190,7 +186,7 @@ class VisionTransformer(nn.Module):
         B, _, H, W = x.shape
         if min(H, W) < self.patch_size:
             p = self.patch_size
-            raise UserError(f"an image must have one whole patch at least, {p} x {p} pixels")
+            raise ValueError(f"an image must have one whole patch at least, {p} x {p} pixels")
         x = self.patch_embed(x)  # (B, C, h, w)
         h, w = x.shape[-2:]
         x = torch.cat([self.cls_token.expand(B, -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
@@ -243,7 +239,7 @@ def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
     """The network, at random weights, that a state dict fits; its heads are 64 wide.
 
     Raises:
-        UserError: where the state dict is not a Vision Transformer's.
+        ValueError: where the state dict is not a Vision Transformer's.
     """
     try:
         positions, patches = state_dict["pos_embed"], state_dict["patch_embed.proj.weight"]
@@ -254,7 +250,7 @@ def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
         dim, side = positions.shape[2], patches.shape[3]
         grid = math.isqrt(positions.shape[1] - 1)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
+        raise ValueError(
             "no Vision Transformer with the names of DINO's and DINOv2's files"
         ) from error
     return VisionTransformer(

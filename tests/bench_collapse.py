@@ -17,7 +17,7 @@ from pathlib import Path
 
 from comparison import row, run, settings
 
-from lowdino.curves import drawn
+from lowdino.pictures import draw_curves
 from lowdino.report import Run
 
 WAYS = {
@@ -55,7 +55,7 @@ def main() -> None:
     k = settings(folder)["out_dim"]
     entropy[f"ln K = {math.log(k):.2f}"] = dict.fromkeys(entropy["both"], math.log(k))
     for file, values, heading in (("entropy", entropy, "entropy, nats"), ("kl", kl, "KL, nats")):
-        (output / f"{file}.svg").write_text(drawn(values, "step", heading))
+        (output / f"{file}.svg").write_text(draw_curves(values, "step", heading))
     rows = [row("", "entropy", "KL", "k-NN"), "|---|---|---|---|"]
     for name in WAYS:
         last = [curve[name][max(curve[name])] for curve in (entropy, kl)]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from comparison import file_name, knn_of, read, row, run, settings, spread
 
-from lowdino.curves import drawn
+from lowdino.pictures import draw_curves
 
 # Of the minutes of TEACHER:STUDENT: a student of cached features needs few, see RESULTS.md.
 TEACHERS_SHARE = 0.65
@@ -88,7 +88,7 @@ def main() -> None:
         rows.append(row(name, "", "", "", f"{value:.3f}"))
         curves[name] = dict.fromkeys(args.minutes, value)
     picture = Path(args.output_dir) / "curves.svg"
-    picture.write_text(drawn(curves, "minutes", "k-NN accuracy", logarithmic=True))
+    picture.write_text(draw_curves(curves, "minutes", "k-NN accuracy", logarithmic=True))
     print("\n".join([*rows, f"\npicture: {picture}"]))
 
 

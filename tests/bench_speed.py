@@ -45,8 +45,8 @@ from lowdino import (
     ema,
     engine,
     evaluate,
+    logger,
     methods,
-    monitor,
     optim,
     parts,
     settings,
@@ -361,7 +361,7 @@ def measure_knn(repeats: int, device: torch.device) -> dict:
     times = in_turns(device, repeats, product=product, knn=knn)
     found = {f"{name}_s": value for name, value in times.items()}
     ratio = times["knn"] / times["product"]
-    return found | {"ratio": ratio, "memory_mb": monitor.memory_mb(device)}
+    return found | {"ratio": ratio, "memory_mb": logger.memory_mb(device)}
 
 
 # --------------------------------------------------------------------------------------------------

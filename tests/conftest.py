@@ -171,7 +171,7 @@ def stopped_after_a_checkpoint(call_script, monkeypatch):
 
     def save_and_stop(folder, state):
         save(folder, state)
-        raise checkpoint.UserError("stopped")
+        raise ValueError("stopped")
 
     def call(script, *flags):
         with monkeypatch.context() as patch:

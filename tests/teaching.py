@@ -10,8 +10,9 @@ from torch import nn
 
 import distill
 import lowdino
-from lowdino import checkpoint, data, demo, distributed, engine, settings, sources, teachers
+from lowdino import checkpoint, data, datasets, demo, distillation, distributed, engine, settings
 from lowdino.distillation import Distillation
+from lowdino.features import cached_features
 
 RANKS = distributed.Ranks(0, 1, torch.device("cpu"))
 SMALL = (
@@ -51,7 +52,7 @@ class Counted(nn.Module):
         return self.conv(x).mean(dim=(2, 3))
 
 
-def distillation(network, text="", **named):
+def distill_method(network, text="", **named):
     """The method that distill.py makes for demo images.
 
     Args:
@@ -61,14 +62,14 @@ def distillation(network, text="", **named):
     args = parse(*student("--knn_freq 0 --num_workers 0"), *options(text, **named), teacher="a:b")
     assert distill.check(args) is None
     images = demo_array(range(40))
-    source = sources.Data("some", images, images, demo_array(range(50, 60)), 10)
+    source = datasets.Source("some", images, images, demo_array(range(50, 60)), 10)
     with MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "imported", lambda path: network)
-        teacher = teachers.open_teacher(args, source, RANKS)
+        patch.setattr(distillation, "imported", lambda path: network)
+        teacher = distillation.open_teacher(args, source, RANKS)
     if args.cache_teacher:
         path, teacher.images = Path(args.cache_teacher), images
-        teacher.features = teachers.cached_features(teacher, images, path, 0, RANKS)
-    teachers.add_classifier(teacher, args, source, RANKS)
+        teacher.features = cached_features(teacher, images, path, 0, RANKS)
+    distillation.add_classifier(teacher, args, source, RANKS)
     return Distillation(engine.build_backbone(args), args, teacher, total_steps=10)
 
 

@@ -12,7 +12,7 @@ from torchvision import datasets
 
 from lowdino import annotations, demo
 from lowdino.annotations import Picture, UserError, load, polygon_mask, run_length_mask, run_lengths
-from lowdino.reading import Pixels, read_image
+from lowdino.image_io import PixelFormat, read_image
 
 # ---------------------------------------------------------------------------------------------
 # Masks
@@ -318,7 +318,7 @@ def test_sizes_from_headers_are_those_of_the_pictures_read(tmp_path, end, orient
     exif[0x0112] = orientation
     path = str(tmp_path / f"turned.{end}")
     Image.new("RGB", (30, 40), "blue").save(path, exif=exif)
-    assert annotations.upright_size(path, Pixels()) == read_image(path).shape[1:]
+    assert annotations.upright_size(path, PixelFormat()) == read_image(path).shape[1:]
 
 
 def test_pictures_that_are_arrays(tmp_path):
@@ -329,7 +329,7 @@ def test_pictures_that_are_arrays(tmp_path):
         own = content()
         own["images"] = [own["images"][0] | {"file_name": "a.npy"}]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(own))
-    source = load(str(tmp_path), masks=True, pixels=Pixels(channels=5))
+    source = load(str(tmp_path), masks=True, pixels=PixelFormat(channels=5))
     for part in (source.train, source.test):
         assert part.sizes == [(30, 40)]
         np.testing.assert_array_equal(part[0][0], values)
@@ -337,7 +337,7 @@ def test_pictures_that_are_arrays(tmp_path):
     with pytest.raises(UserError, match=f"cannot read image {file}: its shape .* no axis of 3"):
         load(str(tmp_path))
     with pytest.raises(UserError, match=f"{file}: 40 x 30 pixels are more than --max_megapixels"):
-        load(str(tmp_path), pixels=Pixels(5, max_megapixels=0.001))
+        load(str(tmp_path), pixels=PixelFormat(5, max_megapixels=0.001))
 
 
 @pytest.mark.parametrize("missing", ["annotations/instances_val.json", "val"])

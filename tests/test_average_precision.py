@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowdino.average_precision import UserError, average_precision, box_iou, mask_iou, match
+from lowdino.evaluate import average_precision, box_iou, mask_iou, match
 
 
 def detections(*rows):
@@ -125,7 +125,7 @@ def test_of_equal_scores_the_earlier_picture_comes_first():
 
 
 def test_scores_that_are_no_numbers_are_refused():
-    with pytest.raises(UserError, match="scores of detections are not finite"):
+    with pytest.raises(ValueError, match="scores of detections are not finite"):
         match(detections((math.nan, 1, A)), objects((1, A)))
 
 

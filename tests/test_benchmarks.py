@@ -15,7 +15,7 @@ import whole_runs
 from runs import options, small
 
 from lowdino import demo, evaluate
-from lowdino.curves import drawn, ticks
+from lowdino.pictures import draw_curves, ticks
 
 
 def rows(printed):
@@ -59,7 +59,9 @@ def test_what_a_recipe_gives_for_the_time(picture_folder, tmp_path, run_script):
 
 def test_curves_are_drawn_on_their_axes():
     curves = {"one": {1: 0.31, 10: 0.5, 100: 0.69}, "raw pixels": {1: 0.35, 10: 0.35, 100: 0.35}}
-    picture = ElementTree.fromstring(drawn(curves, "minutes", "k-NN accuracy", logarithmic=True))
+    picture = ElementTree.fromstring(
+        draw_curves(curves, "minutes", "k-NN accuracy", logarithmic=True)
+    )
     dots = [(float(c.get("cx")), float(c.get("cy"))) for c in picture.iter() if c.get("cx")]
     # From 0.3, at 340, to 0.7, at 40; minutes by their logarithm.
     assert dots[:3] == [(60, 332.5), (300, 190), (540, 47.5)]

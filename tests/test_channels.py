@@ -10,8 +10,9 @@ from runs import is_one_sentence, options, records, saved, small
 from torchvision.transforms import v2
 
 import lowdino
-from lowdino import augment, checkpoint, data, frozen, models, pixels, reading, sources, vit
-from lowdino.reading import Pixels, read_image
+from lowdino import augment, checkpoint, data, datasets, image_io, models, vit
+from lowdino.features import compute_own_features
+from lowdino.image_io import PixelFormat, read_image
 
 
 def bands(seed, height=40, width=32, count=5):
@@ -45,32 +46,34 @@ def test_arrays_have_channels_last_or_first(tmp_path):
     expected = torch.from_numpy(last).permute(2, 0, 1)
     for values in (last, last.transpose(2, 0, 1), np.asfortranarray(last)):
         np.save(path, values)
-        assert torch.equal(read_image(path, None, Pixels(5)), expected)
-        assert reading.shorter_side(path, Pixels(5)) == 32
+        assert torch.equal(read_image(path, None, PixelFormat(5)), expected)
+        assert image_io.shorter_side(path, PixelFormat(5)) == 32
     np.save(path, bands(0, 40, 40, 40))  # could be both: channels are last
-    found = read_image(path, None, Pixels(40))
+    found = read_image(path, None, PixelFormat(40))
     assert torch.equal(found, torch.from_numpy(bands(0, 40, 40, 40)).permute(2, 0, 1))
     np.save(path, last[..., 0])
-    assert torch.equal(read_image(path, None, Pixels(1)), expected[:1])
+    assert torch.equal(read_image(path, None, PixelFormat(1)), expected[:1])
     assert torch.equal(read_image(path), expected[:1].expand(3, -1, -1))  # grey becomes RGB
     small_side = read_image(path, 16)
     by_pillow = Image.fromarray(last[..., 0]).resize((16, 20), 3, reducing_gap=2.0)
     np.testing.assert_array_equal(small_side[0].numpy(), np.asarray(by_pillow))
     np.save(path, np.array([[0.0, 0.25], [np.nan, 2.0]]))
-    assert read_image(path, None, Pixels(1, (0, 1))).tolist() == [[[0, 64], [0, 255]]]
+    assert read_image(path, None, PixelFormat(1, (0, 1))).tolist() == [[[0, 64], [0, 255]]]
 
 
 def test_pictures_of_other_channels(tmp_path):
     rgba, grey = bands(0, count=4), bands(1, count=4)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")  # no compositing: the fourth is a band
-    found = read_image(str(tmp_path / "rgba.png"), None, Pixels(4))
+    found = read_image(str(tmp_path / "rgba.png"), None, PixelFormat(4))
     np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), rgba)
     Image.fromarray(rgba[..., :3]).save(tmp_path / "rgb.png")
     luma = np.asarray(Image.fromarray(rgba[..., :3]).convert("L"))
-    np.testing.assert_array_equal(read_image(str(tmp_path / "rgb.png"), None, Pixels(1))[0], luma)
+    np.testing.assert_array_equal(
+        read_image(str(tmp_path / "rgb.png"), None, PixelFormat(1))[0], luma
+    )
     pages = [Image.fromarray(grey[..., i].astype(np.uint16) * 16) for i in range(4)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
-    found = read_image(str(tmp_path / "pages.tif"), None, Pixels(4, (0, 4095)))
+    found = read_image(str(tmp_path / "pages.tif"), None, PixelFormat(4, (0, 4095)))
     expected = (grey.astype(float) * 16 * 255 / 4095).round()
     np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
 
@@ -85,8 +88,8 @@ def test_another_number_of_channels_is_one_sentence(tmp_path):
         ("objects.npy", 1, "objects.npy: "),
         ("rgb.png", 5, "rgb.png: it has 3 channels, and 5 are wanted"),
     ):
-        with pytest.raises(reading.UserError, match=said):
-            read_image(str(tmp_path / name), None, Pixels(channels))
+        with pytest.raises(ValueError, match=said):
+            read_image(str(tmp_path / name), None, PixelFormat(channels))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,25 +115,25 @@ def test_another_number_of_channels_is_one_sentence(tmp_path):
 )
 def test_the_range_is_that_of_the_values(tmp_path, dtype, low, high, expected):
     arrays = [np.full((8, 8), low, dtype), np.full((8, 8), high, dtype)]
-    source = sources.load(str(listing(tmp_path / "a", arrays)))
-    assert pixels.find_range(source.pretrain) == expected
+    source = datasets.load(str(listing(tmp_path / "a", arrays)))
+    assert data.find_value_range(source.pretrain) == expected
 
 
 def test_the_range_is_found_over_an_even_sample_of_what_can_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(pixels, "SAMPLE", 3)
+    monkeypatch.setattr(data, "VALUE_SAMPLE", 3)
     arrays = [np.full((8, 8), 100 * i, np.uint16) for i in range(7)]
     arrays[2][0, 0] = 60000  # not in the sample: 0, 3 and 6
-    source = sources.load(str(listing(tmp_path / "a", arrays)))
-    assert pixels.find_range(source.pretrain) == (0, 1023)
+    source = datasets.load(str(listing(tmp_path / "a", arrays)))
+    assert data.find_value_range(source.pretrain) == (0, 1023)
     (tmp_path / "a" / "6.npy").write_text("no array")
-    assert pixels.find_range(source.pretrain) == (0, 511)
+    assert data.find_value_range(source.pretrain) == (0, 511)
 
 
 def test_statistics_are_those_of_all_pixels(tmp_path):
     arrays = [bands(i, 40 + 8 * i) for i in range(4)]
-    source = sources.load(str(listing(tmp_path / "a", arrays)))
-    pixels.read_as(source, channels=5)
-    mean, std = pixels.statistics(source.pretrain)
+    source = datasets.load(str(listing(tmp_path / "a", arrays)))
+    data.read_as(source, channels=5)
+    mean, std = data.channel_statistics(source.pretrain)
     together = np.concatenate([a.reshape(-1, 5) for a in arrays]) / 255
     np.testing.assert_allclose(mean, together.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(std, together.std(axis=0), rtol=1e-6)
@@ -159,7 +162,7 @@ def test_grey_images_keep_their_features_in_any_number_of_channels(arch):
     models.set_in_chans(network, 5)
     five = models.stem_of(network)[1].weight
     assert torch.equal(five, weight[:, [0, 1, 2, 0, 1]] * 0.6)
-    with pytest.raises(models.UserError, match="weights of 5 channels cannot be adapted to 4"):
+    with pytest.raises(ValueError, match="weights of 5 channels cannot be adapted to 4"):
         models.set_in_chans(network, 4)
 
 
@@ -253,7 +256,7 @@ def test_twelve_bits_are_trained_and_evaluated_in_their_range(tmp_path, call_scr
     done = call_script("eval_knn.py", *options("--nb_knn 1 --num_workers 0", **named))
     assert "values 0 to 4095 (the backbone's)" in done.stdout
     backbone = lowdino.load_backbone(str(weights))
-    paths = sources.load(str(tmp_path / "deep")).test.paths
+    paths = datasets.load(str(tmp_path / "deep")).test.paths
     with torch.no_grad():
         found = torch.cat([backbone(lowdino.open_image(path, backbone)) for path in paths])
     expected = torch.from_numpy(np.load(features)["test"])
@@ -357,7 +360,7 @@ def test_open_image_is_what_an_evaluation_feeds(tmp_path, size, side):
         [str(tmp_path / name) for name in ("a.png", "b.jpg")], max_side=2 * side
     )
     ranks = lowdino_ranks()
-    fed, _ = frozen.own_features(network, files, side, ranks)
+    fed, _ = compute_own_features(network, files, side, ranks)
     for path, expected in zip(files.paths, fed):
         found = lowdino.open_image(path, network, side)
         assert found.shape == (1, 3, side, side)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import Subset
 from torchvision.ops import masks_to_boxes
 
-from lowdino import annotations, augment, data, demo, evaluate, masks, sources
+from lowdino import annotations, augment, data, datasets, demo, distributed, evaluate, masks
 
 
 def gradient(dtype=np.uint8, top=255):
@@ -103,7 +103,7 @@ def test_only_an_unreadable_image_is_replaced(tmp_path, monkeypatch):
     for path in paths[1:]:
         Image.new("RGB", (8, 8)).save(path)
     files = data.ImageFiles(paths)
-    with pytest.raises(data.UserError, match="cannot read image .*0.png"):
+    with pytest.raises(distributed.UserError, match="cannot read image .*0.png"):
         files[0]
     files.replace_bad = True
     pixels, _, index, bad = files[0]
@@ -115,7 +115,7 @@ def test_only_an_unreadable_image_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "read_image", bug)
     with pytest.raises(ValueError, match="too many values") as caught:
         files[1]
-    assert not isinstance(caught.value, data.UserError)  # a bug is no unreadable image
+    assert not isinstance(caught.value, distributed.UserError)  # a bug is no unreadable image
 
 
 def test_size_that_suits_the_images(tmp_path):
@@ -123,7 +123,7 @@ def test_size_that_suits_the_images(tmp_path):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
             Image.new("RGB", size).save(tmp_path / name / f"{i}.png")
-        return sources.load(str(tmp_path / name)).pretrain
+        return datasets.load(str(tmp_path / name)).pretrain
 
     assert data.suitable_size(folder("small", [(20, 30)])) == 32
     assert data.suitable_size(folder("middle", [(100, 99), (40, 40), (130, 97)])) == 96
@@ -150,7 +150,7 @@ def test_batches_are_a_permutation_an_epoch_and_resume_anywhere():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder, workers):
-    images = sources.load(str(picture_folder)).pretrain
+    images = datasets.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=7)
     for batch, indices in zip(
         data.training_loader(images, batches, workers, pin_memory=False), batches, strict=True
@@ -163,7 +163,7 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder
 def test_cached_images_are_those_of_the_files(picture_folder, workers):
     Image.new("RGB", (50, 20), (10, 200, 30)).save(picture_folder / "train" / "dark" / "wide.png")
     (picture_folder / "train" / "light" / "1.png").write_text("not a picture")
-    files = sources.load(str(picture_folder)).pretrain
+    files = datasets.load(str(picture_folder)).pretrain
     files.replace_bad, files.max_side = True, 24
     cached = data.cached(files, "host", torch.device("cpu"), workers)
     indices = list(range(len(files)))
@@ -207,7 +207,7 @@ def test_loader_processes_are_for_files_alone(monkeypatch, picture_folder):
     for held in (demo_array(range(3)), scenes, painted):
         assert data.loader_processes(Subset(Subset(held, [1, 0]), [1]), None) == 0
         assert data.loader_processes(held, 3) == 3
-    files = sources.load(str(picture_folder)).pretrain
+    files = datasets.load(str(picture_folder)).pretrain
     assert data.loader_processes(Subset(files, [0]), None) == 2
     assert data.loader_processes(files, 0) == 0
 
@@ -215,7 +215,7 @@ def test_loader_processes_are_for_files_alone(monkeypatch, picture_folder):
 def device_batches(device, picture_folder):
     """Compare the batches of `on_device`, during long work, with those of the loader itself."""
     Image.new("RGB", (50, 20), (10, 200, 30)).save(picture_folder / "train" / "dark" / "wide.png")
-    images = sources.load(str(picture_folder)).pretrain
+    images = datasets.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=14)
     expected = list(data.training_loader(images, batches, 0, pin_memory=False))
     loader = data.training_loader(images, batches, 0, pin_memory=device.type == "cuda")
@@ -250,7 +250,7 @@ def test_batches_are_copied_ahead_to_cuda_in_order(picture_folder):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_images_cached_on_cuda_give_the_batches_of_the_files(picture_folder):
     device = torch.device("cuda", 0)
-    files = sources.load(str(picture_folder)).pretrain
+    files = datasets.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(files), 5, seed=0, start=0, stop=6)
     expected = data.training_loader(files, batches, 0, pin_memory=False)
     cached = data.cached(files, "device", device, 0)
@@ -261,7 +261,7 @@ def test_images_cached_on_cuda_give_the_batches_of_the_files(picture_folder):
 
 
 def test_where_auto_caches_follows_from_the_decoded_size(picture_folder, monkeypatch):
-    files, cpu = sources.load(str(picture_folder)).pretrain, torch.device("cpu")
+    files, cpu = datasets.load(str(picture_folder)).pretrain, torch.device("cpu")
     size = 24 * 3 * 40 * 32
     assert files.decoded_bytes() == size
     monkeypatch.setattr(data, "CACHE_BYTES", size)

@@ -9,7 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 import lowdino
-from lowdino import dense, models, vit
+from lowdino import dense, distributed, models, vit
 
 CONVNETS = models.ARCHS
 
@@ -146,14 +146,14 @@ def test_frozen_batch_norm_stays_and_gives_the_same_maps():
 
 def test_bad_strides_are_refused():
     for strides in ((4, 16), (6, 12, 24), (), (0, 0)):
-        with pytest.raises(dense.UserError, match="powers of 2, each twice the one before"):
+        with pytest.raises(distributed.UserError, match="powers of 2, each twice the one before"):
             dense.fpn_backbone(small("resnet5m"), strides=strides)
     for strides in ((32, 64), (4, 8)):
         said = (
             rf"strides must reach the backbone's coarsest, 16, not \({strides[0]}, {strides[1]}\)"
         )
         for network in (small("resnet5m"), small("vit_tiny", patch_size=14, image_size=56)):
-            with pytest.raises(dense.UserError, match=said):
+            with pytest.raises(distributed.UserError, match=said):
                 dense.fpn_backbone(network, strides=strides)
 
 

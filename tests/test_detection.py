@@ -15,8 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 from torchvision.transforms.v2 import functional
 
 import lowdino
-from lowdino import annotations, checkpoint, data, demo, detection, distributed, linear
-from lowdino.average_precision import average_precision, match
+from lowdino import annotations, checkpoint, data, demo, detection, distributed, features, linear
+from lowdino.evaluate import average_precision, match
 
 ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -111,7 +111,7 @@ def test_anchors_at_800_pixels_are_cocos():
 
 def test_anchors_suit_the_demo_scenes():
     """Nearly every object has an anchor that counts as found, 0.5 and more."""
-    _, backbone = detection.frozen.open_network("mobilevit_xxs")
+    _, backbone = features.open_network("mobilevit_xxs")
     detector = detection.build("faster_rcnn", backbone, 10, 96, freeze_bn=False)
     pictures = ImageList(torch.zeros(1, 3, 96, 96), [(96, 96)])
     maps = [torch.zeros(1, 64, 96 // stride, 96 // stride) for stride in detection.SMALL.strides]
@@ -126,7 +126,7 @@ def test_anchors_suit_the_demo_scenes():
 )
 def test_boxes_are_pooled_where_they_lie(size, height, width):
     """Whatever torchvision's padding adds to the first picture; the scales are kept from it on."""
-    _, backbone = detection.frozen.open_network("mobilevit_xxs")
+    _, backbone = features.open_network("mobilevit_xxs")
     detector = detection.build("mask_rcnn", backbone, 2, size, freeze_bn=True)
     target = {"boxes": torch.tensor([[4.0, 4, 20, 30]]), "labels": torch.tensor([1])}
     target["masks"] = torch.ones(1, height, width, dtype=torch.uint8)
@@ -213,7 +213,7 @@ def test_batch_norm_of_pretrained_weights(saved, large, monkeypatch):
     """It is frozen on large pictures, as Mask R-CNN has it, and trained on small ones."""
     small = detection.SMALL._replace(freeze_bn=large)
     monkeypatch.setattr(detection, "SMALL", small)
-    _, backbone = detection.frozen.open_network(saved)
+    _, backbone = features.open_network(saved)
     trained = learn(saved).backbone.body.backbone
     same = [bool((a == b).all()) for a, b in zip(statistics(backbone), statistics(trained))]
     assert all(same) if large else not any(same)
@@ -225,7 +225,7 @@ def test_batch_norm_of_pretrained_weights(saved, large, monkeypatch):
 
 def test_batch_norm_of_random_weights_is_trained(monkeypatch):
     monkeypatch.setattr(detection, "SMALL", detection.SMALL._replace(freeze_bn=True))
-    _, backbone = detection.frozen.open_network("resnet5m")
+    _, backbone = features.open_network("resnet5m")
     trained = learn("resnet5m").backbone.body.backbone
     assert all((a != b).any() for a, b in zip(statistics(backbone), statistics(trained)))
 
@@ -258,12 +258,12 @@ def test_divergence_is_one_sentence():
 
 def test_fewer_pictures_than_ranks():
     ranks = distributed.Ranks(0, 3, torch.device("cpu"))
-    with pytest.raises(detection.UserError, match="2 pictures are fewer than the 3 ranks"):
+    with pytest.raises(distributed.UserError, match="2 pictures are fewer than the 3 ranks"):
         detection.learn(settled(), "mobilevit_xxs", scenes(), [0, 1], 64, 0, ranks)
 
 
 def test_one_small_picture_is_too_few_for_batch_norm():
-    with pytest.raises(detection.UserError, match="batch norm needs two pictures a rank or more"):
+    with pytest.raises(distributed.UserError, match="batch norm needs two pictures a rank or more"):
         learn(chosen=[0], size=32)
     learn(chosen=[0], size=33)
 
@@ -289,7 +289,7 @@ def test_a_detector_learns_two_scenes_by_heart(kind):
 
 
 def test_large_pictures_take_torchvisions_own_numbers():
-    _, backbone = detection.frozen.open_network("mobilevit_xxs")
+    _, backbone = features.open_network("mobilevit_xxs")
     detector = detection.build("mask_rcnn", backbone, 90, 320, freeze_bn=True)
     usual = MaskRCNN(detector.backbone, 91)
     own, theirs = ({n: v.shape for n, v in m.state_dict().items()} for m in (detector, usual))
@@ -393,7 +393,7 @@ def few_scenes(monkeypatch):
 
 
 def rows(args):
-    opened = detection.frozen.open_network(args.models[0])
+    opened = features.open_network(args.models[0])
     return detection.measure(args, args.models[0], opened, 1, ALONE)
 
 
@@ -441,7 +441,7 @@ def test_a_folder_in_cocos_form(coco_folder, capsys):
     row = rows(settled(data_path=coco_folder, num_workers=0))
     assert row["image_size"] == 32 and len(row["trained"]) == 1
     assert "instances_train.json: 2 boxes reach beyond" in capsys.readouterr().out
-    with pytest.raises(annotations.UserError, match="annotation 0 has no segmentation"):
+    with pytest.raises(distributed.UserError, match="annotation 0 has no segmentation"):
         rows(settled(data_path=coco_folder, detector="mask_rcnn"))
 
 
@@ -450,7 +450,7 @@ def test_networks_of_other_channels(few_scenes, tmp_path):
     lowdino.models.set_in_chans(backbone, 1)
     backbone.mean, backbone.std = (0.5,), (0.2,)
     checkpoint.save_backbone(tmp_path / "grey.pth", backbone, "resnet5m", 64, 1)
-    with pytest.raises(detection.UserError, match="are pictures in colours, and .* is of 1"):
+    with pytest.raises(distributed.UserError, match="are pictures in colours, and .* is of 1"):
         rows(settled(models=[str(tmp_path / "grey.pth")]))
 
 

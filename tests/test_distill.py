@@ -11,7 +11,7 @@ from runs import assert_equal, is_one_sentence, options, records, saved
 from teaching import (
     Counted,
     batch_of_demo,
-    distillation,
+    distill_method,
     parse,
     save_teacher,
     student,
@@ -91,7 +91,7 @@ def test_similarity_looks_at_the_batch_and_the_last_images():
 
 @pytest.mark.parametrize("objective", ["kd", "simkd", "similarity", "mvmr"])
 def test_an_objective_is_learned_on_a_batch(objective):
-    method = distillation(Counted(), f"--objective {objective} --queue_size 0")
+    method = distill_method(Counted(), f"--objective {objective} --queue_size 0")
     batch = batch_of_demo(range(16))
     views = two_corners(batch)
     losses = losses_on_a_batch(method, views, batch)
@@ -105,7 +105,7 @@ def test_an_objective_is_learned_on_a_batch(objective):
 
 def test_the_loss_is_the_objectives_by_their_weights():
     flags = "--objective kd simkd --objective_weight 0.5 3 --local_crops_number 1"
-    method, batch = distillation(Counted(), flags), batch_of_demo(range(8))
+    method, batch = distill_method(Counted(), flags), batch_of_demo(range(8))
     views = [*two_corners(batch), torch.randn(8, 3, 32, 32)]
     loss = method(views, batch).item()
     _, outputs = method.student(views)
@@ -121,7 +121,7 @@ def test_kd_follows_the_classifier_in_the_teachers_file(tmp_path):
     weight, bias = torch.randn(10, 320), torch.randn(10)
     path = save_teacher(tmp_path / "teacher.pth", classifier={"weight": weight, "bias": bias})
     flags = "--teacher_head file --temperature 2 --kd_weight 0.7"
-    method = distillation(None, flags, teacher=path)
+    method = distill_method(None, flags, teacher=path)
     logits, features, labels = torch.randn(6, 10), torch.randn(6, 320), torch.arange(6)
     theirs = (features @ weight.T + bias).tolist()
     by_hand = 0.0
@@ -135,7 +135,7 @@ def test_kd_follows_the_classifier_in_the_teachers_file(tmp_path):
 
 def test_heads_stand_in_one_order():
     for objectives in ("simkd similarity", "similarity simkd"):
-        method = distillation(Counted(), f"--objective {objectives}")
+        method = distill_method(Counted(), f"--objective {objectives}")
         assert list(method.student.heads) == ["simkd", "similarity"]
 
 

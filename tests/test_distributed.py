@@ -15,15 +15,11 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from lowdino import distributed
-from lowdino.distributed import Ranks, StopSignals, launch
-
-
-class UserError(ValueError):
-    """One of another file; and a class below it that is another error too, as the engine's is."""
+from lowdino.distributed import Ranks, StopSignals, UserError, launch
 
 
 class DivergedError(UserError, FloatingPointError):
-    pass
+    """A class below UserError that is another error too, as the engine's is."""
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowdino import health, methods, monitor
+from lowdino import health, logger, methods
 
 WELL = dict(
     cross_entropy=3.5,
@@ -115,9 +115,9 @@ def test_without_prototypes_the_features_alone_are_judged():
 
 def test_without_the_resource_module_the_peak_memory_is_zero(monkeypatch):
     """As on Windows, whose Python lacks it."""
-    assert monitor.memory_mb(torch.device("cpu")) > 1
+    assert logger.memory_mb(torch.device("cpu")) > 1
     monkeypatch.setitem(sys.modules, "resource", None)
-    spec = importlib.util.spec_from_file_location("copied_monitor", monitor.__file__)
+    spec = importlib.util.spec_from_file_location("copied_monitor", logger.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     assert copied.memory_mb(torch.device("cpu")) == 0.0

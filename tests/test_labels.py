@@ -9,7 +9,7 @@ import pytest
 from conftest import classes, draw, numbered
 from runs import is_one_sentence, options, records, small, stepwise
 
-from lowdino import labels, sources
+from lowdino import datasets
 
 # --------------------------------------------------------------------------------------------------
 # Tables of labels
@@ -34,7 +34,7 @@ def test_labels_of_a_table(table, beside, picture_folder, tmp_path):
     """Paths are relative to the table's folder or, where it lies elsewhere, to that of the data."""
     file = (picture_folder if beside else tmp_path) / "labels.csv"
     file.write_text(TABLES[table].format(picture_folder), encoding="utf-8", newline="")
-    found = sources.load(str(picture_folder), table=str(file))
+    found = datasets.load(str(picture_folder), table=str(file))
     names = [os.path.relpath(path, picture_folder) for path in found.train.paths]
     assert dict(zip(names, found.train.labels)) == {"train/dark/0.png": 0, "train/dark/1.png": 1}
     assert found.test.labels == [0] and found.classes == 2 and len(found.pretrain) == 24
@@ -52,7 +52,7 @@ def test_any_string_is_a_label_and_any_name_a_path(tmp_path):
         f'path,label,split\na b.png,"red, or 10",train\n"{composed}", 2,train\nc.png,2,val\n',
         encoding="utf-8",
     )
-    found = sources.load(str(top), table=str(tmp_path / "t.csv"))
+    found = datasets.load(str(top), table=str(tmp_path / "t.csv"))
     assert found.notes[0].startswith("2 classes: 2, red, or 10; 1 test images in split val of ")
     assert found.train.labels == [1, 0] and found.test.labels == [0]
     assert len(found.pretrain) == 2  # a test image is not trained on
@@ -62,7 +62,7 @@ def test_a_list_for_one_split_leaves_the_other_its_folders(tmp_path):
     """As Tiny-ImageNet's: classes in train, a flat val and a list of its labels."""
     draw(tmp_path, *classes("train", 3), *numbered("val/images", 2))
     (tmp_path / "val" / "list.csv").write_text("path,label\nimages/00.png,b\nimages/01.png,a\n")
-    found = sources.load(str(tmp_path), table=str(tmp_path / "val" / "list.csv"))
+    found = datasets.load(str(tmp_path), table=str(tmp_path / "val" / "list.csv"))
     assert found.train.labels == [0, 0, 0, 1, 1, 1] and found.test.labels == [1, 0]
     assert found.train is found.pretrain
 
@@ -73,7 +73,7 @@ def test_a_tables_splits_take_the_place_of_folders(tmp_path):
         "path,label,split\ntrain/00.png,a,test\ntrain/01.png,a,TRAIN\nval/00.png,b,train\n"
         "val/01.png,b,valid\nval/02.png,a,valid\n"
     )
-    found = sources.load(str(tmp_path), table=str(tmp_path / "t.csv"))
+    found = datasets.load(str(tmp_path), table=str(tmp_path / "t.csv"))
     names = lambda images: [os.path.relpath(path, tmp_path) for path in images.paths]
     assert names(found.pretrain) == ["train/01.png", "train/02.png", "val/00.png", "x.png"]
     assert names(found.train) == ["train/01.png", "val/00.png"]
@@ -87,12 +87,12 @@ def test_a_table_for_a_list_of_paths(picture_folder):
     table.write_text(
         "path,label\n" + "".join(f"train/dark/{i}.png,{i % 2}\n" for i in range(8)),
     )
-    alone = sources.load(str(listing))
+    alone = datasets.load(str(listing))
     assert alone.no_labels.startswith(f"{listing} is a list of paths; that needs --labels")
-    with_table = sources.load(str(listing), table=str(table))
+    with_table = datasets.load(str(listing), table=str(table))
     assert with_table.no_labels.startswith(f"{table} labels training images alone; that needs")
     assert f"2 rows of {table} name files that are not read" in with_table.notes
-    found = sources.load(str(listing), table=str(table), test_fraction=0.3)
+    found = datasets.load(str(listing), table=str(table), test_fraction=0.3)
     assert Counter(found.train.labels) == {0: 2, 1: 2} and Counter(found.test.labels) == {
         0: 1,
         1: 1,
@@ -136,7 +136,7 @@ def test_a_wrong_table_is_one_sentence(content, message, picture_folder, tmp_pat
 def test_a_table_with_the_images_of_no_class_twice(picture_folder):
     """Training goes on where a table does not do for tests."""
     (picture_folder / "t.csv").write_text("path,label\ntrain/dark/0.png,x\nval/dark/0.png,x\n")
-    found = sources.load(str(picture_folder), table=str(picture_folder / "t.csv"))
+    found = datasets.load(str(picture_folder), table=str(picture_folder / "t.csv"))
     assert found.no_labels == f"all images of {picture_folder}/train are of one class, 'x'"
     assert len(found.pretrain) == 24
 
@@ -148,7 +148,7 @@ def test_a_table_with_the_images_of_no_class_twice(picture_folder):
 
 def test_held_out_images_are_of_every_class_and_not_trained_on(tmp_path):
     top = draw(tmp_path / "p", *classes(".", 10), *numbered("c", 3), "d/0.png")
-    found = sources.load(str(top), test_fraction=0.2)
+    found = datasets.load(str(top), test_fraction=0.2)
     assert Counter(found.test.labels) == {0: 2, 1: 2, 2: 1}
     assert Counter(found.train.labels) == {0: 8, 1: 8, 2: 2, 3: 1}
     assert found.pretrain is found.train and not {*found.train.paths} & {*found.test.paths}
@@ -159,29 +159,33 @@ def test_held_out_images_are_of_every_class_and_not_trained_on(tmp_path):
         "with the same flags does not train on them",
         "classes of one image, which is not held out: d",
     ]
-    most = sources.load(str(top), test_fraction=0.99)
+    most = datasets.load(str(top), test_fraction=0.99)
     assert Counter(most.train.labels) == dict.fromkeys(range(4), 1)
 
 
 def test_the_choice_follows_from_the_seed_and_the_names(tmp_path):
     names = lambda found: [Path(path).parts[-2:] for path in found.test.paths]
     top = draw(tmp_path / "p", *classes(".", 10))
-    first = names(sources.load(str(top), test_fraction=0.3))
-    others = [names(sources.load(str(top), test_fraction=0.3, seed=seed)) for seed in (1, 2, 3)]
+    first = names(datasets.load(str(top), test_fraction=0.3))
+    others = [names(datasets.load(str(top), test_fraction=0.3, seed=seed)) for seed in (1, 2, 3)]
     assert len({tuple(found) for found in (first, *others)}) == 4
     top = top.rename(tmp_path / "elsewhere")
-    assert names(sources.load(str(top), test_fraction=0.3)) == first
+    assert names(datasets.load(str(top), test_fraction=0.3)) == first
     paths, have = [f"{i}" for i in range(9)], ["a", "b", None] * 3
-    assert labels.hold_out(paths, have, 0.4, 5) == labels.hold_out(paths, have, 0.4, 5)
-    assert all(have[i] for i in labels.hold_out(paths, have, 0.4, 5))
+    assert datasets.held_out_indices(paths, have, 0.4, 5) == datasets.held_out_indices(
+        paths, have, 0.4, 5
+    )
+    assert all(have[i] for i in datasets.held_out_indices(paths, have, 0.4, 5))
     # Every image of a class has its turn.
-    chosen = Counter(i for seed in range(300) for i in labels.hold_out(paths, have, 0.4, seed))
+    chosen = Counter(
+        i for seed in range(300) for i in datasets.held_out_indices(paths, have, 0.4, seed)
+    )
     assert set(chosen) == {0, 1, 3, 4, 6, 7} and min(chosen.values()) > 70
 
 
 def test_held_out_where_the_folders_test_images_have_no_labels(tmp_path):
     draw(tmp_path, *classes("train", 4), *numbered("test", 2))
-    found = sources.load(str(tmp_path), test_fraction=0.25)
+    found = datasets.load(str(tmp_path), test_fraction=0.25)
     assert len(found.train) == 6 and len(found.test) == 2
     assert f"not used: {tmp_path}/test" in found.notes
 

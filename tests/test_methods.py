@@ -17,9 +17,10 @@ from torch import nn
 import distill
 import lowdino
 import train
-from lowdino import augment, data, demo, distributed, evaluate, flags, frozen, heads, methods
-from lowdino import teachers as teachers_file
+from lowdino import augment, data, demo, distributed, evaluate, flags, heads, methods
+from lowdino import distillation as teachers_file
 from lowdino.distillation import Distillation
+from lowdino.features import compute_features
 
 CPU = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -119,7 +120,7 @@ def test_the_loss_falls_in_a_loop_of_ten_lines(name):
 
 def knn_accuracy(backbone, train_images, test_images):
     train_features, test_features = (
-        frozen.features(backbone, images, 32, CPU) for images in (train_images, test_images)
+        compute_features(backbone, images, 32, CPU) for images in (train_images, test_images)
     )
     return evaluate.knn_accuracy(train_features, test_features, 20, 10)
 

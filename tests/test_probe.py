@@ -261,7 +261,7 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
 )
 def test_batches_that_are_too_small_are_one_sentence(count, batch, sentence):
     args = SimpleNamespace(batch_size_per_gpu=batch, epochs=5)
-    with pytest.raises(linear.UserError, match=sentence):
+    with pytest.raises(distributed.UserError, match=sentence):
         linear.batch_and_steps(args, count, 2, batch_norm=True)
     assert count < 2 or linear.batch_and_steps(args, count, 2)[0] == 1
     assert linear.batch_and_steps(args, 13, 2) == (min(batch, 6), 5 * (13 // (2 * min(batch, 6))))

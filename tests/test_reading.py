@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageOps
 
-from lowdino import augment, data, reading
-from lowdino.reading import Pixels, read_image
+from lowdino import augment, data, image_io
+from lowdino.image_io import PixelFormat, read_image
 
 
 def colours(height=20, width=30, bands=3, seed=0):
@@ -43,7 +43,7 @@ def test_pictures_are_upright(tmp_path, orientation, ending):
         image.load()
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     np.testing.assert_array_equal(read(path), expected)
-    assert reading.shorter_side(str(path)) == 20
+    assert image_io.shorter_side(str(path)) == 20
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -57,8 +57,10 @@ def test_plain_tiffs_are_upright(tmp_path, orientation, mode):
     picture = {"L": grey, "RGBA": grey.convert("RGBA"), "I;16": deep}[mode]
     picture.save(tmp_path / "plain.tif", exif=exif)
     grey.save(tmp_path / "turned.png", exif=exif)
-    found = read(tmp_path / "plain.tif", None, reading.Pixels(1))
-    np.testing.assert_array_equal(found, read(tmp_path / "turned.png", None, reading.Pixels(1)))
+    found = read(tmp_path / "plain.tif", None, image_io.PixelFormat(1))
+    np.testing.assert_array_equal(
+        found, read(tmp_path / "turned.png", None, image_io.PixelFormat(1))
+    )
 
 
 def test_a_turned_photograph_is_upright_when_it_is_reduced_on_decoding(tmp_path):
@@ -101,7 +103,7 @@ def test_transparency_is_laid_on_white(tmp_path, mode):
         pytest.skip(f"Pillow writes no {mode}")
     expected = np.where(seen, 90, 255)[..., None].repeat(3, 2)
     np.testing.assert_array_equal(read(path), expected)
-    np.testing.assert_array_equal(read(path, None, Pixels(1)), expected[..., :1])
+    np.testing.assert_array_equal(read(path, None, PixelFormat(1)), expected[..., :1])
 
 
 def test_half_transparent_is_half_white(tmp_path):
@@ -157,8 +159,8 @@ def test_colours_of_16_bits_keep_their_range(tmp_path, kind, top):
         png_of_16_bits(path, values)
     else:
         tiff_of_16_bits(path, values, kind[0], kind.endswith("deflate"))
-    np.testing.assert_array_equal(reading.deep_values(str(path)), values)
-    found = read(path, None, Pixels(3, (0, top)))
+    np.testing.assert_array_equal(image_io.deep_values(str(path)), values)
+    found = read(path, None, PixelFormat(3, (0, top)))
     np.testing.assert_array_equal(found, (values * 255 / top).round())
 
 
@@ -168,10 +170,10 @@ def test_transparency_of_16_bits_is_laid_on_white(tmp_path, bands):
     values = draws.integers(0, 4096, (20, 30, bands))
     values[..., -1] = draws.choice([0, 65535], (20, 30))
     png_of_16_bits(tmp_path / "deep.png", values)
-    np.testing.assert_array_equal(reading.deep_values(path).squeeze(), values[..., :-1].squeeze())
+    np.testing.assert_array_equal(image_io.deep_values(path).squeeze(), values[..., :-1].squeeze())
     expected = (values[..., :-1] * 255 / 4095).round()
     expected[values[..., -1] == 0] = 255
-    found = read(path, None, Pixels(3, (0, 4095)))
+    found = read(path, None, PixelFormat(3, (0, 4095)))
     np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
 
 
@@ -180,14 +182,14 @@ def test_a_deep_value_may_be_transparent_or_zero_be_white(tmp_path):
     values[:5] = 7
     scaled = (values / 4095 * 255).round()
     Image.fromarray(values).save(tmp_path / "hole.png", transparency=7)
-    found = read(tmp_path / "hole.png", None, Pixels(1, (0, 4095)))[..., 0]
+    found = read(tmp_path / "hole.png", None, PixelFormat(1, (0, 4095)))[..., 0]
     np.testing.assert_array_equal(found, np.where(values == 7, 255, scaled))
     white = tmp_path / "white.tif"
     Image.fromarray(values).save(white)
     photometric = [struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0)]
     assert photometric[0] in white.read_bytes()
     white.write_bytes(white.read_bytes().replace(*photometric))
-    found = read(white, None, Pixels(1, (0, 4095)))[..., 0]
+    found = read(white, None, PixelFormat(1, (0, 4095)))[..., 0]
     np.testing.assert_array_equal(found, 255 - scaled)
 
 
@@ -198,14 +200,14 @@ def test_deep_grey_is_scaled_by_its_range(tmp_path):
         path = tmp_path / f"deep.{name}"
         Image.fromarray(values).save(path)
         top = 1 if "float" in name else 4095
-        found = read(path, None, Pixels(1, (0, top)))
+        found = read(path, None, PixelFormat(1, (0, top)))
         np.testing.assert_array_equal(found[..., 0], (twelve / 4095 * 255).round())
-        np.testing.assert_array_equal(reading.deep_values(str(path))[..., 0], values)
-    found = read(tmp_path / "deep.png", None, Pixels(3, (1000, 2000)))
+        np.testing.assert_array_equal(image_io.deep_values(str(path))[..., 0], values)
+    found = read(tmp_path / "deep.png", None, PixelFormat(3, (1000, 2000)))
     expected = ((twelve - 1000.0) * 255 / 1000).clip(0, 255).round()
     np.testing.assert_array_equal(found, expected[..., None].repeat(3, 2))
     (tmp_path / "big_endian.tif").write_bytes(big_endian_tiff(twelve))
-    found = read(tmp_path / "big_endian.tif", None, Pixels(1, (0, 4095)))
+    found = read(tmp_path / "big_endian.tif", None, PixelFormat(1, (0, 4095)))
     np.testing.assert_array_equal(found[..., 0], (twelve / 4095 * 255).round())
 
 
@@ -227,9 +229,9 @@ def test_pillows_limit_is_replaced_by_ours_and_left_as_it_was(tmp_path, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read(path, 100).shape == (100, 133, 3)
-        assert reading.shorter_side(str(path)) == 1200
+        assert image_io.shorter_side(str(path)) == 1200
     assert Image.MAX_IMAGE_PIXELS == 1000
-    small = Pixels(max_megapixels=0.1)
+    small = PixelFormat(max_megapixels=0.1)
     assert read(path, 100, small).shape == (100, 133, 3)  # decoded at an eighth: 0.03 megapixels
     with pytest.raises(
         ValueError, match="scene.jpg: 1600 x 1200 pixels are .* --max_megapixels 0.1"

@@ -23,7 +23,7 @@ from torch import nn
 
 import distill
 import train
-from lowdino import data, distributed, engine, pace, settings, sources
+from lowdino import budget, data, datasets, distributed, settings
 
 CPU = torch.device("cpu")
 
@@ -133,8 +133,8 @@ class Images:
     ],
 )
 def test_settings_follow_from_the_images(images, ranks, flags, expected, tmp_path, monkeypatch):
-    source = sources.Data("some", Images(images, 224), None, None, classes=0)
-    monkeypatch.setattr(sources.Data, "limit_side", lambda self, side: None)
+    source = datasets.Source("some", Images(images, 224), None, None, classes=0)
+    monkeypatch.setattr(datasets.Source, "limit_side", lambda self, side: None)
     monkeypatch.setattr(settings, "load_data", lambda args, ranks: source)
     monkeypatch.setattr(data, "suitable_size", lambda images: images.view_side)
     args = parsed(flags, output_dir=tmp_path)
@@ -144,7 +144,9 @@ def test_settings_follow_from_the_images(images, ranks, flags, expected, tmp_pat
 
 def test_a_warm_up_by_hand_outlasts_no_training_of_the_recipe(tmp_path):
     args = parsed("--warmup_epochs 2001", data_path="demo", output_dir=tmp_path)
-    with pytest.raises(settings.UserError, match="--warmup_epochs 2001 is longer than the train"):
+    with pytest.raises(
+        distributed.UserError, match="--warmup_epochs 2001 is longer than the train"
+    ):
         settings.settle(args, distributed.Ranks(0, 1, CPU))
 
 
@@ -167,7 +169,7 @@ def test_trials_leave_no_trace():
     optimizer = torch.optim.AdamW(module.parameters())
     parts = {"method": module, "optimizer": optimizer}
     weights = {name: value.clone() for name, value in module.state_dict().items()}
-    with pace.put_back(parts):
+    with budget.put_back(parts):
         module(torch.randn(8, 3)).square().sum().backward()
         optimizer.step()
         assert not torch.equal(module[0].weight, weights["0.weight"])
@@ -185,7 +187,7 @@ def with_seconds(monkeypatch, *found):
         calls.append(found[len(calls)])
         return calls[-1]
 
-    monkeypatch.setattr(pace, "seconds", seconds)
+    monkeypatch.setattr(budget, "seconds", seconds)
     return calls
 
 
@@ -214,9 +216,9 @@ def test_the_faster_autocast_is_chosen_and_kept(
 
 def test_what_takes_too_long_is_tried_once():
     clock, made = iter([1.0] * 9), []
-    found = pace.seconds(lambda: made.append(next(clock)), CPU, enough=0.0)
+    found = budget.seconds(lambda: made.append(next(clock)), CPU, enough=0.0)
     assert len(made) == 1 and found > 0
-    pace.seconds(lambda: made.append(next(clock)), CPU)
+    budget.seconds(lambda: made.append(next(clock)), CPU)
     assert len(made) == 1 + 3
 
 
@@ -226,7 +228,7 @@ def test_a_warm_up_by_hand_longer_than_the_minutes_is_refused(
     with_seconds(monkeypatch, 0.5)
     flags = small("--minutes 0.2 --knn_freq 0 --warmup_epochs 9", data_path=picture_folder)
     with pytest.raises(
-        engine.UserError, match="--warmup_epochs 9 is longer than the training, --min"
+        distributed.UserError, match="--warmup_epochs 9 is longer than the training, --min"
     ):
         train_here([*flags, "--output_dir", tmp_path])
 
@@ -246,7 +248,7 @@ class FakeClock:
     def __init__(self, monkeypatch):
         self.now = 1000.0
         clock = types.SimpleNamespace(perf_counter=lambda: self.now)
-        for module in (pace, settings):
+        for module in (budget, settings):
             monkeypatch.setattr(module, "time", clock)
 
 
@@ -258,20 +260,20 @@ def test_an_evaluation_is_foreseen_from_its_first_batches(monkeypatch):
             clock.now += 2.0 if i == 0 else 0.5  # the first waits for the loader's processes
             yield torch.zeros(10, 3), torch.zeros(10)
 
-    sample = pace.Sample(limit=1.2)
-    shared = pace.Sample(limit=9, workers=2)
+    sample = budget.Sample(limit=1.2)
+    shared = budget.Sample(limit=9, workers=2)
     assert len(list(shared(batches(4)))) == 4
     assert shared.seconds(1000) == pytest.approx(2.5 + 980 * 0.05)
     assert len(list(sample(batches(100)))) == 4  # until more than 1.2 s have passed since the first
     assert sample.seconds(1000) == pytest.approx(2 + 990 * 0.05)
-    whole = pace.Sample(limit=9)
+    whole = budget.Sample(limit=9)
     assert len(list(whole(batches(1)))) == 1 and whole.seconds(10) == 2.0
 
 
 def test_foreseen_is_the_time_of_extraction_and_of_neighbours(monkeypatch):
     clock = FakeClock(monkeypatch)
-    source = sources.Data("some", None, demo_array(range(600)), demo_array(range(600, 1000)), 10)
-    knn = pace.evaluate.knn_accuracy
+    source = datasets.Source("some", None, demo_array(range(600)), demo_array(range(600, 1000)), 10)
+    knn = budget.evaluate.knn_accuracy
 
     class Network(nn.Module):
         def forward(self, x):
@@ -282,54 +284,54 @@ def test_foreseen_is_the_time_of_extraction_and_of_neighbours(monkeypatch):
         clock.now += 1e-6 * len(train.labels) * len(test.labels)
         return knn(train, test, *more)
 
-    monkeypatch.setattr(pace.evaluate, "knn_accuracy", timed)
+    monkeypatch.setattr(budget.evaluate, "knn_accuracy", timed)
     args = types.SimpleNamespace(minutes=0.1, global_crops_size=32, num_workers=0, nb_knn=5)
     ranks = distributed.Ranks(0, 1, CPU)
     # 0.03 s are over after the second batch of 256.
-    found = pace.seconds_of_evaluation(Network(), args, source, ranks)
+    found = budget.seconds_of_evaluation(Network(), args, source, ranks)
     assert found == pytest.approx(0.01 * 1000 + 1e-6 * 600 * 400)
 
 
 def test_a_budget_is_spent_to_its_end(monkeypatch):
     clock = FakeClock(monkeypatch)
-    budget = pace.Budget(minutes=2, started=clock.now)  # 120 s, of which 4 are not the run's
+    plan = budget.Budget(minutes=2, started=clock.now)  # 120 s, of which 4 are not the run's
     clock.now += 6
     # Without labels: 110 s of steps.
-    assert budget.plan(0, 0.5) == (220, 0)
+    assert plan.plan(0, 0.5) == (220, 0)
     # Evaluations of 2 s: one at the end, 2.2 s with what it may take longer, one before the first
     # step, and others every 40 s, which are a twentieth of the steps' time.
-    budget.evaluated(2.0)
-    assert budget.plan(0, 0.5) == (int(105.8 / 0.525), 80)
-    assert budget.plan(1, 0.5) == (1 + int(107.8 / 0.525), 80)
+    plan.evaluated(2.0)
+    assert plan.plan(0, 0.5) == (int(105.8 / 0.525), 80)
+    assert plan.plan(1, 0.5) == (1 + int(107.8 / 0.525), 80)
     # One that would take more than half of what is left is only made at the end.
-    budget.evaluated(6.0)
-    assert budget.plan(0, 0.5) == (int((110 - 6.6) / 0.5), 0)
+    plan.evaluated(6.0)
+    assert plan.plan(0, 0.5) == (int((110 - 6.6) / 0.5), 0)
     # As often as is asked for by hand, whatever it takes.
-    budget.every = 20
-    assert budget.plan(0, 0.5) == (int((110 - 12.6) / 0.8), 20)
+    plan.every = 20
+    assert plan.plan(0, 0.5) == (int((110 - 12.6) / 0.8), 20)
     # There is always a step to do.
     clock.now += 500
-    assert budget.plan(7, 0.5)[0] == 8
+    assert plan.plan(7, 0.5)[0] == 8
 
 
 def test_a_plan_is_corrected_by_the_pace_of_the_steps_alone(monkeypatch):
     clock = FakeClock(monkeypatch)
-    budget = pace.Budget(minutes=2, started=clock.now)
-    total, _ = budget.plan(0, 0.5)
-    assert total == 232 and not budget.is_due()
+    plan = budget.Budget(minutes=2, started=clock.now)
+    total, _ = plan.plan(0, 0.5)
+    assert total == 232 and not plan.is_due()
     clock.now += 23 * 0.5 - 0.1  # a little faster, by 1 s to the end
-    assert not budget.is_due() and budget.correction(23, total) is None
+    assert not plan.is_due() and plan.correction(23, total) is None
     clock.now += 23 * 1.0  # half as fast
-    assert budget.is_due()
-    assert budget.correction(46, total) == (46 + int((116 - 34.4) / 1.0), 0)
+    assert plan.is_due()
+    assert plan.correction(46, total) == (46 + int((116 - 34.4) / 1.0), 0)
     # A little slower is late.
     clock.now += 10.1
-    assert budget.correction(56, 127) == (56 + int((116 - 44.5) / 1.01), 0)
+    assert plan.correction(56, 127) == (56 + int((116 - 44.5) / 1.01), 0)
     # An evaluation is no step's time.
-    budget.evaluated(9.0)
+    plan.evaluated(9.0)
     clock.now += 9 + 10 * 1.0
     left = 116 - 44.5 - 19 - 9.9
-    assert budget.correction(66, 200) == (66 + int(left / 1.0), 0)
+    assert plan.correction(66, 200) == (66 + int(left / 1.0), 0)
 
 
 @pytest.mark.slow
@@ -345,7 +347,7 @@ def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
         return small(text, data_path=picture_folder, output_dir=out)
 
     # (12 - 4) s of half a second each.
-    monkeypatch.setattr(pace.Budget, "correction", lambda self, step, total: None)
+    monkeypatch.setattr(budget.Budget, "correction", lambda self, step, total: None)
     train_here(flags(whole))
     assert saved(whole)["total_steps"] == saved(whole)["step"] == 16
     assert "plan: 16 steps, 2.67 epochs in 0.2 minutes\n" in capsys.readouterr().out
@@ -376,9 +378,9 @@ def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
 def test_a_run_of_minutes_corrects_its_plan(picture_folder, tmp_path, monkeypatch, capsys):
     with_seconds(monkeypatch, 0.5)
     FakeClock(monkeypatch)
-    monkeypatch.setattr(pace.Budget, "is_due", lambda self: True)
+    monkeypatch.setattr(budget.Budget, "is_due", lambda self: True)
     better = {2: (24, 0)}
-    monkeypatch.setattr(pace.Budget, "correction", lambda self, step, total: better.get(step))
+    monkeypatch.setattr(budget.Budget, "correction", lambda self, step, total: better.get(step))
     flags = small("--minutes 0.2 --knn_freq 0", data_path=picture_folder, output_dir=tmp_path)
     train_here(flags)
     assert "plan: 24 steps, 4 epochs in 0.2 minutes" in capsys.readouterr().out

@@ -16,8 +16,8 @@ from conftest import demo_array
 from torch import nn
 
 from lowdino import augment, data, descriptors, distillation, distributed, engine, heads, methods
-from lowdino.sources import Data
-from lowdino.teachers import Teacher
+from lowdino.datasets import Source
+from lowdino.distillation import Teacher
 
 TOLERANCE = dict(rtol=1e-7, atol=1e-9)
 
@@ -168,7 +168,7 @@ def trained_by_engine(folder, **changes):
         return method
 
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
-    source = Data("few images", demo_array(range(BATCH * EPOCH)))
+    source = Source("few images", demo_array(range(BATCH * EPOCH)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "build_backbone", lambda args: Tiny())
         return engine.train(args, ranks, source, build)

@@ -18,7 +18,7 @@ from PIL import Image
 from runs import is_one_sentence, options, small, train_here
 
 import lowdino
-from lowdino import curves, monitor, pace, pictures, report, sources
+from lowdino import budget, datasets, logger, pictures, report
 
 # --------------------------------------------------------------------------------------------------
 # The page
@@ -214,11 +214,11 @@ def test_runs_beside_each_other(tmp_path):
 
 def test_many_points_are_thinned_and_a_gap_stays():
     curve = {float(x): x / 2 for x in range(1000)} | {500.0: None}
-    thin = curves.thinned(curve)
+    thin = pictures.thinned(curve)
     assert len(thin) == 334 and thin[2.0] == pytest.approx(0.5)
     assert [x for x, y in thin.items() if y is None] == [500.0]
     few = {1.0: 2.0, 2.0: None}
-    assert curves.thinned(few) == few
+    assert pictures.thinned(few) == few
 
 
 def test_the_command_writes_where_it_is_told(tmp_path, call_script):
@@ -319,15 +319,15 @@ def test_pictures_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):
 
 def test_minutes_have_room_for_the_last_report(monkeypatch):
     clock = types.SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(pace, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-    budget = pace.Budget(minutes=2, started=clock.now)
-    with budget.reporting():
+    monkeypatch.setattr(budget, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    plan = budget.Budget(minutes=2, started=clock.now)
+    with plan.reporting():
         clock.now += 3.0
-    assert budget.plan(0, 0.5) == (int((116 - 3 - 3.3) / 0.5), 0)
+    assert plan.plan(0, 0.5) == (int((116 - 3 - 3.3) / 0.5), 0)
     clock.now += 50 * 0.5
-    with budget.reporting():  # which is no step's time
+    with plan.reporting():  # which is no step's time
         clock.now += 3.0
-    assert budget.correction(50, 400) == (50 + int((116 - 3 - 25 - 3 - 3.3) / 0.5), 0)
+    assert plan.correction(50, 400) == (50 + int((116 - 3 - 25 - 3 - 3.3) / 0.5), 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -436,12 +436,12 @@ SPEED = dict(lr=1e-4, weight_decay=0.1, memory_mb=512.0, images_per_s=1234.5, da
 
 
 def test_the_table_keeps_to_120_columns():
-    table = monitor.Table()
+    table = logger.Table()
     own = {f"a_long_metric_{i}": -1.23456e10 for i in range(9)} | {"effective_rank": 3.25}
     values = dict(loss=-1.23456e-10, **own, **SPEED, eta_s=400 * 3600.0)
     large = values | dict(memory_mb=139_000.0, loss=math.nan)
     for step in ("7/9", "1000000/2000000"):
-        table = monitor.Table()
+        table = logger.Table()
         lines = [line for _ in range(41) for line in table.lines(step, 12345, values)]
         lines += table.lines(step, 0, large)
         assert {len(line) for line in lines} == {len(lines[0])} and len(lines[0]) <= 120
@@ -461,14 +461,14 @@ def test_the_table_keeps_to_120_columns():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_is_for_terminals_alone(terminal, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    log = monitor.Log(tmp_path)
+    log = logger.Log(tmp_path)
     log.progress(3, 4, 65.0)
     log.progress(4, 4, 0.0)  # too soon after the other
     log.say("a line")
     bar = "[" + "#" * 22 + "." * 8 + "]  75%  0:01:05 left"
     wiped = f"{bar}\r{' ' * len(bar)}\r" if terminal else ""
     assert capsys.readouterr().out == f"{wiped}a line\n"
-    silent = monitor.Log(tmp_path, active=False)
+    silent = logger.Log(tmp_path, active=False)
     silent.progress(1, 2, 3.0)
     assert capsys.readouterr().out == ""
 
@@ -478,4 +478,4 @@ def test_the_version_is_that_of_the_package():
 
 
 def test_a_folders_classes_have_its_names(picture_folder):
-    assert sources.load(str(picture_folder)).names == ["dark", "light"]
+    assert datasets.load(str(picture_folder)).names == ["dark", "light"]

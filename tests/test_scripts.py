@@ -23,7 +23,8 @@ from runs import (
 
 import lowdino
 import train
-from lowdino import augment, data, distributed, engine, frozen, methods, settings, sources
+from lowdino import augment, data, datasets, distributed, engine, methods, settings
+from lowdino.features import open_network
 
 # --------------------------------------------------------------------------------------------------
 # Training
@@ -223,7 +224,9 @@ def test_bad_output_folder_is_one_sentence(picture_folder, tmp_path):
     (tmp_path / "file").touch()
     flags = small(data_path=picture_folder, output_dir=tmp_path / "file")
     args = settings.parse(train.get_parser(), flags)
-    with pytest.raises(settings.UserError, match="--output_dir .*/file cannot be made: File exi"):
+    with pytest.raises(
+        distributed.UserError, match="--output_dir .*/file cannot be made: File exi"
+    ):
         settings.settle(args, distributed.Ranks(0, 1, torch.device("cpu")))
 
 
@@ -297,13 +300,13 @@ def test_weights_of_a_known_architecture_are_used(picture_folder, tmp_path, call
     named = dict(weights=file, data_path=picture_folder, features=features)
     call_script("eval_knn.py", *options("--arch resnet18 --device cpu", **named))
     found = torch.from_numpy(np.load(features)["train"])
-    source = sources.load(str(picture_folder)).pretrain
+    source = datasets.load(str(picture_folder)).pretrain
     images, sizes, *_ = data.collate([source[i] for i in range(24)])
     with torch.no_grad():
         expected = network(augment.central_view(images, sizes, 32))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         x = torch.randn(2, 3, 32, 32)
-        opened = frozen.open_network(f"resnet18={file}")[1].eval()
+        opened = open_network(f"resnet18={file}")[1].eval()
         assert torch.equal(opened(x), network(x))
 
 

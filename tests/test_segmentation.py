@@ -14,7 +14,17 @@ from conftest import ROOT
 from PIL import Image
 
 import lowdino
-from lowdino import checkpoint, data, demo, distributed, linear, masks, probe, reading, segmentation
+from lowdino import (
+    checkpoint,
+    data,
+    demo,
+    distributed,
+    image_io,
+    linear,
+    masks,
+    probe,
+    segmentation,
+)
 
 RANK = distributed.Ranks(0, 1, torch.device("cpu"))
 
@@ -44,7 +54,7 @@ def make(folder, count=6, **options):
 
 
 def load(folder, **options):
-    return masks.load(str(folder), "", False, reading.Pixels(), **options)
+    return masks.load(str(folder), "", False, image_io.PixelFormat(), **options)
 
 
 def test_a_folder_with_a_split(tmp_path):
@@ -89,7 +99,7 @@ def test_voc_2012_as_torchvision_lays_it_out(tmp_path):
     (tmp_path / "made/masks/a.png").rename(top / "SegmentationClass/a.png")
     for split in ("train", "val"):
         (top / f"ImageSets/Segmentation/{split}.txt").write_text("a\n")
-    source = masks.load("voc2012", str(tmp_path), False, reading.Pixels())
+    source = masks.load("voc2012", str(tmp_path), False, image_io.PixelFormat())
     assert source.classes == 21 and source.test[0][1].unique().tolist() == [0, 2]
 
 
@@ -141,10 +151,10 @@ def test_large_pictures_come_through_pipes_where_shared_memory_is_short(tmp_path
 def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
     make(tmp_path / "train", 2)
     make(tmp_path / "val", 2, top=5)
-    with pytest.raises(masks.UserError, match="has class 5, which no training mask has"):
+    with pytest.raises(distributed.UserError, match="has class 5, which no training mask has"):
         load(tmp_path)
     make(tmp_path / "val", 2, top=1)  # between two that they have
-    with pytest.raises(masks.UserError, match="class 1, which no training .*: make it 255"):
+    with pytest.raises(distributed.UserError, match="class 1, which no training .*: make it 255"):
         load(tmp_path)
 
 
@@ -158,7 +168,9 @@ def test_a_split_inside_of_images_and_masks_is_kept(tmp_path):
     assert (len(source.train), len(source.test), source.notes) == (3, 2, [])
     assert {path.split("/")[-2] for path in source.train.masks} == {"train"}
     assert source.test[1][1].unique().tolist() == [0, 2]
-    with pytest.raises(masks.UserError, match="--test_fraction is for pictures without a split"):
+    with pytest.raises(
+        distributed.UserError, match="--test_fraction is for pictures without a split"
+    ):
         load(tmp_path / "both", test_fraction=0.5)
     for kind in ("images", "masks"):  # where nothing is to test on, train/ is a name as others are
         (tmp_path / "both" / kind / "val").rename(tmp_path / "both" / kind / "bus")
@@ -168,21 +180,23 @@ def test_a_split_inside_of_images_and_masks_is_kept(tmp_path):
 def test_files_of_one_stem_are_refused(tmp_path):
     make(tmp_path, 3)
     draw(tmp_path, "1", suffix="jpg")
-    with pytest.raises(masks.UserError, match="1.* and .*1.* differ in their suffixes alone"):
+    with pytest.raises(distributed.UserError, match="1.* and .*1.* differ in their suffixes alone"):
         load(tmp_path, test_fraction=0.5)
 
 
 def test_no_folder_and_no_split_are_refused(tmp_path):
-    with pytest.raises(masks.UserError, match="no data at nowhere"):
+    with pytest.raises(distributed.UserError, match="no data at nowhere"):
         load("nowhere")
     make(tmp_path)
-    with pytest.raises(masks.UserError, match="no val/ to test on: give --test_fraction"):
+    with pytest.raises(distributed.UserError, match="no val/ to test on: give --test_fraction"):
         load(tmp_path)
     make(tmp_path / "train")
-    with pytest.raises(masks.UserError, match="has train/ but no val/ or test/"):
+    with pytest.raises(distributed.UserError, match="has train/ but no val/ or test/"):
         load(tmp_path)
     make(tmp_path / "val")
-    with pytest.raises(masks.UserError, match="--test_fraction is for pictures without a split"):
+    with pytest.raises(
+        distributed.UserError, match="--test_fraction is for pictures without a split"
+    ):
         load(tmp_path, test_fraction=0.5)
 
 
@@ -333,12 +347,12 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, {root!r})
-from lowdino import distributed, frozen, masks, reading, segmentation
+from lowdino import distributed, features, masks, image_io, segmentation
 
 
 def main(ranks):
-    source = masks.load({data!r}, "", False, reading.Pixels(), test_fraction=0.34)
-    _, backbone = frozen.open_network("resnet5m")
+    source = masks.load({data!r}, "", False, image_io.PixelFormat(), test_fraction=0.34)
+    _, backbone = open_network("resnet5m")
     args = SimpleNamespace(maps="pyramid", batch_size_per_gpu=2, num_workers=0)
     found = segmentation.frozen_maps(args, backbone.eval(), source.train, 64, ranks)
     plain = (0.0,) * 3, (1.0,) * 3
@@ -375,7 +389,7 @@ def test_maps_that_would_not_fit_are_refused():
     assert 10**8 < memory < 10**15
     sentence = "the maps of 7 pictures take 1000000000 GB, .* or --label_fraction"
     for maps, end in (("pyramid", ", or --maps last$"), ("last", "$")):
-        with pytest.raises(segmentation.UserError, match=sentence + end):
+        with pytest.raises(distributed.UserError, match=sentence + end):
             segmentation.check_memory(SimpleNamespace(maps=maps), 10**18, 7, memory)
 
 
@@ -491,7 +505,7 @@ def test_tiff_masks_keep_their_indices_and_are_turned_once(tmp_path):
         picture = Image.fromarray(np.uint8([[0, 1, 3]]))
         picture.save(path, compression="tiff_lzw", tiffinfo={274: orientation})
         assert masks.read_mask(str(path)).tolist() == expected
-        assert torch.equal(reading.read_image(str(path))[0], torch.tensor(expected))
+        assert torch.equal(image_io.read_image(str(path))[0], torch.tensor(expected))
 
 
 def test_other_files_of_indices_are_read_as_they_are(tmp_path):
@@ -508,10 +522,14 @@ def test_masks_whose_values_would_change_are_refused(tmp_path):
     path = tmp_path / "mask.pgm"
     for content in (b"P5 3 1 20\n\x00\x01\x14", b"P2 3 1 20\n0 1 20\n"):
         path.write_bytes(content)
-        with pytest.raises(masks.UserError, match="its greatest value is said to be 20, not 255"):
+        with pytest.raises(
+            distributed.UserError, match="its greatest value is said to be 20, not 255"
+        ):
             masks.read_mask(str(path))
     write_tiff(tmp_path / "mask.tif", 2, bytes([0, 1]), photometric=0)
-    with pytest.raises(masks.UserError, match="a TIFF file whose 0 is white: .* save it as PNG"):
+    with pytest.raises(
+        distributed.UserError, match="a TIFF file whose 0 is white: .* save it as PNG"
+    ):
         masks.read_mask(str(tmp_path / "mask.tif"))
 
 
@@ -540,14 +558,14 @@ def test_deep_pictures_have_one_range_for_all_networks(tmp_path, call_script):
         values = np.asarray(Image.open(path))[..., 0].astype(np.uint16) * 16
         Image.fromarray(values).save(path)
     seen = []
-    read = reading.read_image
+    read = image_io.read_image
 
-    def watched(path, max_side=None, pixels=reading.RGB):
+    def watched(path, max_side=None, pixels=image_io.RGB):
         seen.append(pixels.value_range)
         return read(path, max_side, pixels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "read_image", watched)
+        patch.setattr(image_io, "read_image", watched)
         flags = ["--test_fraction", "0.5", "--epochs", "1"]
         done, _ = run(call_script, tmp_path, "resnet5m", *flags)
     assert "px; values 0 to 4095 (found in a sample) become 0 to 255\n" in done.stdout

@@ -8,7 +8,7 @@ from conftest import classes, draw, numbered
 from PIL import Image
 from runs import is_one_sentence, options, small, stepwise
 
-from lowdino import data, files, sources
+from lowdino import datasets, distributed, image_io
 
 # --------------------------------------------------------------------------------------------------
 # Layouts
@@ -106,7 +106,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read_and_what_was_assumed_is_said(layout, tmp_path):
     names, name, *notes = LAYOUTS[layout]
-    found = sources.load(str(draw(tmp_path, *names)))
+    found = datasets.load(str(draw(tmp_path, *names)))
     assert f"{found.name}, {len(found.pretrain)} images" == name.format(tmp_path)
     assert found.notes == [note.format(tmp_path) for note in notes]
     assert (found.test is None) == notes[0].startswith("no k-NN: ")
@@ -160,7 +160,7 @@ def test_a_class_without_an_image_is_named(picture_folder, call_script):
     assert is_one_sentence(
         done, f"class folder {train}/grey has no image, and {val} has some of that class"
     )
-    found = sources.load(str(picture_folder))
+    found = datasets.load(str(picture_folder))
     assert len(found.pretrain) == 24 and found.no_labels in done.stderr
     (train / "grey" / "notes.txt").unlink()
     (train / "grey").rmdir()
@@ -171,9 +171,9 @@ def test_a_class_without_an_image_is_named(picture_folder, call_script):
 def test_an_empty_val_gives_way_to_test(tmp_path):
     draw(tmp_path, *classes("train", 2))
     (tmp_path / "val").mkdir()
-    assert sources.load(str(tmp_path)).no_labels == f"{tmp_path}/val has no image"
+    assert datasets.load(str(tmp_path)).no_labels == f"{tmp_path}/val has no image"
     draw(tmp_path, *classes("test", 1))
-    assert sources.load(str(tmp_path)).notes == [
+    assert datasets.load(str(tmp_path)).notes == [
         f"2 classes: a, b; 2 test images in {tmp_path}/test",
         f"not used: {tmp_path}/val",
     ]
@@ -195,7 +195,7 @@ def test_all_that_pillow_reads_is_found_and_the_rest_counted(tmp_path):
     for name in others.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("no picture")
-    found = sources.load(str(tmp_path))
+    found = datasets.load(str(tmp_path))
     assert [os.path.basename(path) for path in found.pretrain.paths] == [*images, "m.npy"]
     assert all(Image.open(path).size == (32, 32) for path in found.pretrain.paths[:-1])
     assert found.notes[1:] == [
@@ -205,8 +205,14 @@ def test_all_that_pillow_reads_is_found_and_the_rest_counted(tmp_path):
 
 def test_only_what_pillow_decodes_by_itself_counts_as_an_image():
     """Each suffix belongs to a decoder, and those that torchvision takes are among them."""
-    known = files.suffixes()
-    assert {*files.IMG_EXTENSIONS} < known and not {".eps", ".ps", ".hdf", ".mpeg", ".pdf"} & known
+    known = image_io.suffixes()
+    assert {*image_io.IMG_EXTENSIONS} < known and not {
+        ".eps",
+        ".ps",
+        ".hdf",
+        ".mpeg",
+        ".pdf",
+    } & known
     for suffix in known - {".npy"}:
         assert Image.registered_extensions()[suffix] in Image.OPEN
 
@@ -216,7 +222,7 @@ def test_links_to_nothing_and_unreadable_folders(picture_folder, monkeypatch):
     (train / "dark" / "gone.png").symlink_to(picture_folder / "nowhere.png")
     (train / "dark" / "self.png").symlink_to(train / "dark" / "self.png")
     os.mkfifo(train / "dark" / "pipe.png")
-    found = sources.load(str(picture_folder))
+    found = datasets.load(str(picture_folder))
     assert len(found.pretrain) == 24
     assert "left out: 2 links to nothing, 1 special files" in found.notes
     scandir = os.scandir
@@ -227,8 +233,8 @@ def test_links_to_nothing_and_unreadable_folders(picture_folder, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(files.UserError, match="cannot read folder .*/dark: Permission denied"):
-        sources.load(str(picture_folder))
+    with pytest.raises(ValueError, match="cannot read folder .*/dark: Permission denied"):
+        datasets.load(str(picture_folder))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_what_a_run_wrote_is_never_data(out, tmp_path, call_script):
     assert "8 images" in again.splitlines()[0] and "already finished" in again
     for name in ("checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl"):
         (tmp_path / out / name).unlink()  # as if killed in its first steps
-    before = sources.load(str(tmp_path))
+    before = datasets.load(str(tmp_path))
     written = 3 if out == "." else 1  # pictures, or a folder
     assert len(before.pretrain) == 8 and f"{written} written by a run" in before.notes[1]
 
@@ -251,16 +257,16 @@ def test_what_a_run_wrote_is_never_data(out, tmp_path, call_script):
 def test_a_teachers_cache_is_no_image(tmp_path):
     draw(tmp_path, *numbered(".", 3))
     np.save(tmp_path / "teacher.npy", np.zeros((3, 4), np.float16))
-    assert len(sources.load(str(tmp_path)).pretrain) == 4
+    assert len(datasets.load(str(tmp_path)).pretrain) == 4
     (tmp_path / "teacher.npy.json").write_text("{}")  # as distill.py --cache_teacher leaves it
-    assert len(sources.load(str(tmp_path)).pretrain) == 3
+    assert len(datasets.load(str(tmp_path)).pretrain) == 3
 
 
 def test_folders_with_and_without_classes(picture_folder):
-    found = sources.load(str(picture_folder))
+    found = datasets.load(str(picture_folder))
     assert len(found.pretrain) == 24 and len(found.test) == 8 and found.classes == 2
     assert found.train.labels == [0] * 12 + [1] * 12 and "/dark/" in found.train.paths[0]
-    flat = sources.load(str(picture_folder / "train"))
+    flat = datasets.load(str(picture_folder / "train"))
     assert len(flat.pretrain) == 24 and flat.test is None
 
 
@@ -269,24 +275,24 @@ def test_list_of_paths(picture_folder):
     listing.write_text(
         "train/dark/0.png\n\n" + str(picture_folder / "val" / "light" / "3.png") + "\n"
     )
-    found = sources.load(str(listing))
+    found = datasets.load(str(listing))
     assert len(found.pretrain) == 2 and found.pretrain[1][0].shape == (3, 40, 32)
     listing.write_text("train/dark/none.png\n")
     with pytest.raises(ValueError, match="some.txt names .*none.png, which does not exist"):
-        sources.load(str(listing))
+        datasets.load(str(listing))
 
 
 def test_fingerprint_is_of_the_names_below_the_folder(picture_folder, tmp_path):
-    before = sources.load(str(picture_folder)).pretrain.fingerprint()
+    before = datasets.load(str(picture_folder)).pretrain.fingerprint()
     moved = picture_folder.rename(tmp_path / "moved")
-    assert sources.load(str(moved)).pretrain.fingerprint() == before
+    assert datasets.load(str(moved)).pretrain.fingerprint() == before
     (moved / "train" / "dark" / "0.png").rename(moved / "train" / "dark" / "00.png")
-    assert sources.load(str(moved)).pretrain.fingerprint() != before
+    assert datasets.load(str(moved)).pretrain.fingerprint() != before
 
 
 def test_links_are_followed_once(picture_folder):
     (picture_folder / "train" / "loop").symlink_to(picture_folder / "train")
-    assert len(sources.find_images(picture_folder / "train")) == 24
+    assert len(image_io.find_images(picture_folder / "train")) == 24
 
 
 def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
@@ -294,29 +300,30 @@ def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
     hidden.mkdir()
     for path in (hidden / "0.png", picture_folder / "train" / "dark" / "._0.png"):
         path.write_bytes((picture_folder / "train" / "dark" / "0.png").read_bytes())
-    found = sources.load(str(picture_folder))
+    found = datasets.load(str(picture_folder))
     assert len(found.pretrain) == 24 and found.classes == 2
-    assert len(sources.find_images(hidden)) == 1  # asked for by name
+    assert len(image_io.find_images(hidden)) == 1  # asked for by name
 
 
 def test_a_path_of_no_name_is_not_this_folder():
     with pytest.raises(ValueError, match="no data at an empty path: give a folder"):
-        sources.load("")
+        datasets.load("")
 
 
 def test_nothing_to_read_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images under .*; looked for .jpg"):
-        sources.find_images(tmp_path / "empty")
+        image_io.find_images(tmp_path / "empty")
     (tmp_path / "image.png").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match="image.png is not a text file"):
-        sources.load(str(tmp_path / "image.png"))
+        datasets.load(str(tmp_path / "image.png"))
     with pytest.raises(
-        data.UserError, match="no data at nowhere: give a folder.* demo, demo_scenes, cifar10"
+        distributed.UserError,
+        match="no data at nowhere: give a folder.* demo, demo_scenes, cifar10",
     ):
-        sources.load("nowhere")
+        datasets.load("nowhere")
     with pytest.raises(ValueError, match="cifar10 under .*not found; add --download"):
-        sources.load("cifar10", root=str(tmp_path))
+        datasets.load("cifar10", root=str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,8 +353,8 @@ class FakeSet:
     "name, side, train_labels", [("cifar10", 32, range(6)), ("stl10", 96, range(4))]
 )
 def test_torchvisions_sets(name, side, train_labels, monkeypatch):
-    monkeypatch.setattr(sources.datasets, name.upper(), FakeSet)
-    found = sources.load(name)
+    monkeypatch.setattr(datasets.torchvision_datasets, name.upper(), FakeSet)
+    found = datasets.load(name)
     assert found.train.labels.tolist() == list(train_labels)
     assert found.test.labels.tolist() == list(range(4))
     assert found.names == ["cat", "dog"] and found.notes == []

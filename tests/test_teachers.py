@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from runs import is_one_sentence, options
-from teaching import Counted, batch_of_demo, distillation, save_teacher, student
+from teaching import Counted, batch_of_demo, distill_method, save_teacher, student
 
-from lowdino import augment, demo, teachers
-from lowdino.teachers import UserError
+from lowdino import augment, demo, distillation, features
+from lowdino.distributed import UserError
 
 IMAGENET = augment.IMAGENET_MEAN, augment.IMAGENET_STD
 
@@ -17,7 +17,7 @@ IMAGENET = augment.IMAGENET_MEAN, augment.IMAGENET_STD
 def test_a_teacher_sees_views_in_its_own_size_and_normalisation():
     network = Counted()
     network.mean, network.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
-    method = distillation(network, "--teacher_size 64 --local_crops_number 1")
+    method = distill_method(network, "--teacher_size 64 --local_crops_number 1")
     ramp = torch.linspace(0.2, 0.8, 32).expand(4, 3, 32, 32)
     values = [ramp, ramp.transpose(2, 3), torch.rand(4, 3, 32, 32)]  # in [0, 1]
     views = [augment.normalize(x, *IMAGENET) for x in values]
@@ -33,7 +33,7 @@ def test_a_teacher_sees_views_in_its_own_size_and_normalisation():
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_teacher_sees_the_global_views_however_many(number, monkeypatch):
     network, batch = Counted(), batch_of_demo(range(4))
-    method = distillation(network, f"--global_crops_number {number} --local_crops_number 2")
+    method = distill_method(network, f"--global_crops_number {number} --local_crops_number 2")
     views = [torch.randn(4, 3, 32, 32) for _ in range(number + 2)]
     seen = [network(view) for view in views[:number]]
     expected = torch.cat([*seen, *[sum(seen) / number] * 2])
@@ -47,7 +47,7 @@ def test_a_teacher_sees_the_global_views_however_many(number, monkeypatch):
 
 def test_a_students_own_normalisation_is_undone_for_its_teacher():
     network = Counted()
-    method = distillation(network)
+    method = distill_method(network)
     method.backbone.mean, method.backbone.std = (0.0,) * 3, (1.0,) * 3
     x = torch.rand(4, 3, 32, 32)
     expected = network(augment.normalize(x, *IMAGENET))
@@ -62,28 +62,28 @@ def test_a_students_own_normalisation_is_undone_for_its_teacher():
 def test_a_cached_teacher_never_runs_again(tmp_path):
     network, cache = Counted(), tmp_path / "cache.npy"
     views, batch = [torch.randn(4, 3, 32, 32) for _ in range(2)], batch_of_demo([7, 3, 39, 0])
-    live = distillation(network)
+    live = distill_method(network)
     seen = network.seen
     live(views, batch)
     assert network.seen == seen + 8
     targets = live.teacher.targets(views, batch.indices, live.backbone)
     torch.testing.assert_close(targets, torch.cat([network(view) for view in views]))
 
-    before = teachers.fingerprint(network)
-    cached = distillation(network, cache_teacher=cache)
+    before = distillation.fingerprint(network)
+    cached = distill_method(network, cache_teacher=cache)
     file = np.load(cache)
     assert file.dtype == np.float16 and file.shape == (40, 24)
     whole = augment.central_view(demo.demo_images([3])[0], torch.tensor([[64, 64]]), 32, *IMAGENET)
     np.testing.assert_allclose(file[3], network(whole)[0].detach(), atol=1e-3)
     seen = network.seen
     cached(views, batch).backward()
-    again = distillation(network, cache_teacher=cache)  # a later student
+    again = distill_method(network, cache_teacher=cache)  # a later student
     # It is run for its width, and on the first images to compare them with the file.
     assert network.seen == seen + 1 + 8
     rows = torch.from_numpy(file[[7, 3, 39, 0]]).float()
     targets = again.teacher.targets(views, batch.indices, again.backbone)
     assert torch.equal(targets, torch.cat([rows, rows]))
-    assert teachers.fingerprint(network) == before
+    assert distillation.fingerprint(network) == before
     assert all(p.grad is None for p in network.parameters())
 
 
@@ -91,8 +91,8 @@ def test_a_cache_serves_with_a_classifier_and_without(tmp_path):
     """It holds what the backbone gives; bench_papers.py shares one among all objectives."""
     classifier = {"weight": torch.randn(10, 320), "bias": torch.randn(10)}
     path, cache = save_teacher(tmp_path / "t.pth", classifier=classifier), tmp_path / "cache.npy"
-    without = distillation(None, teacher=path, cache_teacher=cache)
-    with_one = distillation(None, "--teacher_head file", teacher=path, cache_teacher=cache)
+    without = distill_method(None, teacher=path, cache_teacher=cache)
+    with_one = distill_method(None, "--teacher_head file", teacher=path, cache_teacher=cache)
     assert np.array_equal(without.teacher.features, with_one.teacher.features)
     # A run that is resumed needs the same classifier all the same.
     assert without.teacher.fingerprint != with_one.teacher.fingerprint
@@ -113,9 +113,9 @@ def test_a_cache_has_no_features_of_substitutes(picture_folder, tmp_path, call_s
 
 
 def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "CHUNK", 16)
+    monkeypatch.setattr(features, "CHUNK", 16)
     cache, notes = tmp_path / "cache.npy", tmp_path / "cache.npy.json"
-    distillation(Counted(), cache_teacher=cache)
+    distill_method(Counted(), cache_teacher=cache)
     whole = np.load(cache)
     values = json.loads(notes.read_text())
     notes.write_text(json.dumps(values | {"done": 16}))
@@ -123,7 +123,7 @@ def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
     half[16:] = 0
     half.flush()
     network = Counted()
-    distillation(network, cache_teacher=cache)
+    distill_method(network, cache_teacher=cache)
     assert network.seen == 24 + 1 + 8 and np.array_equal(np.load(cache), whole)
 
 
@@ -137,11 +137,11 @@ def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
 )
 def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path):
     cache, notes = tmp_path / "cache.npy", tmp_path / "cache.npy.json"
-    distillation(Counted(), cache_teacher=cache)
+    distill_method(Counted(), cache_teacher=cache)
 
     def refused(message):
         with pytest.raises(UserError, match=message):
-            distillation(Counted(), cache_teacher=cache)
+            distill_method(Counted(), cache_teacher=cache)
 
     notes.write_text(json.dumps(json.loads(notes.read_text()) | spoil))
     refused(message)
@@ -153,12 +153,12 @@ def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path):
 
 def test_a_damaged_or_changed_cache_is_refused(tmp_path):
     cache, notes = tmp_path / "cache.npy", tmp_path / "cache.npy.json"
-    distillation(Counted(), cache_teacher=cache)
+    distill_method(Counted(), cache_teacher=cache)
     good, values = cache.read_bytes(), json.loads(notes.read_text())
 
     def refused(message, path=cache):
         with pytest.raises(UserError, match=message):
-            distillation(Counted(), cache_teacher=path)
+            distill_method(Counted(), cache_teacher=path)
 
     for content in (good[:300], b"half", b"", np.lib.format.magic(1, 0)):
         cache.write_bytes(content)

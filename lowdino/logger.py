@@ -21,16 +21,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchvision.utils import save_image
-
-
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
 
 
 class Log:
@@ -170,7 +162,7 @@ class BadImages:
         images: how many there are in all. max_fraction: how many of them may be bad.
 
     Raises:
-        UserError: where the file names too many already.
+        ValueError: where the file names too many already.
     """
 
     ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # names of files are bytes
@@ -191,7 +183,7 @@ class BadImages:
         """Append what is new.
 
         Raises:
-            UserError: where they are too many.
+            ValueError: where they are too many.
         """
         news = self.unknown(dict.fromkeys(lines))
         self.known |= dict.fromkeys(news)
@@ -202,7 +194,7 @@ class BadImages:
 
     def check(self) -> None:
         if len(self.known) > self.max_fraction * self.images:
-            raise UserError(
+            raise ValueError(
                 f"{len(self.known)} of {self.images} images cannot be read, more than "
                 f"--max_bad_fraction {self.max_fraction}; they are named in {self.path}, to be "
                 f"deleted once they are mended; the last: {list(self.known)[-1]}"
@@ -282,36 +274,3 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def save_views(
-    file: BinaryIO,
-    views: list[Tensor],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    images: int = 8,
-) -> None:
-    """Write a PNG of the first images' views: a row an image, a column a view.
-
-    Small views are framed in grey. `mean` and `std` are those that the views are normalised by.
-    """
-    side = max(view.shape[-1] for view in views)
-    scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
-    columns = []
-    for view in views:
-        view = visible(view[:images].float().cpu() * scale + shift)
-        room = side - view.shape[-1]
-        before = room // 2
-        columns.append(F.pad(view, (before, room - before, before, room - before), value=0.5))
-    save_image(
-        torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1),
-        file,
-        format="png",
-        nrow=len(views),
-        pad_value=1.0,
-    )
-
-
-def visible(images: Tensor) -> Tensor:
-    """The first three channels of (B, C, H, W), of fewer the first as grey: (B, 3, H, W)."""
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

@@ -1,21 +1,26 @@
 """One file becomes one uint8 image: any picture that Pillow knows, or an array of NumPy's."""
 
+import functools
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 
-class UserError(ValueError):
-    """What a user can mend, said in one sentence."""
+class ImageError(ValueError):
+    """An image that cannot be read; the sentence names the file."""
 
 
-class Pixels(NamedTuple):
+class PixelFormat(NamedTuple):
     """How the values of a file become those of an image.
 
     Attributes:
@@ -31,20 +36,20 @@ class Pixels(NamedTuple):
 
     def check_size(self, width: int, height: int) -> None:
         if width * height > 1e6 * self.max_megapixels:
-            raise UserError(
+            raise ValueError(
                 f"{width} x {height} pixels are more than --max_megapixels {self.max_megapixels:g}"
             )
 
 
-RGB = Pixels()
+RGB = PixelFormat()
 
 
-def read_image(path: str, max_side: int | None = None, pixels: Pixels = RGB) -> Tensor:
+def read_image(path: str, max_side: int | None = None, pixels: PixelFormat = RGB) -> Tensor:
     """Decode a picture or a `.npy` file to (C, H, W) uint8.
 
     A picture is turned upright, as its EXIF says, and transparency is laid on white. Of several
-    frames the first is taken. Values of more than 8 bits are scaled, see `Pixels`; but of 16 bits
-    of CMYK the upper 8 are taken as they are.
+    frames the first is taken. Values of more than 8 bits are scaled, see `PixelFormat`; but of 16
+    bits of CMYK the upper 8 are taken as they are.
 
     Where C is neither 1 nor 3, it is the bands of a picture as they are, or C grey pages of one.
     An array is (H, W), which is grey, (H, W, C) or (C, H, W), and the former where it could be
@@ -55,7 +60,7 @@ def read_image(path: str, max_side: int | None = None, pixels: Pixels = RGB) -> 
             at 1/2, 1/4 or 1/8 of its size where that is enough.
 
     Raises:
-        UserError: naming the file, where it cannot be read, has other channels, or its values have
+        ValueError: naming the file, where it cannot be read, has other channels, or its values have
             no known range.
     """
     try:
@@ -64,7 +69,7 @@ def read_image(path: str, max_side: int | None = None, pixels: Pixels = RGB) -> 
             layers = [reduced(layer, max_side) for layer in layers]
         values = np.dstack(layers)  # (H, W, C)
     except Exception as error:  # on a damaged file Pillow's decoders raise any kind of exception
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise ImageError(f"cannot read image {path}: {error}") from error
     return torch.from_numpy(values).permute(2, 0, 1)
 
 
@@ -77,11 +82,11 @@ def reduced(image: Image.Image, max_side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def shorter_side(path: str, pixels: Pixels = RGB) -> int:
+def shorter_side(path: str, pixels: PixelFormat = RGB) -> int:
     """The smaller of height and width in pixels, from the file's header.
 
     Raises:
-        UserError: naming the file.
+        ValueError: naming the file.
     """
     try:
         if is_array(path):
@@ -89,14 +94,14 @@ def shorter_side(path: str, pixels: Pixels = RGB) -> int:
         with open_picture(path) as image:
             return min(image.size)
     except Exception as error:  # as in `read_image`
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise ImageError(f"cannot read image {path}: {error}") from error
 
 
-def deep_values(path: str, pixels: Pixels = RGB) -> np.ndarray | None:
+def deep_values(path: str, pixels: PixelFormat = RGB) -> np.ndarray | None:
     """The values of a file as they are, where they are of more than 8 bits; else None.
 
     Raises:
-        UserError: naming the file.
+        ValueError: naming the file.
     """
     try:
         if is_array(path):
@@ -107,14 +112,14 @@ def deep_values(path: str, pixels: Pixels = RGB) -> np.ndarray | None:
             found = [deep_picture(page, path) for page in pages(image, pixels.channels)]
             return None if found[0] is None else np.dstack(found)
     except Exception as error:  # as in `read_image`
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise ImageError(f"cannot read image {path}: {error}") from error
 
 
 def eight_bits(values: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
     """Scale a range of values to 0..255 and clip what is beyond it; uint8 as it is.
 
     Raises:
-        UserError: where no range is given, and the values have none of their own.
+        ValueError: where no range is given, and the values have none of their own.
     """
     if values.dtype == np.uint8:
         return np.array(values)
@@ -123,9 +128,9 @@ def eight_bits(values: np.ndarray, value_range: tuple[float, float] | None) -> n
     if value_range is None:
         advice = "give it by --value_range, or convert it to 8 or 16 bits first"
         if values.dtype.kind == "f":
-            raise UserError(f"floating-point values have no known range; {advice}")
+            raise ValueError(f"floating-point values have no known range; {advice}")
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(
+            raise ValueError(
                 f"values {values.min()} to {values.max()} do not fit 16 bits, and another range is "
                 f"not known; {advice}"
             )
@@ -163,7 +168,7 @@ def open_picture(path: str) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def picture_layers(path: str, max_side: int | None, pixels: Pixels) -> list[Image.Image]:
+def picture_layers(path: str, max_side: int | None, pixels: PixelFormat) -> list[Image.Image]:
     """An RGB or a grey picture, or a grey one for each channel, of 8 bits and upright."""
     layers = []
     with open_picture(path) as image:
@@ -180,14 +185,14 @@ def picture_layers(path: str, max_side: int | None, pixels: Pixels) -> list[Imag
                 for layer in layers_of(picture, pixels.channels)
             ]
     if pixels.channels not in (1, 3) and len(layers) != pixels.channels:
-        raise UserError(
+        raise ValueError(
             f"it has {len(layers)} channels, and {pixels.channels} are wanted, as --in_chans or "
             "the network has them; where Pillow sees too few, give .npy or a grey page for each"
         )
     return layers
 
 
-def of_deep(values: np.ndarray, page: Image.Image, pixels: Pixels) -> Image.Image:
+def of_deep(values: np.ndarray, page: Image.Image, pixels: PixelFormat) -> Image.Image:
     """The picture of a page's `deep_picture`, with its alpha channel."""
     scaled = eight_bits(values, pixels.value_range)
     if getattr(page, "tag_v2", {}).get(262) == 0:  # a TIFF whose 0 is white
@@ -280,13 +285,13 @@ def load_array(path: str, channels: int) -> np.ndarray:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise UserError("it is damaged, or holds objects in place of numbers") from error
+        raise ValueError("it is damaged, or holds objects in place of numbers") from error
     if not isinstance(values, np.ndarray):
-        raise UserError("it holds several arrays, where one image was expected")
+        raise ValueError("it holds several arrays, where one image was expected")
     if values.ndim not in (2, 3) or not values.size:
-        raise UserError(f"its shape {values.shape} is that of no image, (H, W) or (H, W, C)")
+        raise ValueError(f"its shape {values.shape} is that of no image, (H, W) or (H, W, C)")
     if values.dtype.kind not in "biuf":
-        raise UserError(f"it holds {values.dtype}, where numbers were expected")
+        raise ValueError(f"it holds {values.dtype}, where numbers were expected")
     shape = values.shape
     values = values[:, :, None] if values.ndim == 2 else values
     wanted = (channels, 1) if channels == 3 else (channels,)  # grey becomes RGB
@@ -295,16 +300,134 @@ def load_array(path: str, channels: int) -> np.ndarray:
             return values
         if values.shape[0] == count:
             return values.transpose(1, 2, 0)
-    raise UserError(
+    raise ValueError(
         f"its shape {shape} has no axis of {channels} channels, first or last, as --in_chans or "
         "the network has them"
     )
 
 
-def array_layers(path: str, max_side: int | None, pixels: Pixels) -> list[Image.Image]:
+def array_layers(path: str, max_side: int | None, pixels: PixelFormat) -> list[Image.Image]:
     """A grey picture of 8 bits for each channel."""
     values = load_array(path, pixels.channels)
     height, width, bands = values.shape
     pixels.check_size(width, height)
     layers = [Image.fromarray(eight_bits(values[..., i], pixels.value_range)) for i in range(bands)]
     return layers if bands == pixels.channels else layers * pixels.channels
+
+
+# --------------------------------------------------------------------------------------------------
+# Which files are images
+# --------------------------------------------------------------------------------------------------
+
+# Pillow only tells what these are, or runs another program to read them.
+NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# What systems put beside files; names that begin with a dot are left out too.
+SYSTEM_FOLDERS = {"$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found"}
+
+# A training's folder holds the first and one of the others. Its pictures are no data.
+RUN_SETTINGS = "args.json"
+RUN_FILES = ("checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl", "crops.png")
+RUN_PICTURES = ("crops.png", "neighbours.png", "maps.png", "attention.png")
+
+
+@functools.cache
+def suffixes() -> set[str]:
+    """Of image files, in lower case: .npy, and all that Pillow reads."""
+    known = Image.registered_extensions().items()
+    return {".npy"} | {s for s, kind in known if kind in Image.OPEN and kind not in NOT_READ}
+
+
+def find_images(folder: Path, left_out: Counter | None = None) -> list[str]:
+    """All images below a folder, sorted; a ValueError where there are none.
+
+    Links are followed, but each folder is read once.
+
+    Args:
+        left_out: counts what is no image, see `read_folder`.
+    """
+    left_out = Counter() if left_out is None else left_out
+    paths = sorted(walk(str(folder), left_out, set()))
+    if not paths:
+        said = f"; left out: {counted(left_out)}" if left_out else ""
+        raise ValueError(
+            f"no images under {folder}; looked for {' '.join(IMG_EXTENSIONS)} .npy and what else "
+            f"Pillow reads{said}"
+        )
+    return paths
+
+
+def walk(folder: str, left_out: Counter, seen: set[str]) -> Iterator[str]:
+    """The images of a folder and of those below it that are not in `seen`."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    # What is in the folder of a training is no data, unless it was asked for by name.
+    if seen and is_run(folder):
+        left_out["written by a run"] += 1
+        return
+    seen.add(real)
+    images, folders = read_folder(folder, left_out)
+    yield from images
+    for inside in folders:
+        yield from walk(inside, left_out, seen)
+
+
+def read_folder(folder: str, left_out: Counter) -> tuple[list[str], list[str]]:
+    """The images and the folders in a folder, sorted.
+
+    Args:
+        left_out: counts other files by suffix, names that begin with a dot, links to nothing, and
+            what a training wrote.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"cannot read folder {folder}: {error.strerror}") from error
+    names, of_run = {entry.name for entry in entries}, is_run(folder)
+    images, folders = [], []
+    for entry in entries:
+        name, link = entry.name, entry.is_symlink()
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith("."):
+            left_out["hidden"] += 1
+        elif os.path.isdir(entry.path) if link else entry.is_dir():  # which a loop of links raises
+            folders += [entry.path] * (name not in SYSTEM_FOLDERS)
+        elif suffix not in suffixes():
+            left_out[suffix or "without suffix"] += 1
+        elif of_run and name in RUN_PICTURES or suffix == ".npy" and f"{name}.json" in names:
+            left_out["written by a run"] += 1  # the latter is a teacher's cache
+        elif not (os.path.isfile(entry.path) if link else entry.is_file()):
+            left_out["links to nothing" if link else "special files"] += 1
+        else:
+            images.append(entry.path)
+    return images, folders
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a training wrote its files into a folder."""
+    files = (os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
+    return os.path.exists(os.path.join(folder, RUN_SETTINGS)) and any(files)
+
+
+def counted(left_out: Counter, most: int = 8) -> str:
+    """What was left out, in words: the kinds of which there are most, and how many others."""
+    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    others = sum(count for _, count in kinds[most:])
+    return ", ".join(
+        [f"{count} {kind}" for kind, count in kinds[:most]] + [f"{others} others"] * bool(others)
+    )
+
+
+def sub_folders(folder: Path) -> list[Path]:
+    """The folders in a folder that may have images of their own."""
+    return [Path(path) for path in read_folder(str(folder), Counter())[1] if not is_run(path)]
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there are images below a folder, or it cannot be read."""
+    try:
+        return any(walk(str(folder), Counter(), set()))
+    except ValueError:
+        return True
