@@ -1,53 +1,62 @@
 #!/usr/bin/env python3
-"""Pre-train a small backbone without labels, by the coding rate of many views (EMP-SSL), by
-self-distillation with a momentum teacher (DINO, LowDINO, SSLight), by MV-MR, or by what these are
-compared with (BYOL, MoCo v2, SwAV, SimCLR, VICReg, Barlow Twins).
+"""Pre-train a small backbone without labels, by self-distillation with a momentum teacher (DINO,
+LowDINO, SSLight), the coding rate of many views (EMP-SSL), MV-MR, or what these are compared with.
 
     python train.py --arch mobilevit_xxs --minutes 1.2                      demo images: k-NN 0.72
     torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
 
-Methods: emp compares eight views with their image's mean, and the batch by its coding rate. dino
+Methods: emp compares many views with their image's mean, and the batch by its coding rate. dino
 compares distributions over prototypes with those of a teacher; mvmr embeddings with those of the
 plain image and with fixed descriptors, by distance correlation; byol predictions with a teacher's
 projections; moco queries with a key among a queue of others; swav assignments to prototypes,
 swapped between views; simclr each embedding with all others of the batch. vicreg and barlow bring
 two views together, with even variances and no correlations. dino, byol, moco and swav take local
-views too, --local_crops_number, and balance them by --alpha. All but dino, moco and mvmr train by
-Muon by default.
+views too, --local_crops_number, and balance them by --alpha.
 """
 
-import argparse
+import torch
 
-from lowdino import distributed, engine, flags, settings
-from lowdino.methods import METHODS
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = flags.parser_of(__doc__)
-    help = (
-        "what is learned, see below; default: the preset's, or the one whose flags are given, or "
-        "emp"
-    )
-    parser.add_argument("--method", choices=METHODS, help=help)
-    for method in METHODS.values():
-        method.add_flags(parser)
-    settings.add_training_flags(parser)
-    return parser
+from lowdino import budget, data, datasets, distributed, engine, features, optim, settings
+from lowdino.logger import Logger
+from lowdino.recipes import METHODS
+from lowdino.settings import Settings
 
 
-def check(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    return settings.check_training(args) or METHODS[args.method].check(args)
+def get_parser() -> settings.Parser:
+    return settings.training_parser("train.py", __doc__)
 
 
-def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    source = settings.settle(args, ranks)
-    engine.train(args, ranks, source, METHODS[args.method].build)
+def run(s: Settings, ranks: distributed.Ranks):
+    # Settings: what the images and the machine decide is fitted here, each value with its reason.
+    source, s = settings.open_training_images(s, ranks)
+
+    # A run that was stopped is compared before anything is built that could take long.
+    log = Logger(s.output_dir, ranks.first, ranks.device)
+    checkpointer = engine.Checkpointer(s, source, ranks, log)
+    s = s.replace(amp=budget.amp_of(s.amp, ranks.device, checkpointer.saved))
+
+    # Backbone: random weights, or --init; its mean, std and range of values, or the images'.
+    backbone = features.build_backbone(s)
+    values = data.fit_values(s, backbone, source, checkpointer.saved)
+    views = data.build_views(s, backbone).to(ranks.device)
+    log.say(f"data: {source.name}, {len(source.pretrain)} images; {views.describe()}{values}")
+    log.say(*source.notes)
+
+    # Method: it owns the networks, heads, queues and centres, and its state is all that is saved.
+    steps, epoch_steps = engine.run_length(s, source, ranks)
+    method = METHODS[s.method](backbone, s, total_steps=steps, epoch_steps=epoch_steps)
+    method = distributed.on_device(method, ranks)
+
+    # Optimizer: biases and norms do not decay; the learning rate is set in every step.
+    optimizer = optim.build(s.optimizer, method, s.lr, ranks.device)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=s.amp == "fp16")
+
+    training = engine.Training(s, ranks, source, views, method, optimizer, scaler, log)
+    return engine.train(training, checkpointer)
 
 
 def main() -> None:
-    args = settings.parse(get_parser())
-    distributed.launch("train.py", check(args), args.device, lambda ranks: run(args, ranks))
+    distributed.launch("train.py", lambda: settings.resolve(get_parser()), run)
 
 
 if __name__ == "__main__":

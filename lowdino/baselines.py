@@ -1,12 +1,11 @@
 """Methods that LowDINO, SSLight and MV-MR are compared with, one class a method, its loss above it.
 
-They are used as those of `methods.py`, whose table has them. All views of one size are one batch
-for the backbone's batch norm, and all views one for the projector's, as in the code of SwAV and
-SimCLR; that of BYOL, VICReg and Barlow Twins has each view as a batch of its own. Embeddings and
-losses are those of the batch of all ranks. `heads.Projector` tells of the projectors' last layers.
+They are used as those of `methods.py`. For the backbone's batch norm all views of one size are one
+batch, for the projector's all views are, as in the code of SwAV and SimCLR; in the code of BYOL,
+VICReg and Barlow Twins each view is a batch. Losses compare the embeddings of all ranks.
+`heads.Projector` says how the projectors' last layers differ from the authors'.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -15,25 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowdino import ema, health, losses
-from lowdino.base import Projecting, check_pairs, teacher_momentum
-from lowdino.flags import out_of_range
+from lowdino import augment, ema, health, losses
 from lowdino.heads import Projector, WeightNormLinear
 from lowdino.losses import autocast_off, balanced, own_rows, rows_of_all_ranks, variance_hinge
+from lowdino.methods import Flag, ProjectionMethod, check_pairs, shared, teacher_momentum
 
 # ---------------------------------------------------------------------------------------------
 # BYOL
 # ---------------------------------------------------------------------------------------------
 
 
-class BYOL(Projecting):
+class BYOL(ProjectionMethod):
     """Bootstrap your own latent (Grill et al., 2020): no prototypes and no negatives.
 
-    The student's prediction q(z), of every view, is to be the EMA teacher's projection z' of
-    another, global, view of the same image: 2 - 2 cos(q(z), z'), equation 2, the mean over all
-    pairs, where the paper adds its two. Local views and `alpha` are ours, after SSLight.
+    The student's prediction q(z), for every view, should match the EMA teacher's projection z' of
+    another, global, view of the same image: 2 - 2 cos(q(z), z'), equation 2. The loss is the mean
+    over all pairs, where the paper adds its two. Local views and `alpha` are ours, after SSLight.
     """
 
+    name = "byol"
+    flags = shared("projector", "momentum_teacher", "alpha")
     remedy = "raise --momentum_teacher, or lower --lr"
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
@@ -57,15 +57,14 @@ class BYOL(Projecting):
     def after_step(self, step=0):
         ema.update(*self.weights, teacher_momentum(self, step))
 
+    @classmethod
+    def check(cls, args):
+        return check_pairs(cls, args)
+
 
 def mean_dot(a: Tensor, b: Tensor) -> Tensor:
     """Mean over the rows of (n, E) of their inner products."""
     return (a * b).sum(dim=1).mean()
-
-
-def check_byol(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of BYOL, in one sentence, or None."""
-    return check_pairs(args) or out_of_range(args, fractions=("momentum_teacher", "alpha"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,7 +130,7 @@ def joined(parts: Sequence[Tensor], views: int) -> Tensor:
     return torch.cat([rows for of_view in zip(*by_part) for rows in of_view])
 
 
-class MoCo(Projecting):
+class MoCo(ProjectionMethod):
     """Momentum contrast with a projector, MoCo v2 (He et al., 2020; Chen et al., 2020).
 
     The key is of the first global view, by the EMA teacher, whose momentum is fixed; the second
@@ -139,10 +138,12 @@ class MoCo(Projecting):
 
     Batch norm would tell a query which key is its own: the one that was in its batch, for those in
     the queue are older. So MoCo keeps each GPU's statistics apart, and shuffles the keys over the
-    GPUs. Here a rank's queries come in `parts`, each a batch of its own for batch norm, and its
-    keys in parts of another order, as in the authors' demonstration on one GPU.
+    GPUs. Here a rank's queries come in `parts`, each a batch for batch norm, and its keys in parts
+    of another order, as in the authors' demonstration on one GPU.
     """
 
+    name = "moco"
+    flags = shared("projector", "queue_size", "temperature", "momentum_teacher", "alpha")
     remedy = "lower --temperature, or --lr"
     momentum_rises = False
     projector = staticmethod(mlp)
@@ -176,8 +177,9 @@ class MoCo(Projecting):
 
     @torch.no_grad()
     def keys(self, view: Tensor, step: int) -> Tensor:
-        """(B, 3, H, W) -> (B, E), in parts of an order that the step draws."""
-        generator = torch.Generator().manual_seed(step)
+        """(B, 3, H, W) -> (B, E), in parts of an order that seed and step draw."""
+        seed = getattr(self.args, "seed", 0)  # unknown in one's own loop
+        generator = augment.seeded_generator("cpu", augment.STREAMS["key order"], seed, step)
         order = torch.randperm(len(view), generator=generator).to(view.device)
         keys = [self.teacher([part])[1]["projector"] for part in self.parts(view[order])]
         return torch.cat(keys)[order.argsort()]
@@ -185,29 +187,18 @@ class MoCo(Projecting):
     def after_step(self, step=0):
         ema.update(*self.weights, teacher_momentum(self, step))
 
-
-def add_moco_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("MoCo and SimCLR").add_argument
-    help = "of the softmax over keys"
-    add("--temperature", type=float, default=0.2, help=help)
-    help = "keys that are kept; of swav embeddings of each view, 0: none"
-    add("--queue_size", type=int, default=65536, help=help)
-
-
-def check_moco(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of MoCo, in one sentence, or None."""
-    if wrong := check_queue(args) or check_pairs(args):
-        return wrong
-    if args.batch_size_per_gpu < 4:
-        batch = args.batch_size_per_gpu
-        return f"--batch_size_per_gpu must be at least 4, as moco splits it, not {batch}"
-    if args.momentum_teacher is None:
-        return "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
-    fractions = ("momentum_teacher", "alpha")
-    return out_of_range(args, above_zero=("temperature",), fractions=fractions)
+    @classmethod
+    def check(cls, args):
+        if args.batch_size_per_gpu < 4:
+            batch = args.batch_size_per_gpu
+            return f"--batch_size_per_gpu must be at least 4, as moco splits it, not {batch}"
+        if args.momentum_teacher is None:
+            return "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
+        return check_queue(args) or check_pairs(cls, args)
 
 
-def check_queue(args: argparse.Namespace) -> str | None:
+def check_queue(args) -> str | None:
+    """Whether the queue holds a batch: a batch that did not fit would lose keys."""
     batch, size = args.batch_size_per_gpu, args.queue_size
     if size < batch:
         return f"--queue_size {size} is smaller than a batch, --batch_size_per_gpu {batch}"
@@ -219,7 +210,7 @@ def check_queue(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-class SwAV(Projecting):
+class SwAV(ProjectionMethod):
     """Swapped assignments between views (Caron et al., 2020): the codes of one view of an image are
     to be predicted from another.
 
@@ -229,6 +220,12 @@ class SwAV(Projecting):
     with --teacher_temp as its epsilon, over the batch and, from --queue_epochs on, a queue.
     """
 
+    name = "swav"
+    flags = (
+        *shared("projector", "out_dim", "student_temp", "teacher_temp", "freeze_last_layer"),
+        *shared("queue_size", "alpha"),
+        Flag("queue_epochs", "epochs before the queue takes part", float, ">= 0"),
+    )
     remedy = "lower --teacher_temp, raise --freeze_last_layer, or lower --lr"
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
@@ -236,11 +233,10 @@ class SwAV(Projecting):
         self.prototypes = WeightNormLinear(args.projector[-1], args.out_dim, learn_gain=False)
         self.register_buffer("queue", torch.zeros(2, args.queue_size, args.projector[-1]))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # rows of either
-        # Whether the queue is full. It stays so, and the host need not wait for `filled` any more.
-        self.full = False
-        self.register_load_state_dict_post_hook(SwAV.ask_again)
+        self.full = False  # once full it stays so, and the host need not wait for `filled` again
+        self.register_load_state_dict_post_hook(SwAV.forget_full)
 
-    def ask_again(self, _keys) -> None:
+    def forget_full(self, _keys) -> None:
         """Another state may have a queue that is not full."""
         self.full = False
 
@@ -273,30 +269,15 @@ class SwAV(Projecting):
         if step < self.args.freeze_last_layer * self.epoch_steps:
             self.prototypes.zero_grad()
 
+    @classmethod
+    def check(cls, args):
+        wrong = check_queue(args) if args.queue_size > 0 else None
+        return wrong or check_pairs(cls, args)
+
 
 def cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Mean over the batch of - target . log softmax(logits / T), for targets of any sum."""
     return F.cross_entropy(logits / temperature, target)
-
-
-def add_swav_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("SwAV").add_argument
-    help = "epochs before the queue takes part in the codes"
-    add("--queue_epochs", type=float, default=15, help=help)
-
-
-def check_swav(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of SwAV, in one sentence, or None."""
-    if args.out_dim < 2:
-        return f"--out_dim must be at least 2, not {args.out_dim}"
-    if args.queue_size > 0 and (wrong := check_queue(args)):  # 0 is none
-        return wrong
-    return check_pairs(args) or out_of_range(
-        args,
-        above_zero=("student_temp", "teacher_temp"),
-        not_negative=("freeze_last_layer", "queue_size", "queue_epochs"),
-        fractions=("alpha",),
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,7 +285,7 @@ def check_swav(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-class TwoViews(Projecting):
+class TwoViews(ProjectionMethod):
     """One network sees two views, and a loss compares their embeddings."""
 
     def forward(self, views, batch=None, step=0):
@@ -317,10 +298,21 @@ class TwoViews(Projecting):
         """The terms of the loss of embeddings (B, E) and (B, E)."""
         raise NotImplementedError
 
+    @classmethod
+    def check(cls, args):
+        if args.local_crops_number:
+            given = args.local_crops_number
+            return (
+                f"--method {cls.name} compares two views: give --local_crops_number 0, not {given}"
+            )
+        return check_pairs(cls, args)
+
 
 class SimCLR(TwoViews):
     """Contrast with all other views of the batch (Chen et al., 2020)."""
 
+    name = "simclr"
+    flags = shared("projector", "temperature")
     remedy = "lower --temperature, or --lr"
 
     def compare(self, a, b):
@@ -347,6 +339,11 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
 class VICReg(TwoViews):
     """Variance, invariance, covariance (Bardes et al., 2022), no negatives and no teacher."""
 
+    name = "vicreg"
+    flags = (
+        *shared("projector", "invariance_weight", "variance_weight"),
+        Flag("covariance_weight", "weight of VICReg's covariances", float, ">= 0"),
+    )
     remedy = "raise --variance_weight, or lower --lr"
 
     def compare(self, a, b):
@@ -354,6 +351,12 @@ class VICReg(TwoViews):
         weights = (args.invariance_weight, args.variance_weight, args.covariance_weight)
         names = ("invariance", "variance", "covariance")
         return {n: w * term for n, w, term in zip(names, weights, vicreg(a, b))}
+
+    @classmethod
+    def check(cls, args):
+        if not any((args.invariance_weight, args.variance_weight, args.covariance_weight)):
+            return "--method vicreg has nothing to learn: all three of its weights are 0"
+        return super().check(args)
 
 
 def vicreg(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,23 +374,14 @@ def vicreg(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return F.mse_loss(a, b), (variance_hinge(a) + variance_hinge(b)) / 2, c
 
 
-def add_vicreg_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("VICReg").add_argument
-    help = "of VICReg's covariances"
-    add("--covariance_weight", type=float, default=1.0, help=help)
-
-
-def check_vicreg(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of VICReg, in one sentence, or None."""
-    weights = ("invariance_weight", "variance_weight", "covariance_weight")
-    if not any(getattr(args, name) for name in weights):
-        return "--method vicreg has nothing to learn: all three of its weights are 0"
-    return check_two_views(args) or out_of_range(args, not_negative=weights)
-
-
 class BarlowTwins(TwoViews):
     """Equal components agree between views, different ones do not (Zbontar et al., 2021)."""
 
+    name = "barlow"
+    flags = (
+        *shared("projector"),
+        Flag("redundancy_weight", "weight lambda of different components", float, ">= 0"),
+    )
     remedy = "raise --redundancy_weight, or lower --lr"
 
     def compare(self, a, b):
@@ -403,15 +397,12 @@ def barlow_twins(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     over the rows of all ranks: (n, D), (n, D) -> two scalars.
     """
     with autocast_off(a):
-        a, b = (standardized(rows_of_all_ranks(z.float())) for z in (a, b))
+        # Each column with mean 0 and standard deviation 1.
+        a, b = (
+            F.batch_norm(rows_of_all_ranks(z.float()), None, None, training=True) for z in (a, b)
+        )
         C = a.T @ b / len(a)  # (D, D)
         return (1 - C.diagonal()).square().sum(), off_diagonal(C).square().sum()
-
-
-def standardized(z: Tensor) -> Tensor:
-    """Each column with mean 0 and standard deviation 1, as batch norm without gains does."""
-    z = z - z.mean(dim=0)
-    return z / (z.var(dim=0, correction=0) + 1e-5).sqrt()
 
 
 def covariance(z: Tensor) -> Tensor:
@@ -422,28 +413,3 @@ def covariance(z: Tensor) -> Tensor:
 
 def off_diagonal(C: Tensor) -> Tensor:
     return C - C.diagonal().diag()
-
-
-def add_barlow_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("Barlow Twins").add_argument
-    help = "of the correlations between different components, lambda"
-    add("--redundancy_weight", type=float, default=0.0051, help=help)
-
-
-def check_barlow(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of Barlow Twins, in one sentence, or None."""
-    return check_two_views(args) or out_of_range(args, not_negative=("redundancy_weight",))
-
-
-def check_simclr(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of SimCLR, in one sentence, or None."""
-    return check_two_views(args) or out_of_range(args, above_zero=("temperature",))
-
-
-def check_two_views(args: argparse.Namespace) -> str | None:
-    if args.local_crops_number:
-        given = args.local_crops_number
-        return (
-            f"--method {args.method} compares two views: give --local_crops_number 0, not {given}"
-        )
-    return check_pairs(args)

@@ -1,11 +1,11 @@
-"""How fast a run is: the faster autocast of a CPU, and the steps that fit into --minutes.
+"""The time of a run: the faster autocast type of a CPU, and the steps that fit into --minutes.
 
-A few steps are timed and taken back. The number of steps is such that training, evaluation and
-saving end within the minutes; at every tenth of the time the plan is corrected, should the machine
-have become slower or faster. k-NN is evaluated as often as a twentieth of the time allows, and at
-the end; in a short run only then. The plan is kept in the checkpoint: a run that was stopped makes
-the steps that are left of it, however long they take. --epochs is for a run that can be repeated,
-and so is --amp bf16 or none: `auto` times both, says what it found, and a resumed run keeps it.
+A few steps are timed and taken back. --minutes plans as many steps as end in time with evaluation
+and saving; after every tenth of the time the plan is corrected, should the machine have become
+slower or faster. k-NN is evaluated as often as a twentieth of the time allows, and at the end; in a
+short run only then. The plan is kept in the checkpoint: a run that was stopped makes the steps that
+are left of it, however long they take. A run that can be repeated has --epochs, and --amp bf16 or
+none: `auto` times both, and a resumed run keeps its choice.
 """
 
 import copy
@@ -17,28 +17,45 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lowdino import distributed, evaluate
+from lowdino import distributed, evaluate, settings
+from lowdino.distributed import UserError
 from lowdino.features import compute_own_features
 
-# bf16 rounds to 8 bits. It has to be worth it.
-LEAST_GAIN = 1.05
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+LEAST_GAIN = 1.05  # bf16 rounds to 8 bits, so it has to be worth it
+AROUND = 4.0  # seconds of --minutes that cannot be timed: to import torch, and to leave
+EVALUATIONS = 1 / 20  # largest share of --minutes for evaluations along the way
+SAMPLE = 1 / 200  # share of --minutes for trying each half of an evaluation
+LATE, EARLY = 0.002, 0.02  # shares of --minutes by which a plan may be wrong
 
-# Seconds of --minutes for what a run cannot time: to import torch, and to leave.
-AROUND = 4.0
 
-# Evaluations beside the loss take at most this share of --minutes.
-EVALUATIONS = 1 / 20
+def amp_of(amp: str, device: torch.device, saved: dict | None = None) -> str:
+    """The type of --amp; auto on a CPU stays auto where no checkpoint has it, and is timed.
 
-# To foresee the time of an evaluation, its memory and its queries are tried for this share each.
-SAMPLE = 1 / 200
+    Raises:
+        UserError: for fp16 without CUDA.
+    """
+    if amp == "auto":
+        # Before Ampere, compute capability 8.0, GPUs have tensor cores for fp16 alone.
+        amp = "auto" if device.type == "cpu" else "none"
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        amp = saved["settings"].get("amp", amp) if saved else amp
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"--amp fp16 needs a CUDA device, and this is {device.type}; use bf16 or none"
+        )
+    return amp
 
-# A plan is corrected where its end would be late or early by more than these shares of --minutes.
-LATE, EARLY = 0.002, 0.02
+
+# ---------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def put_back(parts: dict[str, object]):
-    """Let modules and optimizers work, then give them the state that they had."""
+    """Let modules and optimizers work, then give them back the state that they had."""
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     yield
     for name, part in parts.items():
@@ -54,7 +71,7 @@ def seconds(
 
     Where the first takes longer than `enough`, it is the only one.
     """
-    found = []
+    taken = []
     for i in range(1 + times):
         start = time.perf_counter()
         work()
@@ -62,33 +79,39 @@ def seconds(
             torch.cuda.synchronize(device)
         elif device.type == "mps":
             torch.mps.synchronize()
-        found.append(time.perf_counter() - start)
-        if i == 0 and max(distributed.gather_objects(found[0])) > enough:
+        taken.append(time.perf_counter() - start)
+        if i == 0 and max(distributed.gather_objects(taken[0])) > enough:
             break
-    return max(distributed.gather_objects(min(found[1:] or found)))
+    return max(distributed.gather_objects(min(taken[1:] or taken)))
 
 
-def faster_amp(args, step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Set the autocast type, bf16 or none, in which a step is faster; the seconds in each.
+def time_steps(t, step: Callable[[], object]) -> float:
+    """Seconds that a step takes; --amp auto becomes bf16 or none, whichever is faster.
 
-    Many CPUs have instructions for bf16, and in some of them it is slower all the same: that
-    depends on the network and the views' size.
+    Many CPUs have instructions for bf16, and on some of them it is slower all the same: that
+    depends on the network and the views' size. Steps are taken back.
 
     Args:
-        args: of which `amp` is set.
+        t: `engine.Training`.
     """
-    found, enough = {}, math.inf
-    for args.amp in ("none", "bf16"):
-        found[args.amp] = seconds(step, device, enough=enough)
-        enough = 3 * found["none"]  # without instructions for it bf16 can take ten times as long
-    args.amp = "bf16" if found["none"] > LEAST_GAIN * found["bf16"] else "none"
-    return found
+    s, device, taken, enough = t.settings, t.ranks.device, {}, math.inf
+    with put_back(t.states()):
+        for amp in ("none", "bf16") if s.amp == "auto" else (s.amp,):
+            t.settings = s.replace(amp=amp)
+            taken[amp] = seconds(step, device, enough=enough)
+            enough = 3 * taken[amp]  # without instructions for it bf16 can take ten times as long
+    if s.amp == "auto":
+        amp = "bf16" if taken["none"] > LEAST_GAIN * taken["bf16"] else "none"
+        t.settings = s.replace(amp=amp)
+        timed = "{none:.3g} s in float32, {bf16:.3g} s in bf16".format(**taken)
+        t.log.say(f"--amp {amp}: a step takes {timed}")
+    return taken[amp]
 
 
 class Sample:
     """Lets the first batches of a loader pass, and tells how long all of them would take.
 
-    The first batches, one of each process of the loader, tell how long it takes to start, the
+    The first batches, one from each process of the loader, tell how long it takes to start, the
     others how long an image does.
 
     Args:
@@ -119,43 +142,49 @@ class Sample:
         return self.started + each * max(images - self.first, 0)
 
 
-def seconds_of_evaluation(backbone: nn.Module, args, source, ranks) -> float:
-    """What an evaluation by k-NN will take, by that of its first images."""
-    total, kept = 0.0, []
+def seconds_of_evaluation(backbone: nn.Module, s, source, ranks) -> float:
+    """Time of an evaluation by k-NN, foreseen from its first images."""
+    total, sampled = 0.0, []
     for images in (source.train, source.test):
-        size, workers = args.global_crops_size, args.num_workers
-        sample = Sample(SAMPLE * 60 * args.minutes, workers)
-        own = compute_own_features(backbone, images, size, ranks, workers=workers, through=sample)
-        kept.append(evaluate.Features(*own, []))
+        size, workers = s.global_crops_size, s.num_workers
+        sample = Sample(SAMPLE * 60 * s.minutes, workers)
+        rows = compute_own_features(backbone, images, size, ranks, workers=workers, through=sample)
+        sampled.append(evaluate.Features(*rows, []))
         total += sample.seconds(len(images) / ranks.world)
 
     def knn() -> None:
-        evaluate.knn_accuracy(*kept, args.nb_knn, source.classes)
+        evaluate.knn_accuracy(*sampled, s.nb_knn, source.classes)
 
-    share = len(kept[0].labels) * len(kept[1].labels) / (len(source.train) * len(source.test))
-    return total + seconds(knn, ranks.device) / share
+    pairs = len(sampled[0].labels) * len(sampled[1].labels)
+    return total + seconds(knn, ranks.device) * len(source.train) * len(source.test) / pairs
+
+
+# ---------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------
 
 
 class Budget:
-    """How many steps fit into so many minutes.
+    """How many steps fit into --minutes, and how often to evaluate.
 
     The first plan rests on a few steps that were timed. Later ones rest on the steps made since
-    the plan before, with all that they waited for: a machine that others share changes its pace.
+    the last plan, with all that they waited for: a machine that others share changes its pace.
 
     Args:
+        minutes: None for a run whose length is given, which never plans.
         started: `time.perf_counter()` when the minutes began.
-        every: steps from one evaluation to the next; None for as many as keep their share.
+        every: steps between evaluations; None for as many as keep their share.
     """
 
-    def __init__(self, minutes: float, started: float, every: int | None = None):
-        self.seconds, self.evaluation = 60 * minutes, 0.0  # of one evaluation, 0 without labels
-        self.report = 0.0  # seconds that the report at the end takes
+    def __init__(self, minutes: float | None, started: float, every: int | None = None):
+        self.plans, self.seconds = minutes is not None, 60 * (minutes or 0)
+        self.evaluation = self.report = 0.0  # seconds of one evaluation, and of the last report
         self.end = started + self.seconds - AROUND
         self.every = every
         self.mark: tuple[int, float] | None = None  # step and time of the last plan
 
     def evaluated(self, seconds: float) -> None:
-        """An evaluation has taken so long, which belongs to no step."""
+        """An evaluation took so long, which is no step's time."""
         self.evaluation = seconds
         self.leave_out(seconds)
 
@@ -169,15 +198,15 @@ class Budget:
         self.leave_out(taken)
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds that no step has taken."""
+        """Do not count these seconds as the time of steps."""
         if self.mark:
             self.mark = self.mark[0], self.mark[1] + seconds
 
     def plan(self, step: int, pace: float) -> tuple[int, int]:
-        """The number of steps in all, and every how many of them k-NN is evaluated; 0: at the end.
+        """The total number of steps, and the steps between evaluations; 0: only at the end.
 
         Args:
-            pace: seconds a step.
+            pace: seconds per step.
         """
         now = time.perf_counter()
         self.mark = step, now
@@ -192,11 +221,38 @@ class Budget:
 
     def is_due(self) -> bool:
         """Whether a tenth of the minutes has passed since the last plan."""
-        return time.perf_counter() - self.mark[1] > self.seconds / 10
+        return self.plans and time.perf_counter() - self.mark[1] > self.seconds / 10
 
     def correction(self, step: int, total: int) -> tuple[int, int] | None:
-        """Another plan, where by that of `total` steps the end would be late, or much too early."""
+        """Another plan, where `total` steps would end late, or much too early."""
         pace = (time.perf_counter() - self.mark[1]) / (step - self.mark[0])
         better = self.plan(step, pace)
         gained = (better[0] - total) * pace
         return None if -LATE < gained / self.seconds < EARLY else better
+
+    def replan(self, t, progress) -> None:
+        """Take a correction over, the first rank's on all ranks."""
+        better = self.correction(progress.step, progress.total_steps)
+        better = distributed.gather_objects(better)[0]
+        if better is not None:
+            adopt(t, progress, *better)
+
+
+def adopt(t, progress, total_steps: int, knn_steps: int) -> None:
+    """Make this the length of a run, and fit to it what counts in epochs.
+
+    Args:
+        t: `engine.Training`. progress: `engine.Progress`.
+    """
+    epochs = total_steps / progress.epoch_steps
+    progress.total_steps, progress.knn_steps = total_steps, knn_steps
+    t.settings = settings.fit_epochs(t.settings, epochs)
+    t.method.total_steps, t.method.args = total_steps, t.settings
+    t.log.say(f"plan: {total_steps} step{'s' * (total_steps > 1)} ({epochs:.3g} epochs)")
+
+
+def length(s, progress) -> str:
+    """The length of a run in words."""
+    if s.epochs:
+        return f"{s.epochs} epochs"
+    return f"{progress.total_steps / progress.epoch_steps:.3g} epochs in {s.minutes:g} minutes"

@@ -1,22 +1,26 @@
-"""Distillation: a student learns from a frozen teacher.
+"""Distillation: a student learns from a frozen teacher (LowDINO, figure 3; DINOv2, section 5).
 
 --objective  the student's
 kd           logits, softened by --temperature, follow the teacher's by KL (LowDINO, equation 4)
              times T^2 (Hinton et al., 2015): of a classifier, the one in the teacher's file
              (--teacher_head file) or one trained first (train); without one, features, through
              a learned linear map or --match pool. --kd_weight below 1 adds the labels
-simkd        features, through a projector, are the teacher's by mean squared error; the
-             teacher's classifier, where it has one, is tried on them at the end (of pooled
+simkd        features, through a projector, match the teacher's by mean squared error; the
+             teacher's classifier, where it has one, is tried on them at the end (on pooled
              features, where SimKD takes maps)
 similarity   similarities to a queue of images follow the teacher's (CompRess, SEED)
 mvmr         embedding of an augmented view depends on that of the plain image and on the
              teacher's features, of any width, by distance correlation (MV-MR)
-dino         distributions of all views over the teacher's prototypes follow the teacher's of
+dino         distributions of all views over the teacher's prototypes follow the teacher's for
              the global ones, as DINOv2 distils but without its loss on patches; the student's
              average is kept
+
+A teacher is a backbone.pth, a state dict of DINO's or DINOv2's ViT, ARCH=FILE for another plain
+state dict, a checkpoint.pth of train.py (with its head, where its method is dino), MODULE:FUNCTION
+that returns a network, or a .npy or .npz of its features. It sees the student's global views; or
+--cache_teacher FILE.npy keeps its features of the whole images, see `features.cached_features`.
 """
 
-import argparse
 import hashlib
 import importlib
 import math
@@ -30,21 +34,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowdino
-from lowdino import (
-    checkpoint,
-    data,
-    datasets,
-    distributed,
-    ema,
-    evaluate,
-    losses,
-    probe,
-)
-from lowdino.base import Method, feature_metrics, mean_terms, teacher_momentum
+from lowdino import checkpoint, data, datasets, distributed, ema, evaluate, losses, probe
 from lowdino.distributed import UserError, user_errors
 from lowdino.features import CHUNK, features_of_images, normalisation, open_network
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
-from lowdino.methods import plain_view
+from lowdino.methods import (
+    Flag,
+    Method,
+    feature_metrics,
+    mean_terms,
+    plain_view,
+    shared,
+    teacher_momentum,
+)
+
+# ---------------------------------------------------------------------------------------------
+# The teacher
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -66,10 +72,11 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, view: Tensor, student: nn.Module) -> Tensor:
         """Features of a view that is normalised for the student: (B, 3, H, W) -> (B, D) float32."""
-        theirs, own = normalisation(student), normalisation(self.backbone)
-        if theirs != tuple(map(tuple, own)):
+        expected = tuple(map(tuple, normalisation(self.backbone)))
+        if normalisation(student) != expected:
             values = (
-                torch.tensor(v, device=view.device).view(1, -1, 1, 1) for v in (*theirs, *own)
+                torch.tensor(v, device=view.device).view(1, -1, 1, 1)
+                for v in (*normalisation(student), *expected)
             )
             student_mean, student_std, mean, std = values
             view = (view * student_std + student_mean - mean) / std
@@ -81,10 +88,10 @@ class Teacher:
     def targets(
         self, views: list[Tensor], indices: Tensor, student: nn.Module, global_views: int = 2
     ) -> Tensor:
-        """Its features for each of V views of the images at `indices`: (V * B, D).
+        """The teacher's features for each of V views of the images at `indices`: (V * B, D).
 
-        Looked up, those of the whole image for every view; else of the global views, which come
-        first, and their mean for every local one.
+        Where they are looked up, those of the whole image stand for every view. Else the teacher
+        sees the global views, which come first; their mean stands for every local view.
         """
         if self.features is not None:
             rows = np.asarray(self.features[indices.cpu().numpy()], dtype=np.float32)
@@ -98,7 +105,7 @@ class Teacher:
         """Features of whole images, looked up or computed over all ranks.
 
         Raises:
-            UserError: where the teacher is a file of features, of other images.
+            UserError: where the teacher is a file of features of other images.
         """
         if self.features is not None and images is self.images:
             rows = torch.from_numpy(np.asarray(self.features, dtype=np.float32))
@@ -125,7 +132,7 @@ def digest_of(module: nn.Module) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Opening
+# Opening a teacher
 # ---------------------------------------------------------------------------------------------
 
 
@@ -184,7 +191,7 @@ def freeze(module: nn.Module | None, ranks: distributed.Ranks) -> nn.Module | No
 
 
 def width_of(name: str, backbone: nn.Module, size: int, ranks: distributed.Ranks) -> int:
-    """Number of features that a network gives for an image."""
+    """The number of features that a network gives for an image."""
     try:
         with torch.no_grad():
             channels = len(normalisation(backbone)[0])
@@ -203,7 +210,7 @@ def width_of(name: str, backbone: nn.Module, size: int, ranks: distributed.Ranks
 
 
 def imported(path: str) -> nn.Module:
-    """What MODULE:FUNCTION returns, looked for in the current folder too."""
+    """The network that MODULE:FUNCTION returns; MODULE may lie in the current folder."""
     module, _, function = path.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -224,9 +231,11 @@ def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tenso
         raise UserError(
             f"{path} is a checkpoint without a DINO head, as train.py --method dino has"
         )
-    arch, own = settings["arch"], under("backbone.", weights)
-    is_vit = arch in lowdino.vit.ARCHS
-    backbone = lowdino.vit.like(own) if is_vit else lowdino.build_backbone(arch)
+    arch = settings["arch"]
+    if arch in lowdino.vit.ARCHS:
+        backbone = lowdino.vit.like(under("backbone.", weights))
+    else:
+        backbone = lowdino.build_backbone(arch)
     lowdino.models.set_in_chans(backbone, settings.get("in_chans", 3))
     head = DINOHead(
         backbone.embed_dim,
@@ -280,35 +289,25 @@ def features_of_file(path: str, source: datasets.Source, ranks: distributed.Rank
             f"{path}: features should be (N, D) floating-point numbers, not {arrays.shape} "
             f"{arrays.dtype}"
         )
-    names = getattr(source.pretrain, "paths", None)
-    other_names = files is not None and names is not None
-    if other_names:
-        other_names = [os.path.basename(str(f)) for f in files] != list(
-            map(os.path.basename, names)
-        )
-    if len(arrays) != len(source.pretrain) or other_names:
+    paths = getattr(source.pretrain, "paths", None)
+    same = len(arrays) == len(source.pretrain)
+    if files is not None and paths is not None:
+        same = same and [os.path.basename(str(f)) for f in files] == [*map(os.path.basename, paths)]
+    if not same:
         raise UserError(
-            f"{path} holds features of {len(arrays)} other images than the {len(source.pretrain)} "
-            f"of {source.name}"
+            f"{path} holds features of {len(arrays)} images, which are not the "
+            f"{len(source.pretrain)} of {source.name}"
         )
     if not all(np.isfinite(arrays[i : i + CHUNK]).all() for i in range(0, len(arrays), CHUNK)):
         raise UserError(f"{path} has values that are not finite numbers")
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    key = digest.hexdigest()[:16]
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     images = source.pretrain
     return Teacher(path, key, arrays.shape[1], ranks.device, features=arrays, images=images)
 
 
 # ---------------------------------------------------------------------------------------------
-# Features of whole images, and their cache
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Its classifier
+# The teacher's classifier
 # ---------------------------------------------------------------------------------------------
 
 
@@ -355,27 +354,50 @@ def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Lin
     return layer
 
 
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The method
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+
+
+OBJECTIVES = ("kd", "simkd", "similarity", "dino", "mvmr")
+HEADS = ("none", "file", "train")
+# Flags of one objective, refused where it is not given.
+OF_OBJECTIVE = {
+    "kd": ("temperature", "kd_weight", "match"),
+    "similarity": ("queue_size",),
+    "mvmr": ("projector",),
+    "dino": ("student_temp", "teacher_temp", "momentum_teacher"),
+}
 
 
 class Distillation(Method):
-    """A student learns from a frozen teacher (LowDINO, figure 3), by a sum of objectives.
+    """A student learns from a frozen teacher by a sum of objectives.
 
-    The teacher sees the student's global views, and its mean over them stands for the local ones;
-    or, from a cache or a file, it saw the whole image, which then stands for all views. `mvmr` is
-    about the plain image, which the student then sees too.
+    The student also sees the plain image where `mvmr` is an objective.
 
     Args:
-        teacher: `Teacher`. It is no sub-module: no checkpoint holds it.
+        teacher: it is no sub-module, so no checkpoint holds it.
     """
+
+    name = "distillation"
+    flags = (
+        Flag("teacher", "the network or features to learn from"),
+        Flag("objective", "see below", choices=OBJECTIVES, nargs="+"),
+        Flag("objective_weight", "a weight per objective; default: 1", float, "> 0", nargs="+"),
+        Flag("teacher_size", "side of the teacher's input; default: its file's", int, ">= 32"),
+        Flag("cache_teacher", "file of the teacher's features of whole images", metavar="FILE.npy"),
+        Flag("teacher_head", "its classifier, for kd and simkd", default="none", choices=HEADS),
+        Flag("kd_weight", "weight of kd; labels have 1 - kd_weight", float, "0 to 1"),
+        Flag("match", "equal widths for kd without a classifier", choices=("projector", "pool")),
+        *shared("temperature", "queue_size", "projector"),
+        *shared("student_temp", "teacher_temp", "momentum_teacher"),
+    )
 
     def __init__(
         self, backbone, args, teacher, total_steps: float = math.inf, epoch_steps: int = 0
     ):
-        super().__init__()
-        self.args, self.teacher, self.total_steps = args, teacher, total_steps
+        super().__init__(args, total_steps, epoch_steps)
+        self.teacher = teacher
         weights = args.objective_weight or [1.0] * len(args.objective)
         self.objectives = dict(zip(args.objective, weights))
         heads = distillation_heads(backbone.embed_dim, args, teacher)
@@ -399,7 +421,7 @@ class Distillation(Method):
         return sum(self.objectives[name] * term for name, term in terms.items())
 
     def term(self, name: str, s: Tensor, t: Tensor, views: list[Tensor], batch) -> Tensor:
-        """One objective, of the student's outputs s (V B, ...) and the teacher's features t."""
+        """One objective, from the student's outputs s (V B, ...) and the teacher's features t."""
         loss, B = self.losses[name], len(views[0])
         once = t if self.teacher.features is None else t[:B]  # one row for each that it saw
         s, s_plain = s[: len(t)], s[len(t) :]
@@ -428,6 +450,64 @@ class Distillation(Method):
     def metrics(self):
         return mean_terms(self) | feature_metrics(self.last)
 
+    @classmethod
+    def check(cls, args):
+        weights, objectives = args.objective_weight, " ".join(args.objective)
+        if not args.teacher:
+            return "--teacher names the network or features to learn from: give it"
+        if len(set(args.objective)) < len(args.objective):
+            return f"--objective names one twice: {objectives}"
+        if weights and len(weights) != len(args.objective):
+            return f"--objective_weight needs a number for each of {objectives}, not {weights}"
+        return check_objectives(args) or check_teacher(args)
+
+
+def check_objectives(args) -> str | None:
+    """What is wrong between the flags of the objectives, in one sentence, or None."""
+    for objective, names in OF_OBJECTIVE.items():
+        if objective not in args.objective and (foreign := args.typed & {*names}):
+            return (
+                f"--{min(foreign)} is a flag of --objective {objective}, and that is "
+                f"{' '.join(args.objective)}: give --objective {objective}"
+            )
+    no_classifier = args.teacher_head == "none"
+    if args.kd_weight < 1 and no_classifier:
+        return "--kd_weight below 1 weighs labels against kd's logits: it needs a --teacher_head"
+    if args.match == "pool" and not no_classifier:
+        return "--match pool goes with --teacher_head none: a classifier's logits have one width"
+    if not no_classifier and not {"kd", "simkd"} & {*args.objective}:
+        return "--teacher_head is used by --objective kd and simkd, and neither is given"
+    return None
+
+
+def check_teacher(args) -> str | None:
+    """What is wrong between the flags of the teacher, in one sentence, or None."""
+    is_file = args.teacher.endswith((".npy", ".npz"))
+    if args.teacher in lowdino.ARCHS:
+        return f"--teacher {args.teacher} would have random weights: give {args.teacher}=FILE"
+    if is_file and args.teacher_head == "file":
+        return "--teacher_head file needs a teacher's file of weights, not one of features"
+    if is_file and args.teacher_head == "train" and "kd" not in args.objective:
+        return "--teacher_head train with a file of features is of use to --objective kd alone"
+    if is_file and "dino" in args.objective:
+        return (
+            "--objective dino needs the teacher's head: give a checkpoint.pth of train.py --method "
+            "dino, not a file of features"
+        )
+    if "dino" in args.objective and args.cache_teacher:
+        return (
+            "--objective dino needs the teacher's logits for every view, and --cache_teacher keeps "
+            "one feature per image"
+        )
+    if is_file and (args.cache_teacher or args.teacher_size):
+        return (
+            "--cache_teacher and --teacher_size need a teacher that is a network, not a file of "
+            "features"
+        )
+    if args.cache_teacher and not args.cache_teacher.endswith(".npy"):
+        return f"--cache_teacher should end in .npy, not {args.cache_teacher}"
+    return None
+
 
 def kd_term(method: Distillation, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     """KL between softened logits (LowDINO, equation 4), perhaps with the labels' cross-entropy."""
@@ -442,26 +522,26 @@ def kd_term(method: Distillation, s: Tensor, t: Tensor, labels: Tensor) -> Tenso
     return weight * loss + (1 - weight) * F.cross_entropy(s.float(), labels.to(s.device))
 
 
-def distillation_heads(own: int, args: argparse.Namespace, teacher) -> dict[str, nn.Module]:
-    """What the student's features (B, own) pass through for each objective, in one order always."""
+def distillation_heads(dim: int, args, teacher: Teacher) -> dict[str, nn.Module]:
+    """A head on the student's features (B, dim) for each objective, always in one order."""
     heads: dict[str, nn.Module] = {}
     width = teacher.width
     if "kd" in args.objective:
         if teacher.classifier:
-            heads["kd"] = nn.Linear(own, teacher.classifier.out_features)
+            heads["kd"] = nn.Linear(dim, teacher.classifier.out_features)
         elif args.match == "pool":
-            heads["kd"] = nn.AdaptiveAvgPool1d(min(own, width))
+            heads["kd"] = nn.AdaptiveAvgPool1d(min(dim, width))
         else:
-            heads["kd"] = nn.Linear(own, width)
+            heads["kd"] = nn.Linear(dim, width)
     for name in ("simkd", "similarity"):
         if name in args.objective:
-            heads[name] = Projector(own, max(own, width), width)
+            heads[name] = Projector(dim, max(dim, width), width)
     if "mvmr" in args.objective:
-        heads["mvmr"] = Projector(own, *args.projector)
+        heads["mvmr"] = Projector(dim, *args.projector)
     if "dino" in args.objective:
         mlp, last = teacher.head.mlp, teacher.head.last_layer
         heads["dino"] = DINOHead(
-            own,
+            dim,
             len(last.weight),
             use_bn=any(isinstance(module, nn.BatchNorm1d) for module in mlp),
             norm_last_layer=last.gain is None,
@@ -470,7 +550,7 @@ def distillation_heads(own: int, args: argparse.Namespace, teacher) -> dict[str,
     return heads
 
 
-def distillation_losses(args: argparse.Namespace, teacher) -> dict[str, nn.Module]:
+def distillation_losses(args, teacher: Teacher) -> dict[str, nn.Module]:
     build = {
         "kd": lambda: losses.KDLoss(args.temperature),
         "simkd": losses.SimKDLoss,
@@ -478,7 +558,7 @@ def distillation_losses(args: argparse.Namespace, teacher) -> dict[str, nn.Modul
         "mvmr": losses.MVMRLoss,
         "dino": lambda: losses.DINOLoss(len(teacher.head.last_layer.weight), args.student_temp),
     }
-    found = {name: build[name]() for name in args.objective}
-    if "dino" in found:
-        found["dino"].center.copy_(teacher.center)
-    return found
+    by_name = {name: build[name]() for name in args.objective}
+    if "dino" in by_name:
+        by_name["dino"].center.copy_(teacher.center)
+    return by_name

@@ -1,11 +1,22 @@
-"""The training loop, and what surrounds a step: resume, guard, log, save, evaluate, stop."""
+"""The training loop, and the objects that do one job each around a step.
 
+Why a resumed run is exact: it computes what the uninterrupted run computes, bit for bit on a CPU,
+because no random number comes from a generator that keeps a state. Each is a function of (stream,
+seed, step, rank); `augment.Stream` is the one table of streams, which every file uses. So the step
+alone says which images come, how they are cropped and which blocks are dropped, and schedules are
+functions of the step too. Everything else is in the checkpoint: the states of method, optimizer and
+gradient scaler, and the few numbers of `Progress`. Log records later than the checkpoint are cut
+off. What would change the numbers is compared at the start: settings, the weights of --init and of
+a teacher, the images' names, the number of ranks.
+"""
+
+import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowdino import (
+    augment,
     budget,
     checkpoint,
     data,
@@ -20,411 +32,561 @@ from lowdino import (
     distributed,
     evaluate,
     health,
-    logger,
     optim,
     pictures,
     report,
+    schedules,
     settings,
 )
+from lowdino.budget import Budget, adopt, length
 from lowdino.distributed import UserError, user_errors
 from lowdino.features import compute_features, normalisation
+from lowdino.logger import BadImages, Logger
 from lowdino.methods import Method
-from lowdino.parts import (
-    build_backbone,
-    build_optimizer,
-    build_views,
-    choose_amp,
-    forward,
-    make_views,
-    set_schedules,
-    try_step,
-)
 
-# GradScaler starts from 2^16 and halves its scale where gradients overflow in float16.
-LEAST_SCALE = 2.0**-10
+LEAST_SCALE = 2.0**-10  # GradScaler starts from 2^16 and halves where float16 overflows
 
 
 class Diverged(UserError, FloatingPointError):
     """A loss or gradients that are not finite."""
 
 
-def train(
-    args,
-    ranks: distributed.Ranks,
-    source: datasets.Source,
-    build: Callable[..., Method],
-    more_settings: dict | None = None,
-    knn_note: Callable[[], str] = str,
-) -> Method:
-    """Train a method, from its checkpoint in --output_dir if there is one, and return it.
+@dataclass
+class Training:
+    """The parts of a training, as train.py puts them together."""
+
+    settings: settings.Settings
+    ranks: distributed.Ranks
+    source: datasets.Source
+    views: augment.MultiCrop
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    log: Logger
+
+    def states(self) -> dict:
+        """The parts whose state a checkpoint holds."""
+        return {"method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+
+
+@dataclass
+class Progress:
+    """How far a run is, and how long; a checkpoint holds it."""
+
+    epoch_steps: int
+    total_steps: int | None  # None until --minutes are planned
+    knn_steps: int  # steps between evaluations; 0: only at the end
+    step: int = 0
+    skipped: int = 0  # steps in a row that were undone
+    first_knn: float | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.epoch_steps
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.total_steps
+
+    @property
+    def epoch_ended(self) -> bool:
+        return self.step % self.epoch_steps == 0 or self.finished
+
+
+# ---------------------------------------------------------------------------------------------
+# A step
+# ---------------------------------------------------------------------------------------------
+
+
+def set_schedules(t: Training, progress: Progress) -> None:
+    """Learning rate and weight decay of every group, as functions of the step."""
+    s, step, total = t.settings, progress.step, progress.total_steps
+    scale = s.batch_size_per_gpu * t.ranks.world / (s.lr_reference_batch or math.inf)
+    peak, warmup = s.lr * (scale or 1), round(s.warmup_epochs * progress.epoch_steps)
+    lr = schedules.cosine(step, total, peak, s.min_lr, warmup)
+    weight_decay = schedules.cosine(step, total, s.weight_decay, s.weight_decay_end)
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def make_views(t: Training, batch: data.Batch, step: int) -> list[Tensor]:
+    """The views of a batch, (B, C, S, S) each, drawn from the step alone."""
+    stream, device = augment.Stream.VIEWS, t.ranks.device
+    generator = augment.seeded_generator(device, stream, t.settings.seed, step, t.ranks.rank)
+    views = t.views(batch.images, batch.sizes, generator)
+    return [view.contiguous(memory_format=torch.channels_last) for view in views]
+
+
+def forward(t: Training, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int):
+    """The loss under autocast, stochastic depth drawn from the step alone."""
+    device, amp = t.ranks.device.type, t.settings.amp
+    # On a CPU its generator alone: to look for every other kind takes half a millisecond.
+    seed = torch.default_generator.manual_seed if device == "cpu" else torch.manual_seed
+    seed(augment.derived_seed(augment.Stream.DROP_PATH, t.settings.seed, step, t.ranks.rank))
+    with torch.autocast(device, budget.AUTOCAST[amp], enabled=amp != "none"):
+        return model(views, batch, step)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+
+def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str] = str) -> Method:
+    """Train from the checkpoint, where there is one, to the end, and return the method.
 
     Args:
-        args: resolved by `settings.settle`. build: makes the method of (backbone, args,
-            total_steps=, epoch_steps=). more_settings: what a resumed run must share beside the
-            flags. knn_note: words to print after a k-NN accuracy.
+        knn_note: words to print behind a k-NN accuracy.
 
     Raises:
         UserError: where settings and checkpoint do not fit, or too many images are bad; `Diverged`.
-        SystemExit: after a signal; the same call resumes the run.
+        SystemExit: after a signal; the same command resumes the run.
     """
-    run = Run(args, ranks, source, build, more_settings or {}, knn_note)
-    method, optimizer, scaler = run.method, run.optimizer, run.scaler
-    model = distributed.data_parallel(method)
+    signals, method, log = distributed.StopSignals(), t.method, t.log
+    progress, model = checkpointer.load(t), distributed.data_parallel(method)
+    evaluator, guard = Evaluator(t, progress, knn_note), StepGuard(t)
+    batches, minutes = start(t, progress, model, checkpointer, evaluator)
     parameters = [p for p in method.parameters() if p.requires_grad]
+    signals.held = True  # from here on a signal waits for the end of its step
+    while not progress.finished:
+        batch = next(batches)
+        log.clock.waited()
 
-    for batch in run.batches(model):
-        run.clock.waited()
-        step = run.step
+        # Schedules and views are functions of the step, so a resumed run continues them.
+        set_schedules(t, progress)
+        views = make_views(t, batch, progress.step)
+        evaluator.show_views(views)
 
-        set_schedules(optimizer, args, step, run.total_steps, run.epoch_steps, run.peak_lr)
-        views = make_views(run.multicrop, batch, step, args, ranks)
-        run.show(views)
+        # A forward pass changes buffers, such as batch norm's: keep them, to undo the step.
+        guard.snapshot()
+        loss = forward(t, model, views, batch, progress.step)
 
-        run.remember_buffers()
-        loss = forward(model, views, batch, step, args, ranks)
+        # A method may drop gradients; each parameter's is clipped by itself, as in DINO.
+        t.optimizer.zero_grad(set_to_none=True)
+        t.scaler.scale(loss).backward()
+        t.scaler.unscale_(t.optimizer)
+        method.before_step(progress.step)
+        norms = optim.clip_gradients_by_parameter(parameters, t.settings.clip_grad)
 
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        method.before_step(step)
-        norms = optim.clip_gradients_by_parameter(parameters, args.clip_grad)
-
-        if run.all_finite(loss, norms, batch):
-            scaler.step(optimizer)
-            scaler.update()
-            method.after_step(step)
-            run.add_loss(loss)
+        # The one exchange between ranks, so that all do the same: is a step not finite, an image
+        # bad, a signal there, a new plan due?
+        flags = [*guard.flags(loss, norms, batch), signals.seen, minutes.is_due()]
+        not_finite, bad, stopping, replanning = distributed.any_rank(flags, t.ranks.device)
+        if bad:
+            guard.add_bad_images(batch)
+        if not_finite:
+            guard.undo(model, views, batch, progress)
         else:
-            run.leave_out(model, views, batch)
+            guard.update(loss, progress)
+        progress.step += 1
 
-        run.step += 1
-        run.log_step()
-        run.save_if_due()
-        run.stop_if_signalled()
-        run.evaluate_if_due()
-        run.correct_plan_if_due()
-    return run.finish()
+        # Log; save before an evaluation, which may take long; stop; evaluate; keep to --minutes.
+        log_step(t, progress)
+        if stopping or checkpointer.is_due(progress) or evaluator.is_due():
+            checkpointer.save(t, progress)
+        if stopping:
+            log.say(f"stopped by a signal after step {progress.step}: run it again to resume")
+            sys.exit(signals.status)
+        evaluator.after_step(signals)
+        if replanning and not progress.finished:
+            minutes.replan(t, progress)
+    signals.held = False
+    evaluator.finish(guard.bad_images)
+    return method
 
 
-class Run:
-    """A training on one rank: its parts and its state, and what is done around a step.
+def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evaluator):
+    """All that comes before the first step: batches, autocast type, plan, settings, first k-NN.
 
-    The state is `step`, `first_knn`, `skipped` (steps left out in a row), and the sums of the loss
-    and its terms since the last log line, with that of the method, the optimizer and the scaler.
+    Returns:
+        The batches on the device, an iterator; and the `budget.Budget`.
+    """
+    s, log = t.settings, t.log
+    log.health = health.Health(t.method.out_dim, t.method.remedy)
+    if s.compile:
+        # In place, so that names stay; an evaluation calls the backbone alone, uncompiled.
+        for name in ("student", "teacher"):
+            if isinstance(part := getattr(t.method, name, None), nn.Module):
+                part.compile(dynamic=False)
+    batches = iter(())
+    # A plan of the checkpoint is kept.
+    minutes = Budget(s.minutes if progress.total_steps is None else None, s.started)
+    if progress.finished:
+        log.say(f"already finished: {length(s, progress)}; give another --output_dir to train")
+    else:
+        batches = open_batches(t, progress)
+        batch = next(batches)
+        batches = itertools.chain([batch], batches)
+        t.method.train()
+        if s.amp == "auto" or minutes.plans:
+            pace = budget.time_steps(t, lambda: try_step(t, progress, model, batch))
+        if minutes.plans:
+            evaluator.time(minutes)
+            plan = minutes.plan(progress.step, pace)
+            adopt(t, progress, *distributed.gather_objects(plan)[0])
+    checkpointer.compared["amp"] = t.settings.amp
+    if t.ranks.first:
+        facts = {"world": t.ranks.world, "total_steps": progress.total_steps}
+        facts["run"] = report.facts(t.method, t.source, t.ranks.device)
+        log.say(*settings.write(Path(s.output_dir) / "args.json", t.settings, facts))
+    evaluator.before_first_step()
+    t.method.train()
+    log.clock.restart()
+    return batches, minutes
+
+
+def open_batches(t: Training, progress: Progress) -> Iterator[data.Batch]:
+    """The batches from this step on, decoded once where --cache says so, on the device."""
+    s, images, device, begun = t.settings, t.source.pretrain, t.ranks.device, time.perf_counter()
+    if data.lacks_shared_memory(images, s.num_workers, s.batch_size_per_gpu):
+        t.log.say(data.PIPES)
+    where = data.where_to_cache(images, device) if s.cache == "auto" else s.cache
+    kept = data.cached(images, where, device, s.num_workers)
+    if kept is not images:
+        t.log.say(f"images decoded and kept on the {where} in {time.perf_counter() - begun:.1f} s")
+    if t.source.train is images:
+        t.source = replace(t.source, train=kept)
+    # The length of a run of --minutes may still change.
+    stop = sys.maxsize if s.minutes else progress.total_steps
+    order = data.TrainingBatches(
+        len(images), s.batch_size_per_gpu, s.seed, progress.step, stop, t.ranks.rank, t.ranks.world
+    )
+    pin = device.type == "cuda" and where != "device"
+    return data.on_device(data.training_loader(kept, order, s.num_workers, pin), device)
+
+
+def try_step(t: Training, progress: Progress, model: nn.Module, batch: data.Batch) -> None:
+    """A step for the time that it takes, without guard and log."""
+    views = make_views(t, batch, progress.step)
+    loss = forward(t, model, views, batch, progress.step)
+    t.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for p in t.method.parameters() if p.requires_grad]
+    optim.clip_gradients_by_parameter(parameters, t.settings.clip_grad)
+    t.optimizer.step()
+    t.method.after_step(progress.step)
+
+
+def log_step(t: Training, progress: Progress) -> None:
+    """Count a step, and write a log line where one is due.
+
+    Raises:
+        Diverged: where float16 holds the gradients at no scale.
+    """
+    s = t.settings
+    if t.scaler.is_enabled() and progress.step % s.log_freq == 0:
+        if t.scaler.get_scale() < LEAST_SCALE:
+            raise Diverged(
+                f"diverging gradients at step {progress.step}: at no scale does float16 hold them; "
+                "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
+                f"{s.output_dir} keeps what was saved before"
+            )
+    images = s.batch_size_per_gpu * t.ranks.world
+    t.log.step(progress, t.method, t.optimizer.param_groups[0], images, s.log_freq)
+
+
+# ---------------------------------------------------------------------------------------------
+# Around a step
+# ---------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Compares, loads and saves the checkpoint of a run.
+
+    Args:
+        more: what a resumed run must share beside its settings, by name.
+
+    Raises:
+        UserError: where the checkpoint is damaged, or of other settings without --accept_changes.
     """
 
-    def __init__(self, args, ranks, source, build, more_settings, knn_note):
-        self.args, self.ranks, self.source, self.knn_note = args, ranks, source, knn_note
-        self.signals = distributed.StopSignals()
-        self.output = Path(args.output_dir)
-        self.log = logger.Log(self.output, active=ranks.first)
-
-        self.total_batch = args.batch_size_per_gpu * ranks.world
-        self.epoch_steps = len(source.pretrain) // self.total_batch
-        self.total_steps = args.epochs * self.epoch_steps if args.epochs else None
-        # How often k-NN is evaluated; by a budget that is said as late as its plan.
-        self.knn_steps = args.knn_freq * self.epoch_steps
-        self.budget = None
-        if args.minutes:
-            every = self.knn_steps if "knn_freq" in args.by_hand else None
-            self.budget = budget.Budget(args.minutes, args.started, every)
-        reference = args.lr_reference_batch
-        self.peak_lr = args.lr * (self.total_batch / reference if reference else 1)
-
-        # Compared before a method is built, which may work for hours.
-        self.settings = settings.compared(args, source.pretrain, ranks.world) | more_settings
+    def __init__(self, s: settings.Settings, source, ranks, log: Logger, more: dict | None = None):
+        self.folder, self.log, self.ranks = Path(s.output_dir), log, ranks
+        self.compared = settings.compared(s, source.pretrain.fingerprint(), ranks.world)
+        self.compared |= more or {}
+        self.every, self.keep_every, self.accepted = s.save_every_steps, s.saveckp_freq, False
         with user_errors():
-            saved = checkpoint.load_checkpoint(self.output, warn=self.warn)
-        if saved:
-            self.compare_settings(saved)
-        choose_amp(args, ranks, saved)
+            self.saved = checkpoint.load_checkpoint(self.folder, warn=log.warn)
+        if self.saved:
+            self.compare(s)
 
-        backbone = build_backbone(args)
-        said = data.fit_values(args, backbone, source, saved)
-        self.multicrop = build_views(args, backbone).to(ranks.device)
-        images = f"data: {source.name}, {len(source.pretrain)} images"
-        self.log.say(f"{images}; {self.multicrop.describe()}{said}", *source.notes)
-        steps = dict(total_steps=self.total_steps or math.inf, epoch_steps=self.epoch_steps)
-        self.method = distributed.on_device(build(backbone, args, **steps), ranks)
-        self.optimizer = build_optimizer(args, self.method, ranks.device)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
-        self.parts = {
-            "method": self.method,
-            "optimizer": self.optimizer,
-            "scaler": self.scaler,
-        }
+    def refuse(self, reason: str) -> UserError:
+        return UserError(f"cannot resume from {self.folder}: {reason}")
 
-        self.step, self.first_knn, self.last_knn, self.skipped = 0, None, None, 0
-        self.loss_sum, self.loss_steps = torch.zeros((), device=ranks.device), 0
-        self.buffers_before: list[Tensor] = []
-        self.stopping = self.correcting = False
-        if saved:
-            self.load(saved)
-        self.agree_on_step()
-        if ranks.first:
-            self.log.rewind(self.step)
-        self.health = health.Health(self.method.out_dim, self.method.remedy)
-        self.table = logger.Table()
-        self.reporter = report.Reporter(self.output, args.global_crops_size, ranks.device)
-        with user_errors():
-            self.bad_images = logger.BadImages(
-                self.output, len(source.pretrain), args.max_bad_fraction, active=ranks.first
-            )
+    def compare(self, s: settings.Settings) -> None:
+        """Refuse a checkpoint of other settings, or with --accept_changes log the differences.
 
-    # -- Resume ---------------------------------------------------------------------------------
-
-    def warn(self, text: str) -> None:
-        self.log.say(f"{'!' * 80}\nWARNING: {text}\n{'!' * 80}")
-
-    def compare_settings(self, saved: dict) -> None:
-        """Refuse a checkpoint of other settings, or with --accept_changes name them in the log.
-
-        Only settings that the checkpoint knows are compared: a flag that is newer than it has its
-        default.
+        A setting that is newer than the checkpoint is not compared. Of those that differ, the ones
+        that were typed are named, for others follow from them.
         """
-        if "settings" not in saved or "method" not in saved:
-            raise UserError(
-                f"{self.output}/checkpoint.pth is not a checkpoint of this version's training; "
-                "give another --output_dir"
+        if "settings" not in self.saved or "method" not in self.saved:
+            raise self.refuse(
+                "its checkpoint.pth is not one of this version's training; give another "
+                "--output_dir"
             )
-        theirs = saved["settings"]
-        changed = [
-            f"{name} {theirs[name]}, not {value}"
-            for name, value in self.settings.items()
-            if name in theirs and theirs[name] != value
-        ]
-        if changed and not self.args.accept_changes:
-            raise UserError(
-                f"{self.output} holds a run with {'; '.join(changed)}: give the same settings to "
-                "go on with it, another --output_dir, or --accept_changes"
+        before = self.saved["settings"]
+        changed = {
+            name: f"{name} {before[name]}, not {value}"
+            for name, value in self.compared.items()
+            if name in before and before[name] != value
+        }
+        derived = changed.keys() & s.values.keys() - s.typed
+        told = [text for name, text in changed.items() if name not in derived]
+        told = "; ".join(told or changed.values())
+        if changed and not s.accept_changes:
+            raise self.refuse(
+                f"its run has {told}; give the same settings, another --output_dir, or "
+                "--accept_changes"
             )
         for name in ("arch", "optimizer"):  # whose state fits no other, whatever is accepted
-            own = self.settings[name]
-            if theirs[name] != own:
-                raise UserError(f"{self.cannot_go_on()}its --{name} is {theirs[name]}, not {own}")
+            if name in changed:
+                raise self.refuse(f"its --{changed[name]}")
         self.accepted = bool(changed)
         if changed:
-            self.log.say(f"accepted: {self.output} held a run with {'; '.join(changed)}")
+            self.log.say(f"accepted: the run in {self.folder} had {'; '.join(changed.values())}")
 
-    def cannot_go_on(self) -> str:
-        return f"{self.output} holds a run that these settings cannot go on with: "
-
-    def load(self, saved: dict) -> None:
-        """Take up the state of a checkpoint."""
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (KeyError, RuntimeError, ValueError) as error:
-            first = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.cannot_go_on()}its {name} does not fit ({first})") from error
-        self.step, self.first_knn, self.skipped = (
-            saved[name] for name in ("step", "first_knn", "skipped")
-        )
-        if self.args.minutes and saved["settings"].get("minutes") == self.args.minutes:
-            self.budget = None
-            self.adopt(saved["total_steps"], saved["knn_steps"])
-        if self.total_steps and self.step > self.total_steps:  # --epochs is less than it was
+    def load(self, t: Training) -> Progress:
+        """The progress of the checkpoint, whose states `t` takes over; or that of a new run."""
+        s, saved = t.settings, self.saved
+        steps = len(t.source.pretrain) // (s.batch_size_per_gpu * self.ranks.world)
+        total = s.epochs * steps if s.epochs else None
+        progress = Progress(steps, total, s.knn_freq * steps)
+        if saved:
+            try:
+                for name, part in t.states().items():
+                    part.load_state_dict(saved[name])
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except (KeyError, RuntimeError, ValueError) as error:
+                first = " ".join(str(error).split())[:200]
+                raise self.refuse(f"its {name} does not fit ({first})") from error
+            for name in ("step", "first_knn", "skipped"):
+                setattr(progress, name, saved[name])
+            if s.minutes and saved["settings"].get("minutes") == s.minutes:
+                adopt(t, progress, saved["total_steps"], saved["knn_steps"])
+            if progress.total_steps and progress.step > progress.total_steps:
+                raise self.refuse(
+                    f"it has made {progress.step} steps, and now {progress.total_steps} are asked "
+                    "for"
+                )
+            # With other settings the loss may have other terms.
+            if not self.accepted and len(saved["loss_sums"]) == self.ranks.world:
+                t.log.restore(saved["loss_sums"][self.ranks.rank], saved["loss_steps"])
+            t.log.say(f"resuming from {self.folder} after step {progress.step}")
+        # Ranks that resume from different steps would wait for each other for ever.
+        found = distributed.gather_objects(progress.step)
+        if len(set(found)) > 1:
             raise UserError(
-                f"{self.output} holds a run that has made {self.step} steps, and now "
-                f"{self.total_steps} are asked for"
+                f"the ranks see checkpoints of different steps in --output_dir {self.folder} "
+                f"({', '.join(map(str, found))}): every machine needs to see the same folder"
             )
-        # With other settings the loss may have other terms.
-        if not self.accepted and len(saved["loss_sums"]) == self.ranks.world:
-            self.loss_sum = saved["loss_sums"][self.ranks.rank].to(self.ranks.device)
-            self.loss_steps = saved["loss_steps"]
-        self.log.say(f"going on from {self.output} after step {self.step}")
+        if self.ranks.first:
+            t.log.rewind(progress.step)
+        return progress
 
-    def agree_on_step(self) -> None:
-        """Ranks that resume from different steps would wait for each other for ever."""
-        steps = distributed.gather_objects(self.step)
-        if len(set(steps)) > 1:
-            raise UserError(
-                f"the ranks found checkpoints of different steps in --output_dir {self.output} "
-                f"({', '.join(map(str, steps))}): every machine needs to see the same folder"
-            )
+    def is_due(self, progress: Progress) -> bool:
+        return progress.epoch_ended or bool(self.every and progress.step % self.every == 0)
 
-    def write_settings(self) -> None:
-        """The settings as they are now, known or found."""
+    @user_errors()
+    def save(self, t: Training, progress: Progress) -> None:
+        """Write the checkpoint and, at the end of an epoch, the backbone alone."""
+        s, backbone, epoch = t.settings, t.method.backbone, progress.epoch
+        loss_sums = distributed.gather_strided(t.log.loss_sum[None], self.ranks.world)
         if not self.ranks.first:
             return
-        known = {"world": self.ranks.world, "total_steps": self.total_steps}
-        known["run"] = report.facts(self.method, self.source, self.ranks.device)
-        self.log.say(*settings.write(self.output / "args.json", self.args, known))
+        content = {name: part.state_dict() for name, part in t.states().items()} | {
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "knn_steps": progress.knn_steps,
+            "first_knn": progress.first_knn,
+            "skipped": progress.skipped,
+            "loss_sums": loss_sums,
+            "loss_steps": t.log.loss_steps,
+            "settings": self.compared,
+            "normalisation": [list(values) for values in normalisation(backbone)],
+            "value_range": getattr(backbone, "value_range", None),
+        }
+        if progress.epoch_ended:
+            path = self.folder / "backbone.pth"
+            checkpoint.save_backbone(path, backbone, s.arch, s.global_crops_size, epoch)
+            complete = progress.step % progress.epoch_steps == 0
+            if complete and self.keep_every and epoch % self.keep_every == 0:
+                checkpoint.save_atomic(self.folder / f"checkpoint{epoch:04}.pth", content)
+        t.log.sync()
+        # Last: a run that is killed before it repeats these steps.
+        checkpoint.save_checkpoint(self.folder, content)
 
-    # -- Start ----------------------------------------------------------------------------------
 
-    def batches(self, model: nn.Module) -> Iterator[data.Batch]:
-        """The batches still to do, on the device, after all that comes before the first step."""
-        if self.args.compile:
-            # In place, so that names stay; an evaluation calls the backbone alone, uncompiled.
-            for name in ("student", "teacher"):
-                part = getattr(self.method, name, None)
-                if isinstance(part, nn.Module):
-                    part.compile(dynamic=False)
-        loader = data.on_device(self.open_loader(), self.ranks.device)
-        batch = None
-        if self.step == self.total_steps:
-            done = f"already finished: {self.length()}"
-            self.log.say(f"{done}; give another --output_dir to train anew")
-        else:
-            batch = next(loader)
-            self.method.train()
-            self.measure(lambda: try_step(self, model, batch))
-        self.write_settings()
-        # A run that was stopped while it evaluated has this to do yet.
-        recorded = distributed.gather_objects(self.log.find("knn", self.step))[0]
-        if self.knn_is_due and recorded is None:
+class Evaluator:
+    """k-NN accuracy and report: before the first step, when due, and at the end."""
+
+    def __init__(self, t: Training, progress: Progress, knn_note: Callable[[], str]):
+        self.t, self.progress, self.knn_note = t, progress, knn_note
+        s = t.settings
+        self.labelled = t.source.test is not None and s.knn_freq > 0
+        self.minutes = Budget(None, 0.0)  # the plan, which must know how long evaluations take
+        self.last_knn: float | None = None
+        self.reporter = report.Reporter(Path(s.output_dir), s.global_crops_size, t.ranks.device)
+
+    def is_due(self) -> bool:
+        """Every --knn_freq epochs, or as often as --minutes leave time for, and at the end."""
+        progress = self.progress
+        regular = progress.knn_steps and progress.step % progress.knn_steps == 0
+        return self.labelled and (progress.finished or bool(regular))
+
+    def time(self, minutes: Budget) -> None:
+        """Tell a plan how long evaluation and report take, and keep telling it."""
+        t, self.minutes = self.t, minutes
+        if "knn_freq" in t.settings.typed:
+            minutes.every = self.progress.knn_steps
+        if self.labelled:
+            network = t.method.backbone
+            minutes.evaluated(budget.seconds_of_evaluation(network, t.settings, t.source, t.ranks))
+            self.knn_note()  # which has a teacher evaluated, once
+        self.report(page=False)
+
+    def before_first_step(self) -> None:
+        """The k-NN of the start, or the one that a stopped run still owes."""
+        progress = self.progress
+        recorded = distributed.gather_objects(self.t.log.find("knn", progress.step))[0]
+        if self.is_due() and recorded is None:
             self.evaluate()
-            if self.step == 0:
-                self.first_knn = self.last_knn
-        self.method.train()
-        self.clock = logger.Clock()
-        self.signals.held = True
-        while self.step < self.total_steps:
-            yield batch
-            if self.step < self.total_steps:
-                batch = next(loader)
+            if progress.step == 0:
+                progress.first_knn = self.last_knn
 
-    def open_loader(self) -> torch.utils.data.DataLoader:
-        args, ranks, source = self.args, self.ranks, self.source
-        if data.lacks_shared_memory(source.pretrain, args.num_workers, args.batch_size_per_gpu):
-            self.log.say(data.PIPES)
-        images, where = self.cached_images()
-        if source.train is source.pretrain:
-            self.source = replace(source, train=images)
-        batches = data.TrainingBatches(
-            len(source.pretrain),
-            args.batch_size_per_gpu,
-            args.seed,
-            self.step,
-            sys.maxsize if args.minutes else self.total_steps,  # which a correction may raise
-            ranks.rank,
-            ranks.world,
+    def after_step(self, signals: distributed.StopSignals) -> None:
+        progress = self.progress
+        if self.is_due():
+            with signals.at_once():
+                self.evaluate()
+            self.t.log.clock.restart()
+        elif progress.epoch_ended and (self.reporter.due or progress.finished):
+            self.report()
+            self.t.log.clock.restart()
+
+    def evaluate(self) -> None:
+        """The k-NN accuracy of the backbone, and a report."""
+        t, progress, begun = self.t, self.progress, time.perf_counter()
+        s, backbone = t.settings, t.method.backbone
+        distributed.broadcast_buffers(backbone)
+        train, test = (
+            compute_features(backbone, images, s.global_crops_size, t.ranks, workers=s.num_workers)
+            for images in (t.source.train, t.source.test)
         )
-        pin = ranks.device.type == "cuda" and where != "device"
-        return data.training_loader(images, batches, args.num_workers, pin_memory=pin)
+        self.last_knn = evaluate.knn_accuracy(train, test, s.nb_knn, t.source.classes)
+        self.minutes.evaluated(time.perf_counter() - begun)
+        accuracy = f"k-NN (k={s.nb_knn}) of the {t.method.evaluated.replace('_', ' ')}"
+        t.log.say(f"epoch {progress.epoch}: {accuracy} {self.last_knn:.4f}{self.knn_note()}")
+        t.log.record(step=progress.step, epoch=progress.epoch, knn=self.last_knn)
+        self.report((train, test))
 
-    def measure(self, step: Callable[[], None]) -> None:
-        """Time a few steps, where --amp or --minutes ask for it, and take them back."""
-        args, device = self.args, self.ranks.device
-        if args.amp == "auto" or self.budget:
-            with budget.put_back(self.parts):
-                if args.amp == "auto":
-                    found = budget.faster_amp(args, step, device)
-                    said = "{none:.3g} s in float32, {bf16:.3g} s in bf16".format(**found)
-                    self.log.say(f"--amp {args.amp}: a step takes {said}")
-                else:
-                    found = {args.amp: budget.seconds(step, device)}
-        self.settings["amp"] = args.amp
-        if self.budget:
-            if self.source.test is not None and args.knn_freq:
-                backbone = self.method.backbone
-                seconds = budget.seconds_of_evaluation(backbone, args, self.source, self.ranks)
-                self.budget.evaluated(seconds)
-                self.knn_note()  # which has a teacher evaluated, once
-            self.report(page=False)  # which tells how long its pictures take
-            plan = self.budget.plan(self.step, found[args.amp])
-            self.adopt(*distributed.gather_objects(plan)[0])
-            if wrong := settings.check_warm_ups(args, self.total_steps / self.epoch_steps):
-                raise UserError(wrong)
+    def report(self, features=None, page: bool = True) -> None:
+        """Pictures, of features where an evaluation has them, and the page that shows them."""
+        t = self.t
+        if not t.ranks.first:
+            return
+        pictures = (self.reporter.due or self.progress.finished) and t.settings.knn_freq > 0
+        with self.minutes.reporting():
+            self.reporter.write(t.method.backbone, t.source, features, pictures, page)
 
-    def adopt(self, total: int, knn_steps: int) -> None:
-        """Take so many steps as the length of the run, and evaluate every `knn_steps`."""
-        self.total_steps = self.method.total_steps = total
-        self.knn_steps = knn_steps
-        settings.fit_epochs(self.args, total / self.epoch_steps)
-        self.log.say(f"plan: {total} steps, {self.length()}")
-
-    def length(self) -> str:
-        """How long the run is, in words."""
-        if self.args.epochs:
-            return f"{self.args.epochs} epochs"
-        epochs = self.total_steps / self.epoch_steps
-        return f"{epochs:.3g} epochs in {self.args.minutes:g} minutes"
-
-    def cached_images(self) -> tuple[torch.utils.data.Dataset, str]:
-        """The images to train on, decoded once where --cache says so, and where they are kept."""
-        args, device, images = self.args, self.ranks.device, self.source.pretrain
-        where, start = args.cache, time.perf_counter()
-        if self.step == self.total_steps:
-            where = "none"
-        elif where == "auto":
-            where = data.where_to_cache(images, device)
-        found = data.cached(images, where, device, args.num_workers)
-        if found is not images:
-            seconds = time.perf_counter() - start
-            self.log.say(f"images decoded and kept on the {where} in {seconds:.1f} s")
-        return found, where
-
-    def show(self, views: list[Tensor]) -> None:
+    def show_views(self, views: list[Tensor]) -> None:
         """The first step's views as a picture."""
-        if self.step == 0 and self.ranks.first:
-            mean, std = normalisation(self.method.backbone)
-            with user_errors(), checkpoint.atomic(self.output / "crops.png") as file:
-                pictures.save_views(file, views, mean, std)
+        if self.progress.step == 0 and self.t.ranks.first:
+            path = Path(self.t.settings.output_dir) / "crops.png"
+            with user_errors(), checkpoint.atomic(path) as file:
+                pictures.save_views(file, views, *normalisation(self.t.method.backbone))
 
-    # -- Guard ----------------------------------------------------------------------------------
+    def finish(self, bad_images: BadImages) -> None:
+        """The last lines of the log."""
+        t, progress, folder = self.t, self.progress, Path(self.t.settings.output_dir)
+        if self.last_knn is not None:
+            first = progress.first_knn
+            before = "" if first is None else f", {first:.4f} before the first"
+            accuracy = f"k-NN (k={t.settings.nb_knn}) accuracy: {self.last_knn:.4f}"
+            t.log.say(f"{accuracy} after {length(t.settings, progress)}{before}{self.knn_note()}")
+        if t.log.clock.steps:
+            t.log.say(f"health: {t.log.health.verdict()}")
+            if known := bad_images.known:
+                t.log.say(f"{len(known)} images could not be read; see {bad_images.path}")
+        t.log.say(f"backbone: {folder / 'backbone.pth'}")
 
-    def remember_buffers(self) -> None:
-        """What a forward pass changes by itself, batch norm's statistics and centres, is to be
-        undone where a step may be left out."""
-        buffers = list(self.method.buffers()) if self.args.skip_nonfinite else []
+
+class StepGuard:
+    """Undoes a step that is not finite and names its images; counts images that are bad."""
+
+    def __init__(self, t: Training):
+        s, self.t = t.settings, t
+        self.buffers: list[Tensor] = []  # as they were before the step
+        images = len(t.source.pretrain)
+        with user_errors():
+            self.bad_images = BadImages(s.output_dir, images, s.max_bad_fraction, t.ranks.first)
+
+    def snapshot(self) -> None:
+        """Keep the buffers, where a skipped step is to be undone."""
+        buffers = list(self.t.method.buffers()) if self.t.settings.skip_nonfinite else []
         if buffers:
-            if not self.buffers_before:
-                self.buffers_before = [b.clone() for b in buffers]
-            torch._foreach_copy_(self.buffers_before, buffers)
+            if not self.buffers:
+                self.buffers = [b.clone() for b in buffers]
+            torch._foreach_copy_(self.buffers, buffers)
 
-    def all_finite(self, loss: Tensor, norms: Tensor, batch: data.Batch) -> bool:
-        """Whether loss and gradients are finite on all ranks; the one exchange of a step.
+    def flags(self, loss: Tensor, norms: Tensor, batch: data.Batch) -> list[Tensor | bool]:
+        """Whether loss or gradients are not finite, and whether bad images are new on this rank.
 
-        It also settles on all ranks whether to stop after this step or to correct a plan, and which
-        images are bad.
-        Gradients that float16 cannot hold are GradScaler's to deal with.
+        Gradients that float16 cannot hold are GradScaler's to skip.
         """
-        finite = (loss if self.scaler.is_enabled() else loss + norms.sum()).isfinite()
-        flags = [~finite, self.signals.seen, bool(self.bad_images.unknown(batch.bad))]
-        flags.append(bool(self.budget and self.budget.is_due()))
-        found = distributed.any_rank(flags, self.ranks.device)
-        nonfinite, self.stopping, bad, self.correcting = found
-        if bad:
-            with user_errors():
-                self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
-        if not nonfinite:
-            self.skipped = 0
-        return not nonfinite
+        total = loss if self.t.scaler.is_enabled() else loss + norms.sum()
+        return [~total.isfinite(), bool(self.bad_images.unknown(batch.bad))]
 
-    def leave_out(self, model: nn.Module, views: list[Tensor], batch: data.Batch) -> None:
+    def update(self, loss: Tensor, progress: Progress) -> None:
+        """The optimizer's step, and the method's after it."""
+        t = self.t
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+        t.method.after_step(progress.step)
+        progress.skipped = 0
+        t.log.add(loss, t.method.terms)
+
+    def add_bad_images(self, batch: data.Batch) -> None:
+        """Note the bad images of all ranks.
+
+        Raises:
+            UserError: where they are too many.
+        """
+        with user_errors():
+            self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
+
+    def undo(self, model: nn.Module, views: list[Tensor], batch, progress: Progress) -> None:
         """Undo a step whose loss or gradients are not finite, or end the run."""
-        found = self.culprits(model, views, batch)
-        self.skipped += 1
-        said = f"diverging loss at step {self.step + 1}: {found}"
-        if self.skipped > self.args.skip_nonfinite:
+        t, culprits = self.t, self.culprits(model, views, batch, progress.step)
+        progress.skipped += 1
+        diverging = f"diverging loss at step {progress.step + 1}: {culprits}"
+        if progress.skipped > t.settings.skip_nonfinite:
             raise Diverged(
-                f"{said}; a lower --lr or a longer --warmup_epochs may help, --skip_nonfinite "
-                f"leaves such steps out; {self.output} keeps what was saved before"
+                f"{diverging}; a lower --lr or a longer --warmup_epochs may help, --skip_nonfinite "
+                f"undoes such steps; {t.settings.output_dir} keeps what was saved before"
             )
-        self.log.say(f"{said}; left out, {self.skipped} in a row")
-        if self.buffers_before:
-            torch._foreach_copy_(list(self.method.buffers()), self.buffers_before)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(self.scaler.get_scale())  # which is not to blame
+        t.log.say(f"{diverging}; undone, {progress.skipped} in a row")
+        if self.buffers:
+            torch._foreach_copy_(list(t.method.buffers()), self.buffers)
+        t.optimizer.zero_grad(set_to_none=True)
+        t.scaler.update(t.scaler.get_scale())  # which is not to blame
 
-    def culprits(self, model: nn.Module, views: list[Tensor], batch: data.Batch) -> str:
-        """On which ranks a step's loss or gradients are not finite, and for which images.
+    def culprits(self, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int) -> str:
+        """The ranks and images whose loss or gradients are not finite, in words.
 
-        The step is computed again, for what its backward pass left is a mean over all ranks.
+        The step is computed again, because its backward pass left a mean over all ranks.
         """
+        t = self.t
         model.zero_grad(set_to_none=True)
         no_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
         with no_sync():
-            loss = forward(model, views, batch, self.step, self.args, self.ranks)
+            loss = forward(t, model, views, batch, step)
             loss.backward()
-        files = getattr(self.source.pretrain, "paths", None)
+        files = getattr(t.source.pretrain, "paths", None)
         names = [files[i] if files else f"number {i}" for i in batch.indices[:8].tolist()]
         more = " and others" if len(batch.indices) > 8 else ""
-        where = f"on rank {self.ranks.rank} for images {', '.join(names)}{more}"
+        where = f"on rank {t.ranks.rank} for images {', '.join(names)}{more}"
         losses = gradients = None
         if not loss.isfinite():
             losses = f"it is {loss.item():.4g} {where}"
@@ -432,170 +594,7 @@ class Run:
             gradients = f"it is {loss.item():.4g}, but its gradients are not finite {where}"
         # A loss over the images of all ranks spreads bad gradients: they count where every loss is
         # finite.
-        for found in zip(*distributed.gather_objects((losses, gradients))):
-            if any(found):
-                return "; ".join(filter(None, found))
+        for sentences in zip(*distributed.gather_objects((losses, gradients))):
+            if any(sentences):
+                return "; ".join(filter(None, sentences))
         return "it was finite when it was computed again"
-
-    # -- Log, save, evaluate, stop ----------------------------------------------------------------
-
-    def add_loss(self, loss: Tensor) -> None:
-        values = torch.stack([loss.detach(), *self.method.terms.values()]).float()
-        self.loss_sum, self.loss_steps = self.loss_sum + values, self.loss_steps + 1
-
-    def mean_losses(self) -> dict[str, float]:
-        """Loss and its terms as means since the last call, and the metrics of this step."""
-        means = distributed.mean_over_ranks(self.loss_sum / self.loss_steps).tolist()
-        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
-        means = dict(zip(["loss", *self.method.terms], means))
-        if self.method.out_dim:
-            means["loss_over_lnk"] = means["cross_entropy"] / math.log(self.method.out_dim)
-        return means | {k: v for k, v in self.method.metrics().items() if k not in means}
-
-    @property
-    def epoch_ended(self) -> bool:
-        return self.step % self.epoch_steps == 0 or self.step == self.total_steps
-
-    def log_step(self) -> None:
-        """A log line where one is due: mean loss since the last, metrics of this step, speed."""
-        self.clock.stepped(self.total_batch)
-        left = self.total_steps - self.step
-        self.log.progress(self.step, self.total_steps, self.clock.seconds_left(left))
-        if self.step % self.args.log_freq and not self.epoch_ended:
-            return
-        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
-            raise Diverged(
-                f"diverging gradients at step {self.step}: at no scale does float16 hold them; "
-                "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
-                f"{self.output} keeps what was saved before"
-            )
-        if self.skipped:
-            return
-        metrics, speed = self.mean_losses(), self.clock.read(left)
-        weights = self.optimizer.param_groups[0]
-        values = {
-            **metrics,
-            "lr": weights["lr"],
-            "weight_decay": weights["weight_decay"],
-            "memory_mb": logger.memory_mb(self.ranks.device),
-        }
-        epoch = (self.step - 1) // self.epoch_steps
-        steps = f"{self.step}/{self.total_steps}"
-        self.log.say(*self.table.lines(steps, epoch, values | speed))
-        self.log.record(step=self.step, epoch=epoch, **values, **speed)
-        for text in self.health.read(self.step, **metrics):
-            self.log.say(f"health: {text}")
-
-    def save_if_due(self) -> None:
-        every = self.args.save_every_steps
-        due = self.epoch_ended or self.knn_is_due or (every and self.step % every == 0)
-        if due or self.stopping:
-            self.save()
-
-    @user_errors()
-    def save(self) -> None:
-        """Checkpoint and, at the end of an epoch, the backbone alone."""
-        args, backbone = self.args, self.method.backbone
-        loss_sums = distributed.gather_strided(self.loss_sum[None], self.ranks.world)
-        if not self.ranks.first:
-            return
-        content = {name: part.state_dict() for name, part in self.parts.items()} | {
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "knn_steps": self.knn_steps,
-            "first_knn": self.first_knn,
-            "skipped": self.skipped,
-            "loss_sums": loss_sums,
-            "loss_steps": self.loss_steps,
-            "settings": self.settings,
-            "normalisation": [list(values) for values in normalisation(backbone)],
-            "value_range": getattr(backbone, "value_range", None),
-        }
-        if self.epoch_ended:
-            epoch, size = self.step // self.epoch_steps, args.global_crops_size
-            path = self.output / "backbone.pth"
-            checkpoint.save_backbone(path, backbone, args.arch, size, epoch)
-            whole = self.step % self.epoch_steps == 0
-            if whole and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                checkpoint.save_atomic(self.output / f"checkpoint{epoch:04}.pth", content)
-        self.log.sync()
-        # Last: a run that is killed before it does these steps again.
-        checkpoint.save_checkpoint(self.output, content)
-
-    def stop_if_signalled(self) -> None:
-        if self.stopping:
-            self.log.say(
-                f"stopped by a signal after step {self.step}, which is saved: the same command "
-                "goes on from there"
-            )
-            sys.exit(self.signals.status)
-
-    @property
-    def knn_is_due(self) -> bool:
-        """Every --knn_freq epochs, or as often as --minutes leave time for, and at the end."""
-        if self.source.test is None or not self.args.knn_freq:
-            return False
-        regular = self.knn_steps and self.step % self.knn_steps == 0
-        return self.step == self.total_steps or bool(regular)
-
-    def evaluate_if_due(self) -> None:
-        if self.knn_is_due:
-            with self.signals.at_once():
-                self.evaluate()
-            self.clock.restart()
-        elif self.epoch_ended and (self.reporter.due or self.step == self.total_steps):
-            self.report()
-            self.clock.restart()
-
-    def evaluate(self) -> None:
-        """The k-NN accuracy of the backbone, and a report."""
-        args, source, ranks, start = self.args, self.source, self.ranks, time.perf_counter()
-        epoch, backbone = self.step // self.epoch_steps, self.method.backbone
-        distributed.broadcast_buffers(backbone)
-        train, test = (
-            compute_features(
-                backbone, images, args.global_crops_size, ranks, workers=args.num_workers
-            )
-            for images in (source.train, source.test)
-        )
-        self.last_knn = evaluate.knn_accuracy(train, test, args.nb_knn, source.classes)
-        if self.budget:
-            self.budget.evaluated(time.perf_counter() - start)
-        network = self.method.evaluated.replace("_", " ")
-        said = f"k-NN (k={args.nb_knn}) of the {network} {self.last_knn:.4f}"
-        self.log.say(f"epoch {epoch}: {said}{self.knn_note()}")
-        self.log.record(step=self.step, epoch=epoch, knn=self.last_knn)
-        self.report((train, test))
-
-    def report(self, features=None, page: bool = True) -> None:
-        """Pictures, of features where an evaluation has them, and the page that shows them."""
-        if not self.ranks.first:
-            return
-        due = self.reporter.due or self.step == self.total_steps
-        whole, parts = due and self.args.knn_freq > 0, (self.method.backbone, self.source)
-        with self.budget.reporting() if self.budget else nullcontext():
-            self.reporter.write(*parts, features, pictures=whole, page=page)
-
-    def correct_plan_if_due(self) -> None:
-        """Keep to --minutes, where the machine has become slower or faster than it was."""
-        if not self.correcting or self.step == self.total_steps:
-            return
-        better = self.budget.correction(self.step, self.total_steps)
-        better = distributed.gather_objects(better)[0]
-        if better is not None:
-            self.adopt(*better)
-
-    def finish(self) -> Method:
-        """What is said at the end."""
-        self.signals.held = False
-        args = self.args
-        if self.last_knn is not None:
-            before = "" if self.first_knn is None else f", {self.first_knn:.4f} before the first"
-            said = f"k-NN (k={args.nb_knn}) accuracy: {self.last_knn:.4f} after {self.length()}"
-            self.log.say(f"{said}{before}{self.knn_note()}")
-        if self.clock.steps:
-            self.log.say(f"health: {self.health.verdict()}")
-            if known := self.bad_images.known:
-                self.log.say(f"{len(known)} images could not be read; see {self.bad_images.path}")
-        self.log.say(f"backbone: {self.output / 'backbone.pth'}")
-        return self.method

@@ -1,20 +1,21 @@
-"""What a run tells: a table for people, JSONL for programs, the first views as a picture.
+"""The log of a run: a table for people, JSONL for programs, its clock, and its bad images.
 
-file in --output_dir                 what
-backbone.pth                         the backbone that is kept, of DINO's method the teacher's:
-                                     weights, arch, mean, std, image size, epoch
-checkpoint.pth, checkpoint.prev.pth  all that is needed to go on, and the one before;
+file in --output_dir                 content
+backbone.pth                         the backbone that is kept, the teacher's in DINO: weights,
+                                     arch, mean, std, image size, epoch
+checkpoint.pth, checkpoint.prev.pth  all that is needed to resume, and the one before;
                                      checkpoint0020.pth and so on every --saveckp_freq epochs
-log.jsonl                            the numbers of every log line, one JSON object a line
-args.json                            the settings as resolved
+log.jsonl                            the numbers of every log line, one JSON object per line
+args.json                            all settings
 bad_images.txt                       images that could not be read, and why
-report.html                          the run on one page; it may be sent to anybody
-crops.png                            the views of the first images, which to look at first
+report.html                          the run on one page, which needs no other file
+crops.png                            the views of the first images: look at it first
 neighbours.png, maps.png             images and those nearest to them; the last feature map
-attention.png                        what the heads of a ViT attend to
+attention.png                        where the heads of a ViT attend
 """
 
 import json
+import math
 import os
 import platform
 import sys
@@ -23,15 +24,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 class Log:
     """Prints lines and appends records to `folder/log.jsonl`.
 
-    Where standard output is a terminal, `progress` keeps a bar below the last line.
+    On a terminal `progress` keeps a bar below the last line.
 
     Args:
-        active: False on ranks other than the first, where it does neither.
+        active: False on ranks other than the first, where nothing is printed or written.
     """
 
     BAR, EVERY = 30, 0.2  # columns of the bar, seconds from one to the next
@@ -39,15 +42,18 @@ class Log:
     def __init__(self, folder: str | Path, active: bool = True):
         self.path = Path(folder) / "log.jsonl"
         self.active = active
-        self.bar, self.drawn = "", -self.EVERY  # what the line of the cursor shows, since when
+        self.bar, self.drawn = "", -self.EVERY  # on the cursor's line; when it was drawn
 
     def say(self, *lines: str) -> None:
         if self.active:
             self.show("")
             print(*lines, sep="\n", flush=True)
 
+    def warn(self, text: str) -> None:
+        self.say(f"{'!' * 80}\nWARNING: {text}\n{'!' * 80}")
+
     def progress(self, done: int, total: int, seconds_left: float) -> None:
-        """Show how far a run is and how long it will take yet."""
+        """Show how much is done and the time left."""
         now = time.perf_counter()
         if self.active and sys.stdout.isatty() and now - self.drawn >= self.EVERY:
             full = round(self.BAR * done / total)
@@ -56,17 +62,14 @@ class Log:
             self.drawn = now
 
     def show(self, bar: str) -> None:
-        """Write over the bar that is there; the cursor waits at the line's start."""
+        """Draw a bar over the last one; the cursor waits at the start of the line."""
         if bar or self.bar:
             blank = " " * (len(self.bar) - len(bar))
             print(f"{bar}{blank}", end="\r", flush=True)
             self.bar = bar
 
     def rewind(self, step: int) -> None:
-        """Cut off the records of steps after `step`, which will be made again.
-
-        A last line that is not whole goes with them.
-        """
+        """Cut off the records of steps after `step`, and a last line that is not complete."""
         if not self.path.exists():
             return
         with open(self.path, "rb+") as file:
@@ -81,7 +84,7 @@ class Log:
             file.truncate(kept)
 
     def find(self, key: str, step: int) -> float | None:
-        """What was recorded as `key` at `step`; None where nothing was."""
+        """The value recorded as `key` at `step`, or None."""
         if not self.path.exists():
             return None
         records = (json.loads(line) for line in self.path.read_text().splitlines())
@@ -100,35 +103,35 @@ class Log:
 
 
 class Table:
-    """Rows of a training's numbers, WIDTH columns wide at most, below a header that names them.
+    """Rows of a training's numbers, at most WIDTH columns wide, below a header.
 
-    The header comes again every REPEAT rows. Of the method's metrics there are as many as fit, the
-    telling ones first.
+    The header is repeated every REPEAT rows. As many of the method's metrics are shown as fit, the
+    TELLING ones first.
     """
 
     WIDTH, REPEAT = 120, 40
     TELLING = ("effective_rank", "embedding_rank", "loss_over_lnk", "entropy", "entropy_of_mean")
-    UNSHOWN = ("lr", "weight_decay", "memory_mb", "loss", "images_per_s", "data_wait", "eta_s")
+    GENERAL = ("lr", "weight_decay", "memory_mb", "loss", "images_per_s", "data_wait", "eta_s")
 
     rows = 0
 
     def lines(self, step: str, epoch: int, values: Mapping[str, float]) -> list[str]:
-        """The row of a step, behind the header where one is due.
+        """The row of a step, after the header where it is due.
 
         Args:
-            step: "12/100". values: those of the log's record: loss, lr, memory_mb, images_per_s,
-                data_wait, eta_s, and the method's own.
+            step: "12/100". values: those of the record: loss, lr, memory_mb, images_per_s,
+                data_wait, eta_s, and the method's metrics.
         """
         digits = len(step.partition("/")[2])
         widths = {"step": max(2 * digits + 1, 9), "epoch": 5, "loss": 8, "lr": 8}
         widths |= {"images/s": 8, "wait": 4, "memory": 7, "left": 9}
         room = self.WIDTH - sum(1 + width for width in widths.values()) + 1
-        own = [name for name in values if name not in self.UNSHOWN]
+        metrics = [name for name in values if name not in self.GENERAL]
         fits = {}
-        for name in sorted(own, key=(*self.TELLING, *own).index):
+        for name in sorted(metrics, key=(*self.TELLING, *metrics).index):
             if (width := max(len(name), 7)) < room:
                 fits[name], room = width, room - 1 - width
-        widths |= {name: fits[name] for name in own if name in fits}
+        widths |= {name: fits[name] for name in metrics if name in fits}
         memory = values["memory_mb"]
         cells = dict(values) | {
             "step": step,
@@ -146,7 +149,7 @@ class Table:
 
 
 def cell(value: float | str, width: int) -> str:
-    """A text, or a number with four digits or as many as fit, on the right of `width` columns."""
+    """A text, or a number with up to four digits, right-aligned in `width` columns."""
     if not isinstance(value, str):
         texts = (f"{float(value):.{digits}g}" for digits in (4, 3, 2, 1))
         value = next((text for text in texts if len(text) <= width), "")
@@ -154,15 +157,13 @@ def cell(value: float | str, width: int) -> str:
 
 
 class BadImages:
-    """Images that could not be read, each once, in `folder/bad_images.txt`.
-
-    A line says which and why.
+    """Images that could not be read, one line each with the reason, in `folder/bad_images.txt`.
 
     Args:
-        images: how many there are in all. max_fraction: how many of them may be bad.
+        images: their number, bad ones included. max_fraction: of them that may be bad.
 
     Raises:
-        ValueError: where the file names too many already.
+        ValueError: where the file already names too many.
     """
 
     ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # names of files are bytes
@@ -176,15 +177,11 @@ class BadImages:
             self.check()
 
     def unknown(self, lines: Sequence[str]) -> list[str]:
-        """Those of the lines that the file does not have yet."""
+        """The lines that the file does not have yet."""
         return [line for line in (" ".join(s.split()) for s in lines) if line not in self.known]
 
     def add(self, lines: Sequence[str]) -> None:
-        """Append what is new.
-
-        Raises:
-            ValueError: where they are too many.
-        """
+        """Append new lines; a ValueError where they are too many."""
         news = self.unknown(dict.fromkeys(lines))
         self.known |= dict.fromkeys(news)
         if self.active:
@@ -242,6 +239,66 @@ class Clock:
         return values
 
 
+class Logger(Log):
+    """The log of a training: table, records, clock, health, and mean losses between log lines.
+
+    Attributes:
+        health: `health.Health` or None.
+        loss_sum: of the loss and its terms since the last log line, over `loss_steps` steps.
+    """
+
+    def __init__(self, folder: str | Path, active: bool, device: torch.device | str = "cpu"):
+        super().__init__(folder, active)
+        self.table, self.clock, self.device, self.health = Table(), Clock(), device, None
+        self.restore(torch.zeros(()), 0)
+
+    def restore(self, loss_sum: Tensor, loss_steps: int) -> None:
+        self.loss_sum, self.loss_steps = loss_sum.to(self.device), loss_steps
+
+    def add(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Add a step's loss and its terms; the host does not wait for the device."""
+        values = torch.stack([loss.detach(), *terms.values()]).float()
+        self.restore(self.loss_sum + values, self.loss_steps + 1)
+
+    def mean_losses(self, method) -> dict[str, float]:
+        """Mean loss and terms since the last log line over all ranks, and the method's metrics."""
+        means = self.loss_sum / self.loss_steps
+        if dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        self.restore(torch.zeros_like(self.loss_sum), 0)
+        losses = dict(zip(["loss", *method.terms], means.tolist()))
+        if method.out_dim:
+            losses["loss_over_lnk"] = losses["cross_entropy"] / math.log(method.out_dim)
+        return losses | {k: v for k, v in method.metrics().items() if k not in losses}
+
+    def step(self, progress, method, group: dict, images: int, every: int) -> None:
+        """Count a step, and write a log line where one is due.
+
+        Args:
+            progress: `engine.Progress`. group: the optimizer's first. images: in a step over all
+                ranks. every: steps between lines; there is one at the end of an epoch too.
+        """
+        self.clock.stepped(images)
+        left = progress.total_steps - progress.step
+        self.progress(progress.step, progress.total_steps, self.clock.seconds_left(left))
+        if progress.skipped or (progress.step % every and not progress.epoch_ended):
+            return
+        metrics, speed = self.mean_losses(method), self.clock.read(left)
+        values = {
+            **metrics,
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "memory_mb": memory_mb(torch.device(self.device)),
+        }
+        epoch = (progress.step - 1) // progress.epoch_steps
+        steps = f"{progress.step}/{progress.total_steps}"
+        self.say(*self.table.lines(steps, epoch, values | speed))
+        self.record(step=progress.step, epoch=epoch, **values, **speed)
+        for text in self.health.read(progress.step, **metrics):
+            self.say(f"health: {text}")
+
+
 def memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: allocated on a CUDA device, else resident in this process.
 
@@ -258,7 +315,7 @@ def memory_mb(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """What a run computes on, in words."""
+    """The machine that a run computes on, in words."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Every way to learn, one class a method. Each is a module that fits any training loop:
+"""Ways to learn, one class per method, each with its flags. A method fits any training loop:
 
     method = DINO(backbone, options("dino", out_dim=1024), total_steps=1000)
     optimizer = torch.optim.AdamW(method.parameters())
@@ -10,50 +10,296 @@
         optimizer.step()
         method.after_step(step)
 
-MV-MR and distillation take the batch that the views are of, too: method(views, batch, step).
-A new method is one class, the function that adds its flags, and one line in METHODS.
+`options` is in recipes.py. MV-MR and distillation also take the batch that the views are cut from:
+method(views, batch, step). This file has DINO, MV-MR and EMP-SSL; `baselines.py` has the methods
+that they are compared with. A new method is one class and one row in recipes.py.
 """
 
-import argparse
+import difflib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowdino import augment, baselines, data, descriptors, distributed, ema, losses, schedules
-from lowdino.base import (
-    Method,
-    Projecting,
-    check_pairs,
-    feature_metrics,
-    mean_terms,
-    prototype_metrics,
-    teacher_metrics,
-    teacher_momentum,
+from lowdino import augment, data, descriptors, distributed, ema, health, losses, schedules
+from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """A flag --name.
+
+    Attributes:
+        type: a function of the text; `bool` for a flag without a value.
+        range: of numbers: "> 0", ">= 2" (and finite), or "0 to 1".
+        default: where no recipe sets the flag; recipes.py has the values of all others.
+    """
+
+    name: str
+    help: str
+    type: Callable[[str], Any] = str
+    range: str = ""
+    default: Any = None
+    choices: Sequence[str] = ()
+    nargs: int | str | None = None
+    metavar: str | tuple[str, ...] | None = None
+
+    def wrong(self, value: Any) -> str | None:
+        """What is wrong with a value, in one sentence, or None; NaN is in no range."""
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if self.choices and item not in self.choices:
+                near = difflib.get_close_matches(str(item), self.choices, 1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                return f"--{self.name} {item}: {hint}there are {', '.join(self.choices)}"
+            if self.range and item is not None and not in_range(item, self.range):
+                return f"--{self.name} {in_words(self.range)}, not {value}"
+        return None
+
+
+def in_range(value: float, range: str) -> bool:
+    if range == "0 to 1":
+        return 0 <= value <= 1
+    sign, low = range.split()
+    return (value > float(low) if sign == ">" else value >= float(low)) and value < math.inf
+
+
+def in_words(range: str) -> str:
+    known = {"0 to 1": "must lie between 0 and 1", "> 0": "must be above 0"}
+    known[">= 0"] = "must be 0 or more"
+    return known.get(range) or f"must be at least {range.split()[1]}"
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(text)
+    return text.lower() in ("true", "1")
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+SHARED = (
+    Flag("projector", "widths of the projector's layers", int, ">= 1", nargs="+"),
+    Flag("momentum_teacher", "EMA momentum at the start", number_or_none, "0 to 1"),
+    Flag("alpha", "weight of global against local views; none: even", number_or_none, "0 to 1"),
+    Flag("out_dim", "number of prototypes K, the width of the logits", int, ">= 2"),
+    Flag("student_temp", "temperature of the student's softmax", float, "> 0"),
+    Flag("teacher_temp", "temperature of the teacher's softmax, SwAV's epsilon", float, "> 0"),
+    Flag("freeze_last_layer", "epochs in which the prototypes stay fixed", float, ">= 0"),
+    Flag("temperature", "temperature of the softmax over keys or classes", float, "> 0"),
+    Flag("queue_size", "rows of the queue; 0: none (swav, similarity)", int, ">= 0"),
+    Flag("invariance_weight", "weight of the mean square between views", float, ">= 0"),
+    Flag("variance_weight", "weight of the hinge on standard deviations", float, ">= 0"),
 )
-from lowdino.flags import bool_flag, number_or_none, out_of_range
-from lowdino.heads import DINOHead, MultiViewNetwork
+
+
+def shared(*names: str) -> tuple[Flag, ...]:
+    """Flags of several methods, by name."""
+    return tuple(flag for name in names for flag in SHARED if flag.name == name)
+
+
+# ---------------------------------------------------------------------------------------------
+# The base classes
+# ---------------------------------------------------------------------------------------------
+
+
+class Method(nn.Module):
+    """Base of all methods: a module that owns networks, heads, queues and centres.
+
+    Its `state_dict()` is all that a checkpoint needs of it.
+
+    Args:
+        args: the values of `flags`; see `recipes.options`.
+        total_steps: length of the training; at infinity, schedules stay at their start.
+        epoch_steps: steps per epoch; at 0, nothing lasts for some epochs.
+    """
+
+    name: str  # of --method
+    flags: tuple[Flag, ...] = ()
+    evaluated = "student"  # the network whose backbone is evaluated and kept
+    out_dim: int | None = None  # K, where outputs are distributions over K prototypes
+    remedy = "lower --lr"  # against collapsed embeddings, for `health.Health`
+    momentum_rises = True  # the teacher's, from --momentum_teacher to 1
+    terms: dict[str, Tensor] = {}  # scalars of the last loss, for metrics() and the log
+
+    def __init__(self, args, total_steps: float = math.inf, epoch_steps: int = 0):
+        super().__init__()
+        self.args, self.total_steps, self.epoch_steps = args, total_steps, epoch_steps
+
+    @classmethod
+    def check(cls, args) -> str | None:
+        """The first contradiction between flags, in one sentence, or None."""
+        return None
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self, self.evaluated).backbone
+
+    def forward(
+        self, views: list[Tensor], batch: data.Batch | None = None, step: int = 0
+    ) -> Tensor:
+        """The loss, a scalar, for V views (B, 3, H, W) of a batch, global views first."""
+        raise NotImplementedError
+
+    def before_step(self, step: int = 0) -> None:
+        """Called between backward pass and optimizer: drop gradients here."""
+
+    def after_step(self, step: int = 0) -> None:
+        """Called after the optimizer: move a momentum teacher here."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last forward pass, for the log and for `health.Health`.
+
+        Losses and entropies are over all ranks, spread and rank over this rank's images. All ranks
+        must call it together.
+        """
+        return {}
+
+
+class ProjectionMethod(Method):
+    """Base of methods whose loss compares the embeddings of a projector."""
+
+    projector: Callable[..., nn.Module] = Projector
+
+    def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
+        super().__init__(args, total_steps, epoch_steps)
+        projector = self.projector(backbone.embed_dim, *args.projector)
+        self.student = ManyHeads(backbone, {"projector": projector})
+
+    def keep(self, step: int, features: Tensor, z: Tensor, views: list, **terms: Tensor) -> None:
+        """Keep what `metrics` reads: the first view's features and embeddings, and the terms."""
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        self.last = (step, *(x.detach()[: len(views[0])] for x in (features, z)))
+
+    def metrics(self):
+        step, features, z = self.last
+        teacher = teacher_metrics(self, step) if hasattr(self, "teacher") else {}
+        return mean_terms(self) | embedding_metrics(z) | feature_metrics(features) | teacher
+
+
+def check_pairs(method: type[Method], args) -> str | None:
+    """What is wrong with the views of a method that pairs two global ones, or None."""
+    if args.global_crops_number != 2:
+        given = args.global_crops_number
+        return f"--method {method.name} takes --global_crops_number 2, not {given}"
+    if getattr(args, "alpha", None) is not None and not args.local_crops_number:
+        return "--alpha balances global against local views, and --local_crops_number is 0"
+    return None
+
+
+def teacher_momentum(method: Method, step: int) -> float:
+    """Momentum of the EMA, lambda in DINO, on a cosine from --momentum_teacher to 1, or fixed.
+
+    With --teacher_update step the teacher is the student after the previous step, with epoch the
+    student at the end of the previous epoch (DINO, figure 6): momentum 0, and 1 in between.
+    """
+    update = getattr(method.args, "teacher_update", "momentum")
+    if update != "momentum":
+        due = update == "step" or (step + 1) % max(method.epoch_steps, 1) == 0
+        return 0.0 if due else 1.0
+    start = method.args.momentum_teacher
+    if start is None:
+        start = default_momentum(method.total_steps)
+    if not method.momentum_rises:
+        return start
+    return schedules.cosine(step, method.total_steps, start, 1.0)
+
+
+def default_momentum(total_steps: float) -> float:
+    """1 - 1 / (2 sqrt(steps)): 0.98 at 600 steps, 0.99 at 2,500, DINO's 0.996 at 16,000.
+
+    It is 0.996 where the number of steps is unknown.
+    """
+    if total_steps == math.inf:
+        return 0.996
+    return 1 - 0.5 / math.sqrt(total_steps)
+
+
+def mean_terms(method: Method) -> dict[str, float]:
+    """The terms of the last loss, over all ranks."""
+    means = {k: distributed.mean_over_ranks(v.clone()) for k, v in method.terms.items()}
+    return {name: value.item() for name, value in means.items()}
+
+
+def prototype_metrics(P_t: Tensor) -> dict[str, float]:
+    """Entropies of the teacher's distributions (n, K), in nats."""
+    mean = distributed.mean_over_ranks(P_t.mean(dim=0))
+    return {
+        "entropy": distributed.mean_over_ranks(health.mean_entropy(P_t)).item(),
+        "entropy_of_mean": health.mean_entropy(mean[None]).item(),
+    }
+
+
+def feature_metrics(features: Tensor) -> dict[str, float]:
+    """Spread and effective rank of one view's features (B, D) on this rank."""
+    std, rank = health.spread(features)
+    return {"feature_std": std.item(), "effective_rank": rank.item()}
+
+
+def embedding_metrics(z: Tensor) -> dict[str, float]:
+    """Spread and effective rank of the embeddings (B, E) that a loss compares."""
+    std, rank = health.spread(z)
+    return {"embedding_std": std.item(), "embedding_rank": rank.item()}
+
+
+def teacher_metrics(method: Method, step: int) -> dict[str, float]:
+    """State of the momentum teacher, and whether it still moves."""
+    momentum = teacher_momentum(method, step)
+    theta_t, theta_s = (weights[0] for weights in method.weights)
+    # Towards the end of a long run the schedule lets the teacher stand still, as it should.
+    nearly_one = 1 - 1e-6
+    by_schedule = momentum > nearly_one and teacher_momentum(method, 0) < nearly_one
+    is_copy = getattr(method.args, "teacher_update", "momentum") != "momentum"
+    if by_schedule or is_copy:
+        moved = True
+    else:  # one weight tells whether any moves
+        moved = not torch.equal(theta_t, theta_t.lerp(theta_s.detach(), 1 - momentum))
+    return {"momentum": momentum, "teacher_moved": moved}
+
 
 # ---------------------------------------------------------------------------------------------
 # DINO
 # ---------------------------------------------------------------------------------------------
 
 
+UPDATES = ("momentum", "epoch", "step")
+
+
 class DINO(Method):
     """Self-distillation with no labels (Caron et al., 2021, algorithm 1).
 
-    The student's distribution over K prototypes, of every view, is to be the momentum teacher's P_t
-    of another, global, view of the same image.
+    The student's distribution over K prototypes, for every view, should match the momentum
+    teacher's P_t for another, global, view of the same image.
     """
 
+    name = "dino"
     evaluated = "teacher"
+    flags = (
+        *shared("out_dim"),
+        Flag("hidden_dim", "width of the head's hidden layers", int, ">= 1"),
+        Flag("use_bn_in_head", "batch norm in the head", true_or_false, metavar="BOOL"),
+        Flag("norm_last_layer", "prototypes of length 1: steadier", true_or_false, metavar="BOOL"),
+        *shared("freeze_last_layer", "momentum_teacher"),
+        Flag("teacher_update", "EMA, or the student of the last epoch or step", choices=UPDATES),
+        *shared("student_temp", "teacher_temp"),
+        Flag("warmup_teacher_temp", "teacher_temp at the start of its warm-up", float, "> 0"),
+        Flag("warmup_teacher_temp_epochs", "epochs of that warm-up", float, ">= 0"),
+        Flag("centering", "against a collapse", choices=("softmax", "sinkhorn")),
+        Flag("center_momentum", "EMA momentum of the softmax's centre", float, "0 to 1"),
+        *shared("alpha"),
+        Flag("koleo_weight", "weight of the KoLeo regulariser (DINOv2: 0.1)", float, ">= 0"),
+        Flag("infonce_weight", "weight of InfoNCE at the start, fading to 0", float, ">= 0"),
+    )
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
-        super().__init__()
-        self.args, self.out_dim = args, args.out_dim
-        self.total_steps, self.epoch_steps = total_steps, epoch_steps
+        super().__init__(args, total_steps, epoch_steps)
+        self.out_dim = args.out_dim
         self.student = MultiViewNetwork(backbone, dino_head(backbone.embed_dim, args))
         self.teacher = ema.make_teacher(self.student)  # a copy without gradients
         self.weights = ema.paired_parameters(self.teacher, self.student)  # theta_t, theta_s
@@ -81,8 +327,12 @@ class DINO(Method):
     def metrics(self):
         return dino_metrics(self, *self.last)
 
+    @classmethod
+    def check(cls, args):
+        return check_pairs(cls, args)
 
-def dino_head(in_dim: int, args: argparse.Namespace) -> DINOHead:
+
+def dino_head(in_dim: int, args) -> DINOHead:
     return DINOHead(
         in_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim
     )
@@ -96,7 +346,7 @@ def teacher_temperature(method: Method, step: int) -> float:
 
 
 def regularizers(method: Method, features: tuple, z: tuple, step: int) -> Tensor | float:
-    """InfoNCE between the global views, which fades, and KoLeo; by default there is neither."""
+    """InfoNCE between the global views, which fades, and KoLeo; a weight of 0 leaves one out."""
     args, total = method.args, 0.0
     if args.infonce_weight:
         weight = schedules.cosine(step, method.total_steps, args.infonce_weight, 0.0)
@@ -118,72 +368,30 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
     }
 
 
-def add_dino_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("self-distillation").add_argument
-    add("--out_dim", type=int, default=1024, help="number of prototypes K, the width of the logits")
-    add("--hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
-    add("--use_bn_in_head", type=bool_flag, default=False, metavar="BOOL", help="batch norm there")
-    help = "keep all prototypes at length 1: steadier; without it often a little better"
-    add("--norm_last_layer", type=bool_flag, default=True, metavar="BOOL", help=help)
-    help = "epochs during which the prototypes stay as they are"
-    add("--freeze_last_layer", type=float, default=1, help=help)
-    help = (
-        "EMA momentum at the start; rises to 1 on a cosine. Higher for small batches, such as "
-        "0.9995; none: 1 - 1/(2 sqrt(steps))"
-    )
-    add("--momentum_teacher", type=number_or_none, default=0.996, help=help)
-    help = "the teacher: an EMA of the student, or the student of the epoch or the step before"
-    updates = ["momentum", "epoch", "step"]
-    add("--teacher_update", choices=updates, default="momentum", help=help)
-    add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
-    add("--teacher_temp", type=float, default=0.04, help="teacher's temperature after its warm-up")
-    help = "teacher's temperature at the start of its warm-up, if it has one"
-    add("--warmup_teacher_temp", type=float, default=0.04, help=help)
-    add("--warmup_teacher_temp_epochs", type=float, default=0, help="epochs of that warm-up")
-    help = "what keeps the teacher's distribution over the prototypes even"
-    add("--centering", choices=["softmax", "sinkhorn"], default="softmax", help=help)
-    help = "EMA momentum of the centre, with softmax centering"
-    add("--center_momentum", type=float, default=0.9, help=help)
-    help = "weight of the global against the local views (SSLight); none: mean over all pairs"
-    add("--alpha", type=number_or_none, help=help)
-    help = "weight of the KoLeo regulariser (DINOv2 uses 0.1)"
-    add("--koleo_weight", type=float, default=0.0, help=help)
-    help = (
-        "weight of InfoNCE between the global views at the start, falling to 0 on a cosine: it "
-        "teaches a network whose own teacher knows nothing yet; 1 with random weights and few steps"
-    )
-    add("--infonce_weight", type=float, default=0.0, help=help)
-
-
-def check_dino(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of DINO, in one sentence, or None."""
-    if args.out_dim < 2:
-        return f"--out_dim must be at least 2, not {args.out_dim}"
-    return check_pairs(args) or out_of_range(
-        args,
-        not_negative=(
-            "warmup_teacher_temp_epochs",
-            "freeze_last_layer",
-            "koleo_weight",
-            "infonce_weight",
-        ),
-        above_zero=("student_temp", "warmup_teacher_temp", "teacher_temp"),
-        fractions=("momentum_teacher", "center_momentum", "alpha"),
-        at_least_one=("hidden_dim",),
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # MV-MR
 # ---------------------------------------------------------------------------------------------
 
 
-class MVMR(Projecting):
+DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
+WEIGHTS = ("invariance_weight", "variance_weight", "dependence_weight", "representation_weight")
+
+
+class MVMR(ProjectionMethod):
     """Multi-view, multi-representation learning (Kinakh et al.), without a teacher or contrast.
 
-    The embedding z' of an augmented view is to depend, by distance correlation, on z of the plain
-    image and on fixed descriptors r_m of it. The second augmented view is one, "augmented".
+    The embedding z' of an augmented view should depend, by distance correlation, on z of the plain
+    image and on fixed descriptors r_m of it. The descriptor "augmented" is the second view.
     """
+
+    name = "mvmr"
+    flags = (
+        *shared("projector"),
+        Flag("descriptors", "fixed representations of the image", choices=DESCRIPTORS, nargs="+"),
+        *shared("invariance_weight", "variance_weight"),
+        Flag("dependence_weight", "weight of L2, 1 - distance correlation", float, ">= 0"),
+        Flag("representation_weight", "weight of L3, the same with descriptors", float, ">= 0"),
+    )
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(backbone, args, total_steps, epoch_steps)
@@ -194,9 +402,8 @@ class MVMR(Projecting):
             args.representation_weight,
         )
         if "scattering" in args.descriptors:
-            size = args.global_crops_size
             with distributed.user_errors():
-                self.scattering = descriptors.Scattering(size, size)
+                self.scattering = descriptors.Scattering(*[args.global_crops_size] * 2)
 
     def forward(self, views, batch=None, step=0):
         plain = plain_view(batch, views[0].shape[-1], self.backbone)
@@ -221,67 +428,45 @@ class MVMR(Projecting):
     def metrics(self):
         return mean_terms(self) | feature_metrics(self.last)
 
+    @classmethod
+    def check(cls, args):
+        if args.local_crops_number:
+            return (
+                "--method mvmr has one augmented view: give --local_crops_number 0, not "
+                f"{args.local_crops_number}, or --preset mvmr"
+            )
+        if len(set(args.descriptors)) < len(args.descriptors):
+            return f"--descriptors names one twice: {' '.join(args.descriptors)}"
+        if not any(getattr(args, name) for name in WEIGHTS):
+            return "--method mvmr has nothing to learn: all four of its weights are 0"
+        return check_pairs(cls, args)
+
 
 def plain_view(batch: data.Batch, size: int, backbone: nn.Module) -> Tensor:
-    """The whole images of a batch, resized and normalised: (B, 3, size, size)."""
+    """The images of a batch uncropped, resized and normalised: (B, 3, size, size)."""
     x = augment.central_view(batch.images, batch.sizes, size, backbone.mean, backbone.std)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
-MVMR_WEIGHTS = (
-    "invariance_weight",
-    "variance_weight",
-    "dependence_weight",
-    "representation_weight",
-)
-
-
-def add_mvmr_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("MV-MR").add_argument
-    help = "fixed representations of the plain image"
-    add("--descriptors", nargs="+", choices=DESCRIPTORS, default=list(DESCRIPTORS), help=help)
-    help = "of the mean square between the embeddings, in L1"
-    add("--invariance_weight", type=float, default=1.0, help=help)
-    help = "of the hinge on their standard deviation, in L1"
-    add("--variance_weight", type=float, default=1.0, help=help)
-    help = "of L2, 1 - distance correlation between the embeddings"
-    add("--dependence_weight", type=float, default=1.0, help=help)
-    help = "of L3, the same between embedding and each descriptor"
-    add("--representation_weight", type=float, default=1.0, help=help)
-
-
-def check_mvmr(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of MV-MR, in one sentence, or None."""
-    if args.local_crops_number:
-        return (
-            "--method mvmr has one augmented view: give --local_crops_number 0, not "
-            f"{args.local_crops_number}, or --preset mvmr"
-        )
-    if wrong := check_pairs(args):
-        return wrong
-    if len(set(args.descriptors)) < len(args.descriptors):
-        return f"--descriptors names one twice: {' '.join(args.descriptors)}"
-    if wrong := out_of_range(args, not_negative=MVMR_WEIGHTS):
-        return wrong
-    if not any(getattr(args, name) for name in MVMR_WEIGHTS):
-        return "--method mvmr has nothing to learn: all four of its weights are 0"
-    return None
-
-
 # ---------------------------------------------------------------------------------------------
-# EMP
+# EMP-SSL
 # ---------------------------------------------------------------------------------------------
 
 
-class EMP(Projecting):
+class EMP(ProjectionMethod):
     """Extreme multi-patch learning (EMP-SSL; Tong et al., 2023): many views of few images.
 
-    The embeddings of an image's views are to be near their mean, while those of the batch have the
-    largest coding rate. There is no teacher and no contrast.
+    The embeddings of an image's views should be near their mean, and those of the batch should have
+    the largest coding rate. There is no teacher and no contrast.
     """
 
+    name = "emp"
     remedy = "lower --cosine_weight, or --lr"
+    flags = (
+        *shared("projector"),
+        Flag("cosine_weight", "weight of the cosine to the image's mean", float, ">= 0"),
+        Flag("rate_eps", "squared precision of the coding rate", float, "> 0"),
+    )
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(backbone, args, total_steps, epoch_steps)
@@ -294,110 +479,8 @@ class EMP(Projecting):
         self.keep(step, features, outputs["projector"], views, cosine=cosine, coding_rate=rate)
         return self.loss.total(cosine, rate)
 
-
-def add_emp_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("EMP").add_argument
-    help = "widths of the projector's layers; default: the method's"
-    add("--projector", type=int, nargs="+", metavar="WIDTH", help=help)
-    help = "weight of the cosine between an embedding and the mean of its image's"
-    add("--cosine_weight", type=float, default=200.0, help=help)
-    help = "squared precision of the coding rate"
-    add("--rate_eps", type=float, default=0.2, help=help)
-
-
-def check_emp(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of EMP, in one sentence, or None."""
-    if args.global_crops_number + args.local_crops_number < 2:
-        return "--method emp compares views of an image: give --global_crops_number 2 or more"
-    return out_of_range(args, not_negative=("cosine_weight",), above_zero=("rate_eps",))
-
-
-# ---------------------------------------------------------------------------------------------
-# The table of train.py --method
-# ---------------------------------------------------------------------------------------------
-
-
-def no_flags(parser: argparse.ArgumentParser) -> None:
-    """Of a method that only shares those of others."""
-
-
-class Entry(NamedTuple):
-    """A method's class, the function that adds its flags, the one that checks them, the names of
-    its flags that another method adds, and its own defaults where they differ from a flag's."""
-
-    build: Callable[..., Method]
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    check: Callable[[argparse.Namespace], str | None]
-    shared: Sequence[str] = ()
-    defaults: dict = {}
-
-
-METHODS = {
-    "dino": Entry(DINO, add_dino_flags, check_dino),
-    "emp": Entry(EMP, add_emp_flags, check_emp, defaults=dict(projector=[512, 512, 256])),
-    "mvmr": Entry(
-        MVMR,
-        add_mvmr_flags,
-        check_mvmr,
-        shared=("projector",),
-        defaults=dict(projector=[8192] * 3),
-    ),
-    "byol": Entry(
-        baselines.BYOL,
-        no_flags,
-        baselines.check_byol,
-        shared=("projector", "momentum_teacher", "alpha"),
-        defaults=dict(projector=[4096, 256]),
-    ),
-    "moco": Entry(
-        baselines.MoCo,
-        baselines.add_moco_flags,
-        baselines.check_moco,
-        shared=("projector", "momentum_teacher", "alpha"),
-        defaults=dict(projector=[2048, 128], momentum_teacher=0.999),
-    ),
-    "swav": Entry(
-        baselines.SwAV,
-        baselines.add_swav_flags,
-        baselines.check_swav,
-        shared=(
-            "projector queue_size out_dim student_temp teacher_temp freeze_last_layer alpha".split()
-        ),
-        defaults=dict(projector=[2048, 128], out_dim=3000, teacher_temp=0.05, queue_size=3840),
-    ),
-    "simclr": Entry(
-        baselines.SimCLR,
-        no_flags,
-        baselines.check_simclr,
-        shared=("projector", "temperature"),
-        defaults=dict(projector=[2048, 128], temperature=0.5),
-    ),
-    "vicreg": Entry(
-        baselines.VICReg,
-        baselines.add_vicreg_flags,
-        baselines.check_vicreg,
-        shared=("projector", "invariance_weight", "variance_weight"),
-        defaults=dict(projector=[8192] * 3, invariance_weight=25.0, variance_weight=25.0),
-    ),
-    "barlow": Entry(
-        baselines.BarlowTwins,
-        baselines.add_barlow_flags,
-        baselines.check_barlow,
-        shared=("projector",),
-        defaults=dict(projector=[8192] * 3),
-    ),
-}
-
-
-def options(method: str, **given) -> argparse.Namespace:
-    """Settings of a method for one's own loop: the defaults of its flags, but for those given.
-
-    MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views.
-    """
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    parser = argparse.ArgumentParser()
-    for entry in METHODS.values():  # of all methods, for some share a flag
-        entry.add_flags(parser)
-    known = vars(parser.parse_args([]))
-    return argparse.Namespace(**known | METHODS[method].defaults | given)
+    @classmethod
+    def check(cls, args):
+        if args.global_crops_number + args.local_crops_number < 2:
+            return "--method emp compares views of an image: give --global_crops_number 2 or more"
+        return None

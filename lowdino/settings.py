@@ -1,489 +1,497 @@
-"""Settings of a run: flags and checks that scripts share, and what follows from the data."""
+"""Settings, in one pass: default < recipe < optimizer's row < fitted to data and machine < typed.
+
+`resolve` makes the first three and what was typed into frozen `Settings`; `fit_to_data` adds what
+follows from the images and the machine, and keeps the reason of each value. Nothing writes to
+settings afterwards: a longer or shorter run has new ones, by `fit_epochs`.
+"""
 
 import argparse
+import dataclasses
+import difflib
 import hashlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lowdino
-from lowdino import checkpoint, data, datasets, demo, distributed, parts
-from lowdino.base import default_momentum
+from lowdino import checkpoint, data, datasets, distributed
 from lowdino.distributed import UserError, user_errors
-from lowdino.flags import out_of_range
-from lowdino.methods import METHODS
-from lowdino.presets import PRESETS, recipe
+from lowdino.methods import Flag, default_momentum
+from lowdino.recipes import (
+    METHODS,
+    OPTIMIZERS,
+    RECIPES,
+    VIEWS_PER_STEP,
+    default_recipe,
+    preset_for,
+)
 
-# Of a training without --epochs or --minutes. The usual 30 epochs are more from 67 steps each on.
-LEAST_STEPS = 2000
+LEAST_STEPS = 2000  # where neither --epochs, --minutes nor --preset says how long a run is
 IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "queue_epochs")
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags by hand, over the settings of the preset or of the recipe, over the parser's defaults.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Values of flags as attributes, which cannot be written to.
 
-    `args.by_hand` names the flags given by hand, `args.defaults` has what all would be without
-    them, `args.usual` the epochs that the settings are made for and what they count in epochs,
-    `args.started` is when --minutes begin. --help shows the defaults as the other flags leave them.
+    Attributes:
+        values: by name, of the flags that the method knows.
+        typed: names of the flags on the command line.
+        row: of recipes.py. recipe: its name.
+        reasons: a line per value that was fitted to data and machine.
+        started: `time.perf_counter()` when --minutes began.
     """
-    started = time.perf_counter()
-    argv = sys.argv[1:] if argv is None else argv
-    words = [word for word in argv if word not in ("-h", "--help")]
-    by_hand = given(parser, words)
-    args = parser.parse_args(words)
-    if hasattr(args, "method"):
-        of_preset = PRESETS[args.preset].get("method", "dino") if args.preset else None
-        args.method = args.method or of_preset or implied_method(by_hand)
-    found = recipe(args, by_hand) | {"method": getattr(args, "method", None)}
-    epochs = found["epochs"]
-    if args.minutes or not args.preset:
-        found["epochs"] = None  # see `settle`
-    known = {name: value for name, value in found.items() if hasattr(args, name)}
-    parser.set_defaults(**known)
-    args = parser.parse_args(argv)
-    args.started, args.by_hand = started, sorted(by_hand)
-    args.defaults = {action.dest: action.default for action in parser._actions} | {"method": None}
-    in_epochs = (name for name in IN_EPOCHS if hasattr(args, name) and name not in by_hand)
-    args.usual = {"epochs": epochs} | {name: getattr(args, name) for name in in_epochs}
-    if args.epochs:
-        fit_epochs(args, max(args.epochs, 0))
-    del args.local_rank
-    return args
 
+    values: dict[str, Any]
+    typed: frozenset[str] = frozenset()
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: str = ""
+    reasons: tuple[str, ...] = ()
+    started: float = 0.0
 
-def given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
-    """The names of the flags that are on the command line."""
-    missing = object()
-    names = vars(parser.parse_args(argv))
-    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing)))
-    return {name for name, value in vars(found).items() if value is not missing}
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(f"no setting {name}") from None
 
+    def replace(self, **values) -> "Settings":
+        return dataclasses.replace(self, values=self.values | values)
 
-def implied_method(by_hand: set[str]) -> str:
-    """The method whose flags are given by hand, by default the recipe's."""
-    of_methods = by_hand & set().union(*map(flags_of, METHODS))
-    return next((name for name in ("emp", *METHODS) if of_methods <= flags_of(name)), "emp")
-
-
-def flags_of(method: str) -> set[str]:
-    """The names of the flags that a method, and not every one, knows."""
-    parser = argparse.ArgumentParser()
-    METHODS[method].add_flags(parser)
-    return {*vars(parser.parse_args([])), *METHODS[method].shared}
-
-
-def fit_epochs(args: argparse.Namespace, epochs: float) -> None:
-    """Fit what is counted in epochs, and not given by hand, to the length of a training.
-
-    Where it would take more than a tenth of the epochs and more than its own share of the preset's,
-    it is cut to that. Where more epochs than the preset's are not asked for by hand, as those of a
-    small folder are, it keeps its share.
-    """
-    for name in args.usual.keys() & set(IN_EPOCHS):
-        value, share = args.usual[name], args.usual[name] / args.usual["epochs"]
-        if "epochs" not in args.by_hand:
-            value = max(value, epochs * share)
-        setattr(args, name, min(value, epochs * max(share, 0.1)))
+    def fit(self, name: str, value: Any, reason: str) -> "Settings":
+        """The settings with a value that follows from others; what was typed stays."""
+        if name in self.typed or self.values[name] == value:
+            return self
+        reasons = (*self.reasons, f"{name} {value}: {reason}")
+        return dataclasses.replace(self, values=self.values | {name: value}, reasons=reasons)
 
 
 # ---------------------------------------------------------------------------------------------
-# Flags of every training, whatever its method
+# Flags
 # ---------------------------------------------------------------------------------------------
 
-UNSAID = ("by_hand", "usual", "started", "defaults")  # no flags
+AMP = ("auto", "bf16", "fp16", "none")
+LINEAR_SCALING = "batch size that --lr refers to; 0 disables linear scaling"
+CACHES = ("auto", "device", "host", "none")
+BAD_IMAGES = "largest tolerated fraction of unreadable images (each is replaced)"
+# The flags of --help, which the others of --help_all follow.
+EVERYDAY = (
+    "teacher objective data_path output_dir arch minutes epochs method preset global_crops_size "
+    "batch_size_per_gpu device seed"
+).split()
+PLACES = f"folder, text file with one path per line, or {', '.join(datasets.NAMED)}"
+AREA = dict(type=float, nargs=2, metavar=("MIN", "MAX"))
+DATA_FLAGS = (
+    Flag("data_path", PLACES, default="demo"),
+    Flag("data_root", "folder of cifar10, cifar100 and stl10", default="data"),
+    Flag("download", "fetch cifar10, cifar100 or stl10 where --data_root lacks it", bool),
+    Flag("labels", "table with columns path, label and perhaps split", metavar="FILE.csv"),
+    Flag("test_fraction", "share of each class to hold out as test images", float),
+    Flag("device", "where to compute", default="auto", choices=("auto", "cuda", "mps", "cpu")),
+    Flag("value_range", "values that become black and white", float, nargs=2),
+    Flag("max_megapixels", "larger images count as unreadable", float, "> 0", 256.0),
+    Flag("num_workers", "loader processes per rank; default: fits the machine", int, ">= 0"),
+)
+# Flags of every training, by the heading of --help_all.
+TRAINING_FLAGS = {
+    "network": (
+        Flag("arch", f"backbone: {', '.join(lowdino.ARCHS)}", default="mobilevit_s"),
+        Flag("patch_size", "side of a ViT's patches in pixels", int, default=16),
+        Flag("drop_path_rate", "stochastic depth of a ViT's last block", float, "0 to 1"),
+        Flag("init", "backbone file to start from", metavar="FILE"),
+        Flag("in_chans", "number of input channels, 1 to 16", int, default=3),
+    ),
+    "optimisation": (
+        Flag("optimizer", "muon brings its own --lr, as the others do", choices=(*OPTIMIZERS,)),
+        Flag("epochs", "default: 30 epochs, at least 2,000 steps", int, ">= 1"),
+        Flag("minutes", "length of the run in minutes, in place of --epochs", float, "> 0"),
+        Flag("batch_size_per_gpu", "batch size per process", int),
+        Flag("lr", "peak learning rate, for a total batch of --lr_reference_batch", float, ">= 0"),
+        Flag("lr_reference_batch", LINEAR_SCALING, int, ">= 0"),
+        Flag("warmup_epochs", "epochs over which the learning rate rises", float, ">= 0"),
+        Flag("min_lr", "learning rate at the end of its cosine", float, ">= 0"),
+        Flag("weight_decay", "weight decay at the start", float, ">= 0"),
+        Flag("weight_decay_end", "weight decay at the end of its cosine", float, ">= 0"),
+        Flag("clip_grad", "limit of each parameter's gradient norm; 0: none", float, ">= 0"),
+        Flag("amp", "autocast type; auto: the fastest", default="auto", choices=AMP),
+    ),
+    "views": (
+        Flag("global_crops_size", "side of global views; default: fits the images", int),
+        Flag("global_crops_number", "global views per image", int, ">= 1"),
+        Flag("global_crops_scale", "area of global crops, as a fraction of the image", **AREA),
+        Flag("local_crops_number", "local views per image", int, ">= 0"),
+        Flag("local_crops_size", "side of local views; default: 3/7 of global ones", int),
+        Flag("local_crops_scale", "area of local crops, as a fraction of the image", **AREA),
+        Flag("vertical_flip", "probability of a top-bottom flip", float, "0 to 1"),
+        Flag("jitter", "strength of colour jitter: 1 is DINO's, 0.4 0.4 0.2 0.1", float),
+        Flag("grayscale", "probability of a view without colour", float, "0 to 1"),
+        Flag("blur", "factor of DINO's probabilities of blur, 1, 0.1, 0.5", float, "0 to 1"),
+        Flag("solarize", "probability for global views but the first", float, "0 to 1"),
+    ),
+    "data": DATA_FLAGS,
+    "output and checkpoints": (
+        Flag("output_dir", "output folder; repeat the command to resume", default="output"),
+        Flag("saveckp_freq", "epochs between numbered checkpoints; 0: none", int, ">= 0", 20),
+        Flag("save_every_steps", "steps between checkpoints; 0: every epoch", int, ">= 0", 0),
+        Flag("accept_changes", "resume although settings have changed", bool),
+        Flag("skip_nonfinite", "steps in a row that may not be finite", int, ">= 0", 0),
+        Flag("max_bad_fraction", BAD_IMAGES, float, "0 to 1", 0.01),
+        Flag("knn_freq", "epochs between evaluations; 0: no k-NN, no pictures", int, ">= 0", 10),
+        Flag("nb_knn", "neighbours of the k-NN", int, ">= 1", 20),
+        Flag("log_freq", "steps between log lines", int, ">= 1", 10),
+        Flag("seed", "seed of weights, order and views", int, ">= 0", 0),
+        Flag("cache", "keep decoded images; auto: where they fit", default="auto", choices=CACHES),
+        Flag("compile", "torch.compile: a slow start, faster steps", bool),
+    ),
+}
+PRESET = Flag("preset", "recipe of a paper, or ours", choices=tuple(RECIPES))
+EVALUATION_FLAGS = (
+    *DATA_FLAGS,
+    Flag("image_size", "side of the network's input; default: fits file or images", int, ">= 32"),
+    Flag(
+        "pool",
+        "features: the backbone's own, or mean or maximum of the last map, or two side by side",
+        default="default",
+        choices=("default", "mean", "max", "default+mean", "default+max"),
+    ),
+)
 
-# What a resumed run may change, because it does not change what is computed. A teacher of
-# distill.py and an --init are compared by their weights, wherever their files lie.
-FREE = {
-    "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "labels",
-    "device",
-    "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq", "save_every_steps",
-    "accept_changes", "skip_nonfinite", "max_bad_fraction", *UNSAID,
-}  # fmt: skip
 
+class Parser(argparse.ArgumentParser):
+    """A parser of `Flag`s that knows what was typed; wrong flags are a UserError of one line.
 
-def write(path: Path, args: argparse.Namespace, known: dict) -> list[str]:
-    """Write all flags and what is `known` beside them as JSON; in lines, what is unusual.
-
-    Those are the flags by hand, and what differs from the defaults for the images' sake.
+    Args:
+        script: its name. doc: its docstring: the first paragraph describes it, the third follows
+            the flags. groups: flags by heading.
     """
-    values = {name: value for name, value in vars(args).items() if name not in UNSAID}
-    method = getattr(args, "method", None)
-    foreign = set().union(*map(flags_of, METHODS)) - flags_of(method) if method else set()
-    unusual = {
-        name: value
-        for name, value in values.items()
-        if value != args.defaults.get(name) and name not in foreign
-    }
-    with user_errors(), checkpoint.atomic(path) as file:
-        content = values | known | {"unusual": list(unusual)}
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
-    others = f"--preset {args.preset}" if args.preset else "the recipe"
-    by_hand = f", but by hand {', '.join(args.by_hand)}" if args.by_hand else ""
-    return [
-        f"settings of {others}{by_hand}",
-        f"settings that differ from the defaults; {path.name} has all:",
-        *(f"  {name}={value}" for name, value in unusual.items()),
-    ]
+
+    def __init__(self, script: str, doc: str, groups: dict[str, Iterable[Flag]]):
+        description, *rest = (" ".join(part.split()) for part in doc.strip().split("\n\n"))
+        super().__init__(
+            prog=script,
+            description=description,
+            epilog=rest[1] if len(rest) > 1 else None,
+            usage="%(prog)s [flags]",
+            allow_abbrev=False,
+            add_help=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self.flags = {flag.name: flag for flags in groups.values() for flag in flags}
+        for title, flags in groups.items():
+            group = self.add_argument_group(title)
+            for flag in flags:
+                if flag.type is bool:
+                    group.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+                    continue
+                shown = f"{{{','.join(flag.choices)}}}" if 0 < len(flag.choices) < 8 else None
+                group.add_argument(
+                    f"--{flag.name}",
+                    type=flag.type,
+                    nargs=flag.nargs,
+                    metavar=flag.metavar or shown,
+                    help=flag.help,
+                )
+        group = self.add_argument_group("help")
+        group.add_argument("-h", "--help", action="store_true", help="the everyday flags")
+        group.add_argument("--help_all", action="store_true", help="all flags")
+        # torch.distributed.launch passes it; the environment has it too.
+        self.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+    def typed(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The flags on the command line, each checked by itself."""
+        typed = vars(self.parse_args(argv))
+        typed.pop("local_rank", None)
+        for name in self.flags.keys() & typed.keys():
+            if wrong := self.flags[name].wrong(typed[name]):
+                raise UserError(wrong)
+        return typed
+
+    def defaults(self) -> dict[str, Any]:
+        return {f.name: False if f.type is bool else f.default for f in self.flags.values()}
+
+    def error(self, message: str) -> None:
+        unknown = next((w for w in message.split() if w.startswith("--")), "")
+        if message.startswith("unrecognized") and unknown:
+            name = unknown.partition("=")[0]
+            near = difflib.get_close_matches(name, [f"--{flag}" for flag in self.flags], 1)
+            hint = f"did you mean {near[0]}?" if near else "--help_all lists all flags"
+            message = f"{name} is unknown: {hint}"
+        raise UserError(message.removeprefix("argument "))
+
+    def show_help(self, values: dict[str, Any], everyday: bool) -> None:
+        """Print the help, each flag with its value where it is not typed, and exit."""
+        for action in self._actions:
+            flag = self.flags.get(action.dest)
+            if everyday and flag and flag.name not in EVERYDAY:
+                action.help = argparse.SUPPRESS
+            elif flag and (value := values.get(flag.name)) not in (None, False):
+                shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                action.help = f"{flag.help} (default: {shown})".replace("%", "%%")
+        self.print_help()
+        sys.exit(0)
 
 
-def compared(args: argparse.Namespace, images: data.ImageArray | data.ImageFiles, world: int):
-    """The settings that a resumed run must share with the one that stopped."""
-    names = sorted(vars(args), key=lambda name: name not in args.by_hand)  # those asked for first
-    settings = {name: getattr(args, name) for name in names if name not in FREE}
-    if args.amp == "auto":  # it takes what the run had
-        del settings["amp"]
-    if args.init:
-        settings["init"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:16]
-    return settings | {"world": world, "images": images.fingerprint()}
+# ---------------------------------------------------------------------------------------------
+# Resolve
+# ---------------------------------------------------------------------------------------------
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Network, optimisation, views, data and output."""
-    help = "settings of a paper, or of this project for small machines; flags given by hand win"
-    parser.add_argument("--preset", choices=PRESETS, help=help)
-    # torch.distributed.launch passes it; the environment has it too.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    add_network_flags(parser.add_argument_group("network").add_argument)
-    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
-    add_view_flags(parser.add_argument_group("views").add_argument)
-    add_output_flags(parser.add_argument_group("data and output").add_argument)
+def training_parser(script: str, doc: str) -> Parser:
+    """All flags of train.py or distill.py."""
+    if script == "distill.py":
+        first = {"distillation": (*METHODS["distillation"].flags, PRESET)}
+    else:
+        names = tuple(name for name in METHODS if name != "distillation")
+        text = "what is learned, see below; default: the preset's, or emp"
+        first = {"method": (Flag("method", text, choices=names), PRESET)}
+        own = {flag.name: flag for name in names for flag in METHODS[name].flags}
+        for flag in own.values():
+            owners = ", ".join(name for name in names if flag in METHODS[name].flags)
+            first.setdefault(owners, []).append(flag)
+    return Parser(script, doc, first | TRAINING_FLAGS)
 
 
-def add_network_flags(add) -> None:
-    add("--arch", default="mobilevit_s", help=f"backbone: {', '.join(lowdino.ARCHS)}")
-    add("--patch_size", type=int, default=16, help="side of a ViT's patches in pixels")
-    help = (
-        "share of images for which a ViT's last block drops a branch; the first drops none, the "
-        "others between"
-    )
-    add("--drop_path_rate", type=float, default=0.1, help=help)
-    help = "backbone file to start from: ours, or a state dict such as timm's MobileViT"
-    add("--init", metavar="FILE", help=help)
-    help = "channels of the images, 1 to 16: 3 for colours, 1 for grey, others for files of so many"
-    add("--in_chans", type=int, default=3, metavar="N", help=help)
+def resolve(parser: Parser, argv: Sequence[str] | None = None) -> Settings:
+    """What is typed, over the optimizer's row, over the recipe's, over the defaults.
+
+    Raises:
+        UserError: for the first thing that is wrong with the flags by themselves.
+    """
+    started, typed = time.perf_counter(), parser.typed(argv)
+    help, help_all = typed.pop("help", False), typed.pop("help_all", False)
+    defaults, preset = parser.defaults(), typed.get("preset")
+    if "method" in defaults:
+        row = preset and RECIPES[preset]["method"].name
+        method = typed.get("method") or row or next(iter(RECIPES.values()))["method"].name
+        recipe = preset_for(preset, typed.get("arch", "")) if preset else default_recipe(method)
+        row = RECIPES[recipe] | {"method": method}
+    else:  # distill.py takes of a preset what both know but the stochastic depth, see `distill`
+        method, recipe = "distillation", preset or "distill"
+        shared = RECIPES[recipe].keys() & {f.name for fs in TRAINING_FLAGS.values() for f in fs}
+        of_preset = {name: RECIPES[recipe][name] for name in shared - {"drop_path_rate"}}
+        row = RECIPES["distill"] | of_preset | {"method": method}
+    if not preset or "minutes" in typed:
+        defaults["epochs"] = None
+        known_row = {k: v for k, v in row.items() if k != "epochs"}
+    else:
+        known_row = row
+    optimizer = {}
+    if typed.get("optimizer", row["optimizer"]) != row["optimizer"]:
+        # A rate that is typed keeps its meaning.
+        rates = OPTIMIZERS[typed["optimizer"]].items()
+        optimizer = {k: v for k, v in rates if "lr" not in typed or "lr" not in k}
+    values = defaults | known_row | optimizer | typed
+    if help or help_all:
+        parser.show_help(values, everyday=not help_all)
+    foreign = foreign_flags(method)
+    if mistaken := sorted(typed.keys() & foreign):
+        name = mistaken[0]
+        owners = ", ".join(m for m in METHODS if name in {f.name for f in METHODS[m].flags})
+        raise UserError(f"--{name} is a flag of {owners}, not of {method}: give --method")
+    values = {name: value for name, value in values.items() if name not in foreign}
+    settings = Settings(values, frozenset(typed), row, recipe, started=started)
+    if wrong := check(settings) or METHODS[method].check(settings):
+        raise UserError(wrong)
+    return settings
 
 
-def add_optimisation_flags(add) -> None:
-    add("--optimizer", choices=["adamw", "muon", "sgd", "lars"], default="adamw")
-    help = "default: the preset's; without one 30, or what 2,000 steps take where that is more"
-    add("--epochs", type=int, help=help)
-    help = "in place of --epochs: steps, evaluations and saving end within so many minutes"
-    add("--minutes", type=float, metavar="M", help=help)
-    add("--batch_size_per_gpu", type=int, default=64, help="images a process and step")
-    help = "peak learning rate, for a total batch of --lr_reference_batch"
-    add("--lr", type=float, default=5e-4, help=help)
-    help = "--lr scales in proportion to total batch / this; 0: never"
-    add("--lr_reference_batch", type=int, default=256, help=help)
-    help = "epochs over which the learning rate rises, perhaps a part of one"
-    add("--warmup_epochs", type=float, default=10, help=help)
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end of its cosine")
-    add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
-    help = "weight decay at the end of its cosine"
-    add("--weight_decay_end", type=float, default=0.4, help=help)
-    help = "limit of each parameter's gradient norm; 0: none"
-    add("--clip_grad", type=float, default=3.0, help=help)
-    help = (
-        "autocast type; auto: bf16 on CUDA, or fp16 on GPUs before Ampere; on a CPU the faster of "
-        "bf16 and none, which is timed"
-    )
-    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help=help)
+def foreign_flags(method: str) -> set[str]:
+    """Flags that other methods have, and this one has not."""
+    every = {flag.name for other in METHODS.values() for flag in other.flags}
+    return every - {flag.name for flag in METHODS[method].flags}
 
 
-def add_view_flags(add) -> None:
-    help = "side of global views; default: suits the images, 224 at most"
-    add("--global_crops_size", type=int, help=help)
-    add("--global_crops_number", type=int, default=2, help="global views an image")
-    area, both = dict(type=float, nargs=2, metavar=("MIN", "MAX")), "as a fraction of the image's"
-    help = f"area of global crops {both}"
-    add("--global_crops_scale", default=[0.4, 1.0], help=help, **area)
-    add("--local_crops_number", type=int, default=8, help="local views an image")
-    help = "side of local views; default: 3/7 of the global ones, 32 at least"
-    add("--local_crops_size", type=int, help=help)
-    add("--local_crops_scale", default=[0.05, 0.4], help=f"area of local crops {both}", **area)
-    add("--vertical_flip", type=float, default=0.0, help="probability of a top-bottom flip")
-    help = "strength of colour jitter: 0 for none, 1 for DINO's, which is 0.4 0.4 0.2 0.1"
-    add("--jitter", type=float, default=1.0, help=help)
-    add("--grayscale", type=float, default=0.2, help="probability of a view without colour")
-    help = "factor of the probabilities of blur, DINO's 1, 0.1 and, of local views, 0.5; 0: none"
-    add("--blur", type=float, default=1.0, help=help)
-    help = "probability of solarisation, of global views but the first"
-    add("--solarize", type=float, default=0.2, help=help)
+# ---------------------------------------------------------------------------------------------
+# Fit
+# ---------------------------------------------------------------------------------------------
 
 
-def add_source_flags(add) -> None:
-    """Where a named data set lies, and labels that a folder's names do not give."""
-    add("--data_root", default="data", help="where cifar10, cifar100 and stl10 are kept")
-    help = "fetch cifar10, cifar100 or stl10 where --data_root lacks it"
-    add("--download", action="store_true", help=help)
-    help = (
-        "labels of a folder's or list's images: a table with the columns path (relative to the "
-        "table or to the folder) and label, perhaps split (train, val or test)"
-    )
-    add("--labels", metavar="FILE.csv", help=help)
-    help = (
-        "hold out this share of each class as test images, chosen by the seed, where there are "
-        "none; a training does not see them"
-    )
-    add("--test_fraction", type=float, metavar="F", help=help)
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    help = (
-        "values that become black and white, of images of more than 8 bits; default: the "
-        "network's, or what a sample of the images has"
-    )
-    add("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
-    help = (
-        "larger images are unreadable; a JPEG counts as it is decoded, at 1/8 of its size perhaps"
-    )
-    add("--max_megapixels", type=float, default=256.0, help=help)
+def fit_to_data(settings: Settings, images: int, side: int, world: int = 1) -> Settings:
+    """What follows from the number of images, a `side` that suits them, and the ranks.
+
+    Raises:
+        UserError: where the images are fewer than one batch, or a warm-up outlasts the run.
+    """
+    s, ours = settings, "preset" not in settings.typed
+    if s.global_crops_size is None:
+        s = s.fit("global_crops_size", side, "the median side of the images, 224 at most")
+    local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
+    if s.local_crops_size is None:
+        s = s.fit("local_crops_size", local, "3/7 of the global views'")
+    if ours and s.method == "emp" and "global_crops_number" in s.typed:
+        batch = max(VIEWS_PER_STEP // s.global_crops_number, 16)
+        s = s.fit("batch_size_per_gpu", batch, f"{VIEWS_PER_STEP} views per step")
+    if ours and "alpha" in s.typed:
+        number = RECIPES["sslight"]["local_crops_number"]
+        s = s.fit("local_crops_number", number, "--alpha balances global against local views")
+    if s.method == "distillation":
+        if ours and (s.cache_teacher or s.teacher.endswith((".npy", ".npz"))):
+            area = [0.9, 1.0]
+            s = s.fit("global_crops_scale", area, "the teacher's features are of whole images")
+        if "dino" in s.objective:
+            s = s.fit("global_crops_number", 2, "--objective dino pairs two views")
+    if ours:
+        batch = max(min(s.batch_size_per_gpu, images // world), 2)
+        s = s.fit("batch_size_per_gpu", batch, f"there are {images} images")
+    steps = images // (s.batch_size_per_gpu * world)
+    if not steps:
+        raise UserError(
+            f"{images} images are fewer than one batch of {s.batch_size_per_gpu * world} "
+            f"({world} x --batch_size_per_gpu {s.batch_size_per_gpu})"
+        )
+    if not s.epochs and not s.minutes:
+        epochs = max(s.row["epochs"], math.ceil(LEAST_STEPS / steps))
+        s = s.fit("epochs", epochs, f"{steps} steps each, {LEAST_STEPS:,} at least")
+    if s.epochs:
+        s = fit_epochs(s, s.epochs)
+        if s.values.get("momentum_teacher", 0) is None:
+            momentum = default_momentum(s.epochs * steps)
+            s = s.fit("momentum_teacher", momentum, f"1 - 1 / (2 sqrt({s.epochs * steps}))")
+    return s
 
 
-def add_output_flags(add) -> None:
-    help = (
-        "folder (with or without sub-folders), text file with one path a line, cifar10, cifar100, "
-        "stl10, demo or demo_scenes"
-    )
-    add("--data_path", default="demo", help=help)
-    add_source_flags(add)
-    help = "where all is written; a run that was stopped goes on from here"
-    add("--output_dir", default="output", help=help)
-    help = "keep a numbered checkpoint every so many epochs; 0: none"
-    add("--saveckp_freq", type=int, default=20, help=help)
-    help = "also save a checkpoint every so many steps; 0: at the end of an epoch"
-    add("--save_every_steps", type=int, default=0, help=help)
-    help = "go on with the run in --output_dir though the settings have changed"
-    add("--accept_changes", action="store_true", help=help)
-    help = "leave out up to N steps in a row whose loss or gradients are not finite, and go on"
-    add("--skip_nonfinite", type=int, default=0, metavar="N", help=help)
-    help = "of images that may be unreadable, others standing in for them; see bad_images.txt"
-    add("--max_bad_fraction", type=float, default=0.01, help=help)
-    help = (
-        "k-NN accuracy every so many epochs, where there are labels; 0: never, and no pictures in "
-        "the report; default with --minutes: as often as a twentieth of the time allows"
-    )
-    add("--knn_freq", type=int, default=10, help=help)
-    add("--nb_knn", type=int, default=20, help="neighbours of that k-NN")
-    add("--log_freq", type=int, default=10, help="a log line every so many steps")
-    add("--seed", type=int, default=0)
-    help = "loader processes a rank; default: 0 for images in memory, else up to 10"
-    add("--num_workers", type=int, help=help)
-    help = (
-        "decode each image once and keep it there; none: in every epoch; auto: on a GPU, if a "
-        "quarter of it is enough, else on the host, if 2 GiB a rank are, else not"
-    )
-    add("--cache", choices=["auto", "device", "host", "none"], default="auto", help=help)
-    help = "compile student and teacher by torch.compile: a slow start, faster steps"
-    add("--compile", action="store_true", help=help)
+def fit_epochs(settings: Settings, epochs: float) -> Settings:
+    """Settings whose values in epochs, where they are not typed, suit a run of so many epochs.
+
+    A value keeps its share of the recipe's epochs in a run that is longer because the images are
+    few. It is at most a tenth of the run, or its share where that is more.
+
+    Raises:
+        UserError: where a warm-up is longer than the run.
+    """
+    row, values = settings.row, {}
+    for name in {*IN_EPOCHS} & settings.values.keys() - settings.typed:
+        share = row[name] / row["epochs"]
+        value = row[name] if "epochs" in settings.typed else max(row[name], epochs * share)
+        values[name] = min(value, epochs * max(share, 0.1))
+    settings = settings.replace(**values)
+    if settings.values.get("teacher_update") == "epoch" and epochs < 1:
+        raise UserError(
+            f"--teacher_update epoch needs an epoch, and there is time for {epochs:.2g}"
+        )
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        if (value := settings.values.get(name, 0)) > epochs:
+            minutes = f"--minutes {settings.minutes:g}" if settings.minutes else ""
+            length = minutes or f"--epochs {epochs:g}"
+            raise UserError(f"--{name} {value:g} is longer than the training, {length}")
+    return settings
 
 
-def check_training(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of `add_training_flags`, in one sentence, or None."""
-    if args.batch_size_per_gpu < 2:
-        batch = args.batch_size_per_gpu
+# ---------------------------------------------------------------------------------------------
+# Checks: the first thing wrong with the flags by themselves, in one sentence, or None
+# ---------------------------------------------------------------------------------------------
+
+
+def check(s: Settings) -> str | None:
+    """Of every training."""
+    if s.batch_size_per_gpu < 2:
+        batch = s.batch_size_per_gpu
         return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {batch}"
-    if args.seed >= 2**63:
-        return f"--seed must be below 2^63, not {args.seed}"
-    if wrong := check_source(args) or check_reading(args):
-        return wrong
-    if not 1 <= args.in_chans <= 16:
-        return f"--in_chans must lie between 1 and 16, not {args.in_chans}"
-    if not 0 <= args.jitter <= 2.5:
+    if s.seed >= 2**63:
+        return f"--seed must be below 2^63, not {s.seed}"
+    if not 1 <= s.in_chans <= 16:
+        return f"--in_chans must lie between 1 and 16, not {s.in_chans}"
+    if not 0 <= s.jitter <= 2.5:
         wanted = "between 0 and 2.5, where brightness falls to 0"
-        return f"--jitter must lie {wanted}, not {args.jitter}"
-    if wrong := out_of_range(
-        args,
-        above_zero=("minutes",),
-        at_least_one=("epochs", "log_freq", "nb_knn", "global_crops_number"),
-        not_negative=(
-            "local_crops_number", "lr_reference_batch", "warmup_epochs", "min_lr", "weight_decay",
-            "weight_decay_end", "clip_grad", "saveckp_freq", "save_every_steps", "skip_nonfinite",
-            "knn_freq", "seed", "lr",
-        ),
-        fractions=(
-            "vertical_flip", "grayscale", "blur", "solarize", "drop_path_rate", "max_bad_fraction",
-        ),
-    ):  # fmt: skip
-        return wrong
+        return f"--jitter must lie {wanted}, not {s.jitter}"
     for name in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(args, name)
+        low, high = getattr(s, name)
         if not 0 < low <= high <= 1:
             wanted = "0 < MIN <= MAX <= 1, fractions of the image's area"
             return f"--{name} needs {wanted}, not {low} {high}"
-    if getattr(args, "projector", None) and min(args.projector) < 1:
-        return f"--projector needs widths of at least 1, not {args.projector}"
     for name in ("global_crops_size", "local_crops_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 32:
-            return f"--{name} must be at least 32 pixels, not {getattr(args, name)}"
-    if args.arch not in lowdino.ARCHS:
-        return f"--arch {args.arch} is unknown; choose from {', '.join(lowdino.ARCHS)}"
-    if not 1 <= args.patch_size <= 32:
-        size = args.patch_size
+        if getattr(s, name) is not None and getattr(s, name) < 32:
+            return f"--{name} must be at least 32 pixels, not {getattr(s, name)}"
+    if not 1 <= s.patch_size <= 32:
+        size = s.patch_size
         return f"--patch_size must lie between 1 and 32 pixels, the smallest view, not {size}"
-    if hasattr(args, "method") and (foreign := foreign_flag(args)):
-        return foreign
-    if args.minutes and args.epochs:
-        return "--minutes and --epochs both say how long to train; give one of them"
-    if args.epochs and (wrong := check_warm_ups(args, args.epochs)):
-        return wrong
-    if args.init is not None and not os.path.isfile(args.init):
-        return f"--init {args.init} does not exist"
-    return None
+    if s.minutes and "epochs" in s.typed:
+        return "--minutes and --epochs both say how long to train: give one of them"
+    if s.init is not None and not os.path.isfile(s.init):
+        return f"--init {s.init} does not exist"
+    return check_arch(s.arch) or check_data(s)
 
 
-def check_warm_ups(args: argparse.Namespace, epochs: float) -> str | None:
-    """As `check_training`, where the number of epochs is known."""
-    if getattr(args, "teacher_update", None) == "epoch" and epochs < 1:
-        return f"--teacher_update epoch needs an epoch at least, and there is time for {epochs:.2g}"
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        value = getattr(args, name, 0)
-        if value > epochs:
-            length = f"--minutes {args.minutes:g}" if args.minutes else f"--epochs {epochs:g}"
-            return f"--{name} {value:g} is longer than the training, {length}"
-    return None
+def check_arch(arch: str) -> str | None:
+    if arch in lowdino.ARCHS:
+        return None
+    near = difflib.get_close_matches(arch, lowdino.ARCHS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"--arch {arch} is unknown; {hint}choose from {', '.join(lowdino.ARCHS)}"
 
 
-def foreign_flag(args: argparse.Namespace) -> str | None:
-    """A flag given by hand that the method does not know, in one sentence, or None."""
-    for name in args.by_hand:
-        owners = [method for method in METHODS if name in flags_of(method)]
-        if owners and args.method not in owners:
-            return f"--{name} is a flag of --method {owners[0]}, not of {args.method}"
-    return None
-
-
-def check_source(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of `add_source_flags`, in one sentence, or None."""
-    if args.test_fraction is not None and not 0 < args.test_fraction < 1:
-        return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
+def check_data(s) -> str | None:
+    """Of `DATA_FLAGS`."""
+    if s.test_fraction is not None and not 0 < s.test_fraction < 1:
+        return f"--test_fraction must lie between 0 and 1, not {s.test_fraction}"
     for name in ("labels", "test_fraction"):
-        if getattr(args, name) is not None and args.data_path in NAMED:
+        if getattr(s, name) is not None and s.data_path in datasets.NAMED:
             return (
-                f"--{name} goes with a folder or list of images; {args.data_path} has labels and "
-                "test images of its own"
+                f"--{name} goes with a folder or list of images; {s.data_path} has labels and test "
+                "images of its own"
             )
+    if s.value_range and not -math.inf < s.value_range[0] < s.value_range[1] < math.inf:
+        low, high = s.value_range
+        return f"--value_range needs LOW < HIGH, not {low:g} {high:g}"
+    if s.value_range and s.data_path == "demo_scenes":
+        return "--value_range is of values of more than 8 bits, and demo_scenes has none"
+    if s.num_workers is not None and s.num_workers > 1000:
+        return f"--num_workers must be at most 1000, not {s.num_workers}"
     return None
 
 
-def check_reading(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with how images are read, in one sentence, or None."""
-    if args.value_range and not -math.inf < args.value_range[0] < args.value_range[1] < math.inf:
-        low, high = args.value_range
-        return f"--value_range needs LOW < HIGH, not {low:g} {high:g}"
-    if args.value_range and args.data_path == "demo_scenes":
-        return "--value_range is of values of more than 8 bits, and demo_scenes has none"
-    if args.num_workers is not None and args.num_workers > 1000:
-        return f"--num_workers must be at most 1000, not {args.num_workers}"
-    return out_of_range(args, not_negative=("num_workers",), above_zero=("max_megapixels",))
-
-
-# ---------------------------------------------------------------------------------------------
-# Flags of every evaluation
-# ---------------------------------------------------------------------------------------------
-
-
-def add_evaluation_flags(add) -> None:
-    help = (
-        "folder with train/ and val/ (or test/) of class sub-folders, or any with --labels or "
-        "--test_fraction; or cifar10, cifar100, stl10 or demo"
-    )
-    add("--data_path", default="demo", help=help)
-    add_source_flags(add)
-    help = "side of the network's input; default: the backbone file's, or what suits the images"
-    add("--image_size", type=int, help=help)
-    help = (
-        "default: the backbone's own, a ConvNet's mean or a ViT's class token; mean, max: over the "
-        "last feature map; or two side by side"
-    )
-    pools = ["default", "mean", "max", "default+mean", "default+max"]
-    add("--pool", choices=pools, default="default", help=help)
-    help = "loader processes; default: 0 for images in memory, else up to 10"
-    add("--num_workers", type=int, help=help)
-
-
-def check_evaluation(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of `add_evaluation_flags`, in one sentence, or None."""
+def check_evaluation(args) -> str | None:
+    """Of `EVALUATION_FLAGS`."""
     if args.from_features and (args.pool != "default" or args.image_size):
         return "--pool and --image_size need the images, which --from_features does without"
     if args.from_features and (args.labels or args.test_fraction):
         return "--labels and --test_fraction need the images, which --from_features does without"
-    if args.image_size is not None and args.image_size < 32:
-        return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    return check_source(args) or check_reading(args)
+    return check_data(args)
 
 
 # ---------------------------------------------------------------------------------------------
-# What follows from the data and the machine
+# Settings on disk
 # ---------------------------------------------------------------------------------------------
 
-
-NAMED = ("demo", "demo_scenes", *datasets.TORCHVISION)  # what --data_path takes beside files
-
-
-def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Source:
-    """What --data_path names; of a set to be fetched the first rank fetches it.
-
-    Raises:
-        UserError: in one sentence, where there is nothing to read.
-    """
-    if args.data_path == "demo":
-        # Half the side shows the glyphs as well, at a quarter of the cost.
-        side, splits = demo.SIDE // 2, demo.splits(demo.TRAIN, demo.TEST)
-        train, test = (data.ImageArray(*demo.demo_images(i), view_side=side) for i in splits)
-        return datasets.Source("the built-in demo images", train, train, test, classes=10)
-    if args.data_path == "demo_scenes":
-        scenes, _ = demo.demo_scenes(range(demo.SCENE_TRAIN))
-        why = "each has several classes; use demo, or eval_linear.py --task segmentation"
-        # A third of the side is enough for a ResNet5M, but not for a MobileViT; see RESULTS.md.
-        images = data.ImageArray(scenes, view_side=64)
-        return datasets.Source(
-            "the built-in demo scenes", images, notes=[f"no k-NN: {why}"], no_labels=why
-        )
-    seed = args.seed if hasattr(args, "seed") else args.seeds[0]
-    where = args.data_path, args.data_root, args.download, ranks.rank
-    return datasets.load_on_ranks(
-        *where, table=args.labels, test_fraction=args.test_fraction, seed=seed
-    )
+# A resumed run may change these: they do not change what is computed. A teacher and an --init are
+# compared by their weights, wherever their files lie.
+FREE = {
+    "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "labels",
+    "device", "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq",
+    "save_every_steps", "accept_changes", "skip_nonfinite", "max_bad_fraction",
+}  # fmt: skip
 
 
-def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Source:
-    """Open the data of a training, and fill in what depends on it and on the machine.
+def compared(settings: Settings, fingerprint: str, world: int) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one that stopped."""
+    values = {name: value for name, value in settings.values.items() if name not in FREE}
+    if settings.amp == "auto":  # it takes the type that the run had
+        del values["amp"]
+    if settings.init:
+        values["init"] = hashlib.sha256(Path(settings.init).read_bytes()).hexdigest()[:16]
+    return values | {"world": world, "images": fingerprint}
 
-    Raises:
-        UserError: in one sentence, where data and settings do not go together.
-    """
-    parts.check_amp(args.amp, ranks.device)
-    source = load_data(args, ranks)
-    data.read_as(source, channels=args.in_chans, max_megapixels=args.max_megapixels)
-    if args.global_crops_size is None:
-        args.global_crops_size = data.suitable_size(source.pretrain)
-    if args.local_crops_size is None:
-        args.local_crops_size = max(round(args.global_crops_size * 3 / 7 / 16) * 16, 32)
-    source.pretrain.replace_bad = True
-    # A crop of a quarter of the area still fills its view.
-    source.limit_side(2 * args.global_crops_size)
-    args.num_workers = data.loader_processes(source.pretrain, args.num_workers)
 
-    images = len(source.pretrain)
-    if not args.preset and "batch_size_per_gpu" not in args.by_hand:
-        args.batch_size_per_gpu = max(min(args.batch_size_per_gpu, images // ranks.world), 2)
-    total = args.batch_size_per_gpu * ranks.world
-    if images < total:
-        raise UserError(
-            f"{source.name}: {images} images are fewer than one batch of {total} "
-            f"({ranks.world} x --batch_size_per_gpu {args.batch_size_per_gpu})"
-        )
-    if not args.epochs and not args.minutes:
-        args.epochs = max(args.usual["epochs"], math.ceil(LEAST_STEPS / (images // total)))
-        fit_epochs(args, args.epochs)
-        if wrong := check_warm_ups(args, args.epochs):
-            raise UserError(wrong)
-    if args.epochs and getattr(args, "momentum_teacher", 0) is None:
-        args.momentum_teacher = default_momentum(args.epochs * (images // total))
-    make_output_folder(args.output_dir)
-    return source
+@user_errors()
+def write(path: Path, settings: Settings, facts: dict) -> list[str]:
+    """Write all values and some facts about the run as JSON; return the lines that tell of them."""
+    fitted = [reason.split()[0] for reason in settings.reasons]
+    names = sorted(settings.typed & settings.values.keys())
+    content = settings.values | facts | {"recipe": settings.recipe, "unusual": names + fitted}
+    with checkpoint.atomic(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+    typed = ", ".join(f"{name}={settings.values[name]}" for name in names) or "nothing"
+    return [
+        f"recipe {settings.recipe}; typed: {typed}",
+        *settings.reasons,
+        f"{path} has all settings",
+    ]
 
 
 def make_output_folder(path: str) -> Path:
@@ -494,15 +502,44 @@ def make_output_folder(path: str) -> Path:
     return Path(path)
 
 
-def open_data(
-    args: argparse.Namespace, backbone, ranks: distributed.Ranks, labelled: bool = True
+# ---------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------
+
+
+def open_training_images(
+    settings: Settings, ranks: distributed.Ranks
+) -> tuple[datasets.Source, Settings]:
+    """The images to learn from, and the settings fitted to them.
+
+    Raises:
+        UserError: where there is nothing to read, or too little.
+    """
+    source = load_images(settings, ranks)
+    data.read_as(source, channels=settings.in_chans, max_megapixels=settings.max_megapixels)
+    images = source.pretrain
+    side = settings.global_crops_size or data.suitable_size(images)
+    try:
+        settings = fit_to_data(settings, len(images), side, ranks.world)
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from error
+    images.replace_bad = True
+    # A crop of a quarter of the area still fills its view.
+    source.limit_side(2 * settings.global_crops_size)
+    make_output_folder(settings.output_dir)
+    workers = data.loader_processes(images, settings.num_workers)
+    return source, settings.replace(num_workers=workers)
+
+
+def open_evaluation_images(
+    args, backbone, ranks: distributed.Ranks, labelled: bool = True
 ) -> tuple[datasets.Source, int, int]:
     """The images of an evaluation, the side of the network's input, and the number of workers.
 
     Raises:
         UserError: where `labelled` and there are no labels to test on.
     """
-    source = load_data(args, ranks)
+    source = load_images(args, ranks)
     if labelled and source.test is None:
         raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
     channels = len(getattr(backbone, "mean", (0, 0, 0)))
@@ -510,7 +547,14 @@ def open_data(
     size = args.image_size or getattr(backbone, "image_size", None)
     size = size or data.suitable_size(source.pretrain)
     source.limit_side(2 * size)
-    said = data.fit_values_of_evaluation(args, backbone, source)
-    if said and ranks.first:
-        print(f"{source.name}{said}")
+    values = data.fit_values_of_evaluation(args, backbone, source)
+    if values and ranks.first:
+        print(f"{source.name}{values}")
     return source, size, data.loader_processes(source.pretrain, args.num_workers)
+
+
+def load_images(args, ranks: distributed.Ranks) -> datasets.Source:
+    seed = args.seed if hasattr(args, "seed") else args.seeds[0]
+    return datasets.load(
+        args.data_path, args.data_root, args.download, args.labels, args.test_fraction, seed, ranks
+    )
