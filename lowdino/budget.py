@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lowdino import distributed, evaluate
-from lowdino.features import compute_own_features
+from lowdino.features import compute_rank_features
 
 # bf16 rounds to 8 bits. It has to be worth it.
 LEAST_GAIN = 1.05
@@ -125,7 +125,7 @@ def seconds_of_evaluation(backbone: nn.Module, args, source, ranks) -> float:
     for images in (source.train, source.test):
         size, workers = args.global_crops_size, args.num_workers
         sample = Sample(SAMPLE * 60 * args.minutes, workers)
-        own = compute_own_features(backbone, images, size, ranks, workers=workers, through=sample)
+        own = compute_rank_features(backbone, images, size, ranks, workers=workers, through=sample)
         kept.append(evaluate.Features(*own, []))
         total += sample.seconds(len(images) / ranks.world)
 

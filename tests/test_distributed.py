@@ -161,7 +161,7 @@ def raise_(error):
         ),
         (
             RuntimeError("[/gloo/x.cc:1] Connection closed by peer"),
-            "lost another rank, whose own error tells why "
+            "lost another rank, whose own error says why "
             "([/gloo/x.cc:1] Connection closed by peer)",
         ),
         (
@@ -266,7 +266,7 @@ def test_a_reader_that_leaves_is_one_sentence(errors):
         process.stdout.close()
         said = process.stderr.read() if process.stderr else b""
         assert process.wait(timeout=60) == 2
-    expected = b"x.py: error: whoever read the output is gone (broken pipe)\n"
+    expected = b"x.py: error: the output pipe was closed\n"
     assert said == (expected if process.stderr else b"")
 
 

@@ -117,7 +117,7 @@ def test_without_the_resource_module_the_peak_memory_is_zero(monkeypatch):
     """As on Windows, whose Python lacks it."""
     assert logger.memory_mb(torch.device("cpu")) > 1
     monkeypatch.setitem(sys.modules, "resource", None)
-    spec = importlib.util.spec_from_file_location("copied_monitor", logger.__file__)
+    spec = importlib.util.spec_from_file_location("copied_logger", logger.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     assert copied.memory_mb(torch.device("cpu")) == 0.0

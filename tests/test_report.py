@@ -105,7 +105,7 @@ class Page(HTMLParser):
 
 
 def page_of(*folders):
-    return Page(report.page([report.Run(folder) for folder in folders]))
+    return Page(report.page([report.RunRecord(folder) for folder in folders]))
 
 
 def curves_of(svg):
@@ -382,19 +382,18 @@ def test_maps_have_eight_cells_a_side_at_least(arch, size, side):
         assert backbone.forward_features(torch.zeros(1, 3, side, side)).shape[-1] >= 8
 
 
-def test_an_image_is_not_its_own_neighbour(tmp_path, monkeypatch):
-    images, found = demo_array(range(20)), []
-    monkeypatch.setattr(pictures, "save_rows", lambda *args: found.append(args))
-    indices = list(range(19, 9, -1))
+def test_an_image_is_not_its_own_neighbour(monkeypatch):
+    images, drawn = demo_array(range(10)), []
+    monkeypatch.setattr(pictures, "save_rows", lambda *args: drawn.append(args))
     angles = torch.arange(10) * 0.1
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     features[1] = features[0]  # a copy, which may come before the image itself
-    pictures.save_own_neighbours(None, images, indices, features, 3)
-    _, _, rows, _, near, names, _ = found[0]
-    assert rows == [19, 18, 17] and names is None
-    assert near[0][0] == 18 and near[1][0] == 19 and near[2][0] in (16, 18, 19)
+    pictures.save_neighbours(None, images, images, (features, features), range(3))
+    _, _, rows, _, near, names, _ = drawn[0]
+    assert list(rows) == [0, 1, 2] and names is None
+    assert near[0][0] == 1 and near[1][0] == 0 and near[2][0] in (0, 1, 3)
     assert [len(row) for row in near] == [8] * 3
-    assert all(own not in row for own, row in zip(rows, near))
+    assert all(query not in row for query, row in zip(rows, near))
 
 
 def test_neighbours_bear_the_names_of_their_classes(tmp_path):
@@ -417,10 +416,12 @@ def test_maps_alone(part, picture_folder, tmp_path, call_script):
     "flags, message",
     [
         ("--pixels --maps x.png", "--maps needs a backbone"),
-        ("--arch resnet5m --maps x.png --features y.npz", "and is written alone"),
+        ("--arch resnet5m --maps x.png --features y.npz", "--features is not for --maps"),
         ("--arch resnet5m --maps x", "--maps x should end as a picture's name does"),
         ("--arch resnet5m --maps no/x.png", "--maps no/x.png: no folder no that can be written"),
-        ("--from_features x.npz --maps x.png", "--neighbours and --maps need the images"),
+        ("--from_features x.npz --maps x.png", "--maps needs a backbone, --weights or --arch"),
+        ("--from_features x.npz --neighbours x.png", "--neighbours is not for --from_features"),
+        ("--pixels --pool max", "--pool is not for --pixels"),
     ],
 )
 def test_maps_that_cannot_be(flags, message, call_script):
