@@ -173,7 +173,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step instead of returning it to the kernel.
 
     Every step takes and frees the same large blocks. The kernel clears the pages that it gives,
-    which can cost as much as the work on them. Without glibc nothing happens.
+    which can cost as much as the work on them. Nothing happens without glibc or where another
+    allocator is preloaded.
     """
     with suppress(AttributeError, TypeError, OSError):  # no mallopt; Windows, which opens no None
         mallopt = ctypes.CDLL(None).mallopt
