@@ -15,9 +15,17 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import lowdino
 from lowdino import demo, distributed, evaluate, flags, pictures, segmentation, settings
-from lowdino.distributed import user_errors
+from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
 from lowdino.features import compute_features, normalisation, open_network
+
+# Flags that do not go with another one.
+FOREIGN = {
+    "from_features": ("features", "neighbours"),
+    "maps": ("features", "neighbours", "map"),
+    "pixels": ("pool",),
+    "propagate": ("pool", "nb_knn", "temperature", "map", "maps", "features", "neighbours"),
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -37,27 +45,25 @@ def get_parser() -> argparse.ArgumentParser:
     add("--features", metavar="FILE", help=help)
     help = "also write a picture of some test images and their nearest training images"
     add("--neighbours", metavar="FILE", help=help)
-    help = (
-        "write a picture of some images and their PCA maps, the last feature map as colours, and "
-        "nothing else"
-    )
+    help = "only write a picture of some images and their last feature maps, as PCA colours"
     add("--maps", metavar="FILE", help=help)
     help = (
-        "also the mean average precision of retrieval: test images rank the training images, of "
-        "which those of their own class are relevant"
+        "also print the mean average precision of retrieval: test images rank the training images, "
+        "and those of the same class are relevant"
     )
     add("--map", action="store_true", help=help)
     help = (
-        "mean IoU of labels carried from the first frame of films of demo scenes to the others, by "
-        "nearest neighbours among the cells of the map of stride 8, or a ViT's, and nothing else"
+        "only print the mean IoU of label propagation in films of demo scenes: labels are carried "
+        "from the first frame to the others, by nearest neighbours among the cells of the map of "
+        "stride 8, or a ViT's"
     )
     add("--propagate", action="store_true", help=help)
     settings.add_evaluation_flags(add)
     k = [10, 20, 100, 200]
     add("--nb_knn", type=int, nargs="+", default=k, help="numbers of neighbours")
-    help = "of the votes, exp(cosine / temperature)"
+    help = "temperature of the votes, exp(cosine / temperature)"
     add("--temperature", type=float, default=0.07, help=help)
-    add("--batch_size_per_gpu", type=int, default=256)
+    add("--batch_size_per_gpu", type=int, default=256, help="batch size per process")
     add("--seed", type=int, default=0, help="of a random initialisation, and of --test_fraction")
     return parser
 
@@ -69,39 +75,26 @@ def check(args: argparse.Namespace) -> str | None:
             "give a backbone, --weights FILE or --arch NAME, or else --pixels or --from_features "
             "FILE"
         )
-    if args.from_features and (args.features or args.neighbours or args.maps):
-        return (
-            "--features, --neighbours and --maps need the images, which --from_features does "
-            "without"
-        )
-    if args.maps and (args.pixels or args.features or args.neighbours or args.map):
-        return "--maps needs a backbone, --weights or --arch, and is written alone"
-    if args.propagate and (args.pixels or args.from_features):
-        return "--propagate needs a backbone, --weights or --arch"
+    for mode, done in (("maps", "written"), ("propagate", "measured")):
+        if getattr(args, mode) and (args.pixels or args.from_features):
+            return f"--{mode} needs a backbone, --weights or --arch, and is {done} alone"
+    parser = get_parser()
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for mode, foreign in FOREIGN.items():
+        for name in foreign:
+            if {mode, name} <= given:
+                return f"--{name} is not for --{mode}: leave it out"
     if args.propagate and args.data_path != "demo_scenes":
         return "--propagate is measured on the films of --data_path demo_scenes"
-    if args.propagate:
-        parser = get_parser()
-        for name in ("pool", "nb_knn", "temperature"):
-            if getattr(args, name) != parser.get_default(name):
-                return (
-                    f"--{name} is not for --propagate, which has its own neighbours: leave it out"
-                )
-    if args.propagate and (args.map or args.maps or args.features or args.neighbours):
-        return "--propagate is measured alone: leave --map, --maps, --features, --neighbours out"
-    if args.pixels and args.pool != "default":
-        return "--pool needs a backbone, and --pixels has none"
     if args.weights == "":
         return "--weights names no file; without it weights are random"
-    for flag in ("neighbours", "maps"):
-        path = getattr(args, flag)
-        if path and not path.lower().endswith(IMG_EXTENSIONS):
-            return f"--{flag} {path} should end as a picture's name does, in .png say"
     for flag in ("features", "neighbours", "maps"):
-        if path := getattr(args, flag):
-            folder = os.path.dirname(path) or "."
-            if not os.access(folder, os.W_OK):
-                return f"--{flag} {path}: no folder {folder} that can be written to"
+        path = getattr(args, flag) or ""
+        if path and flag != "features" and not path.lower().endswith(IMG_EXTENSIONS):
+            return f"--{flag} {path} should end as a picture's name does, in .png say"
+        folder = os.path.dirname(path) or "."
+        if path and not os.access(folder, os.W_OK):
+            return f"--{flag} {path}: no folder {folder} that can be written to"
     if args.arch and args.arch not in lowdino.ARCHS:
         return f"--arch {args.arch} is unknown; choose from {', '.join(lowdino.ARCHS)}"
     if min(args.nb_knn) < 1:
@@ -118,17 +111,29 @@ def check(args: argparse.Namespace) -> str | None:
     )
 
 
-def model_name(args: argparse.Namespace) -> str:
-    """What the flags name, as `open_network` takes it."""
-    return "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
+def open_model(args: argparse.Namespace) -> tuple[str, torch.nn.Module]:
+    """The title and the network of the model that the flags name."""
+    name = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
+    return open_network(name, args.seed)
+
+
+def read_features(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
+    """Training and test features of --from_features; None on other ranks than the first."""
+    with user_errors():
+        name, train, test = evaluate.load_features(args.from_features, ranks.device)
+    if not ranks.first:
+        return None
+    counts = f"{len(train.labels)} training and {len(test.labels)} test images"
+    print(f"{name}; {args.from_features}: {counts}")
+    return train, test
 
 
 def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
     """Training and test features of the model that the flags name, on the first rank.
 
-    None on the other ranks, where there are no labels, and where --maps is all that is asked for.
+    None on other ranks, without labels, and where --maps is all that is asked for.
     """
-    name, backbone = open_network(model_name(args), args.seed)
+    title, backbone = open_model(args)
     labelled = bool(args.neighbours or args.map) or not (args.features or args.maps)
     source, size, workers = settings.open_data(args, backbone, ranks, labelled)
     if ranks.first and source.notes and not args.maps:  # which needs no labels
@@ -136,10 +141,10 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
     if args.maps:
         if ranks.first:
-            shown = source.test or source.pretrain
-            indices = pictures.some(shown, 8)
-            pictures.save_maps(args.maps, backbone.eval(), shown, indices, size, ranks.device)
-            print(f"{args.maps}: PCA maps of {name}")
+            images = source.test or source.pretrain
+            indices = pictures.random_indices(images, 8)
+            pictures.save_maps(args.maps, backbone.eval(), images, indices, size, ranks.device)
+            print(f"{args.maps}: PCA maps of {title}")
         return None
     images = {"train": source.train, "test": source.test}
     if source.test is None:
@@ -153,59 +158,49 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
         return None
     width = splits["train"].features.shape[1]
     if args.features:
-        evaluate.save_features(args.features, name, splits)
+        evaluate.save_features(args.features, title, splits)
         counts = " and ".join(f"{len(part)} {split}" for split, part in images.items())
         print(f"{args.features}: {width} features of {counts} images")
     if source.test is None:
         return None
     train, test = splits["train"], splits["test"]
     print(
-        f"{name}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "
+        f"{title}; {source.name}: {len(source.train)} training and {len(source.test)} test images, "
         f"{source.classes} classes, {size} px, {width} features"
     )
     if args.neighbours:
-        pictures.save_neighbours(args.neighbours, source, train, test)
-    return train, test
-
-
-def features_of_file(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
-    """As `features_of_images`, of --from_features."""
-    with user_errors():
-        name, train, test = evaluate.load_features(args.from_features, ranks.device)
-    if not ranks.first:
-        return None
-    counts = f"{len(train.labels)} training and {len(test.labels)} test images"
-    print(f"{name}; {args.from_features}: {counts}")
+        pair, rows = (test.features, train.features), pictures.random_indices(source.test, 10)
+        data = source.test, source.train
+        pictures.save_neighbours(args.neighbours, *data, pair, rows, source.names)
     return train, test
 
 
 def propagate(args, ranks: distributed.Ranks) -> None:
-    """--propagate, by the first rank."""
-    name, backbone = open_network(model_name(args), args.seed)
+    """Print the mean IoU of label propagation, on the first rank."""
+    title, backbone = open_model(args)
     if not ranks.first:
         return
     backbone = backbone.to(ranks.device).eval()
     strides = backbone.pyramid_strides
-    chosen = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
+    level = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
     size = args.image_size or 2 * demo.SCENE_SIDE // strides[-1] * strides[-1]
     segmentation.check_size(size, strides[-1])
     if len(normalisation(backbone)[0]) != 3:
-        raise segmentation.UserError(f"demo scenes are in colours, and {name} is not")
-    found, still = segmentation.propagated_iou(
-        lambda x: backbone.forward_pyramid(x)[chosen], size, *normalisation(backbone), ranks
+        raise UserError(f"demo scenes are in colours, and {title} is not")
+    iou, still = segmentation.propagated_iou(
+        lambda x: backbone.forward_pyramid(x)[level], size, *normalisation(backbone), ranks
     )
-    print(f"{name}; films of demo scenes, {size} px")
-    print(f"label propagation: mean IoU {found:.4f}, of labels that stay {still:.4f}")
+    print(f"{title}; films of demo scenes, {size} px")
+    print(f"label propagation: mean IoU {iou:.4f}, of labels that stay {still:.4f}")
 
 
 def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if args.propagate:
-        propagate(args, ranks)
+        return propagate(args, ranks)
+    splits = (read_features if args.from_features else features_of_images)(args, ranks)
+    if splits is None:
         return
-    found = (features_of_file if args.from_features else features_of_images)(args, ranks)
-    if found is None:
-        return
-    train, test = found
+    train, test = splits
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     for k in args.nb_knn:
         scores = evaluate.knn_classify(

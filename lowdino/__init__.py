@@ -17,12 +17,11 @@ ARCHS = models.ARCHS + vit.ARCHS
 
 @user_errors()
 def build_backbone(arch: str, in_chans: int = 3, **options) -> nn.Module:
-    """A backbone at random initialisation, its name in `arch`.
-
-    See `lowdino.models` and `lowdino.vit` for the contract.
+    """A backbone at random initialisation. `lowdino.models` and `lowdino.vit` state its contract.
 
     Args:
-        in_chans: channels of the images. For others than 3 set `mean` and `std` from your images.
+        arch: one of `ARCHS`, kept as the backbone's `arch`.
+        in_chans: number of input channels. Unless it is 3, set `mean` and `std` from your images.
         options: of a Vision Transformer: patch_size (16) and image_size (224), in pixels.
 
     Raises:
@@ -41,14 +40,14 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
     """A trained backbone in eval mode.
 
     Args:
-        path: the `backbone.pth` that train.py writes, a training checkpoint of DINO's official
-            code, or a state dict, plain or as `state_dict` in a dict: DINO's and DINOv2's Vision
-            Transformers, DINO's ResNet-50, torchvision's ConvNets, timm's MobileViT.
-        arch: name of the architecture, which a ConvNet's file needs unless it says it.
+        path: the `backbone.pth` of train.py, a training checkpoint of DINO's official code, or a
+            state dict, plain or as `state_dict` in a dict: DINO's and DINOv2's Vision Transformers,
+            DINO's ResNet-50, torchvision's ConvNets, timm's MobileViT.
+        arch: name of the architecture, needed for the file of a ConvNet that does not name it.
 
-    Beside the contract of `lowdino.models` it has `arch` and, where the file says them,
-    `image_size`, `value_range` and `epoch`. `open_image` makes its input of a file: float images in
-    [0, 1], resized to about `image_size`, minus `mean`, over `std`, by channel.
+    Besides the contract of `lowdino.models` it has `arch` and, where the file has them,
+    `image_size`, `value_range` and `epoch`. Its input, which `open_image` makes from a file, is
+    float images in [0, 1], resized to about `image_size`, minus `mean`, over `std`, per channel.
 
     Raises:
         UserError: where the file is missing, damaged or of another kind or architecture.
@@ -67,23 +66,22 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
     if "mean" in content and "std" in content:
         backbone.mean, backbone.std = tuple(content["mean"]), tuple(content["std"])
     elif backbone.arch.startswith("mobilevit"):
-        # Ours always say their own; timm's, the only others, expect images in [0, 1] as they are.
+        # Our files have both; timm's, the only others, expect images in [0, 1] as they are.
         backbone.mean, backbone.std = (0.0,) * channels, (1.0,) * channels
     elif backbone.mean is None:  # ImageNet's, averaged over RGB
         backbone.mean, backbone.std = (0.449,) * channels, (0.226,) * channels
-    for key in ("image_size", "value_range", "epoch"):
-        if key in content:
-            setattr(backbone, key, content[key])
+    for key in content.keys() & {"image_size", "value_range", "epoch"}:
+        setattr(backbone, key, content[key])
     return backbone.eval()
 
 
 def arch_of(content: dict) -> str | None:
-    """The architecture that a file names, itself or by the flags of the run that wrote it."""
+    """The architecture that a file names, itself or in the flags of its run."""
     return content.get("arch", getattr(content.get("args"), "arch", None))
 
 
 def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.Module:
-    """A network, at random weights, for a file's weights; a Vision Transformer's tell its shape."""
+    """A network that fits a file's weights; those of a Vision Transformer tell its shape."""
     if arch not in models.ARCHS and "pos_embed" in weights:
         try:
             backbone = vit.like(weights)
@@ -101,14 +99,13 @@ def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.M
 
 @user_errors()
 def open_image(path: str | Path, backbone: nn.Module, size: int | None = None) -> Tensor:
-    """A file as a network's input: (1, C, size, size) float32, on the CPU.
+    """An image file as a network's input: (1, C, size, size) float32, on the CPU.
 
-    It is what `eval_knn.py` feeds: the upright picture in the backbone's channels and range of
-    values (see `lowdino.reading`), the central square, resized, and normalised by the backbone's
-    mean and std.
+    As in `eval_knn.py` it is the upright picture in the backbone's channels and value range (see
+    `lowdino.image_io`), its central square, resized, and normalised by the backbone's mean and std.
 
     Args:
-        size: side in pixels; None for the backbone's `image_size`, or 224 where it says none.
+        size: side in pixels; default: the backbone's `image_size`, or 224 where it has none.
 
     Raises:
         UserError: naming the file, where it cannot be read or has other channels.
@@ -118,7 +115,7 @@ def open_image(path: str | Path, backbone: nn.Module, size: int | None = None) -
     if not pixels.value_range and image_io.deep_values(str(path), pixels) is not None:
         raise UserError(
             f"{path} has values of more than 8 bits, and the network was trained on 8: set its "
-            "value_range to what is to be black and white, such as (0, 4095)"
+            "value_range to the values of black and white, such as (0, 4095)"
         )
     image = data.central_part(image_io.read_image(str(path), 2 * size, pixels))
     sizes = torch.tensor([image.shape[1:]])

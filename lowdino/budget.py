@@ -19,7 +19,7 @@ from torch import nn
 
 from lowdino import distributed, evaluate, settings
 from lowdino.distributed import UserError
-from lowdino.features import compute_own_features
+from lowdino.features import compute_rank_features
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 LEAST_GAIN = 1.05  # bf16 rounds to 8 bits, so it has to be worth it
@@ -148,7 +148,7 @@ def seconds_of_evaluation(backbone: nn.Module, s, source, ranks) -> float:
     for images in (source.train, source.test):
         size, workers = s.global_crops_size, s.num_workers
         sample = Sample(SAMPLE * 60 * s.minutes, workers)
-        rows = compute_own_features(backbone, images, size, ranks, workers=workers, through=sample)
+        rows = compute_rank_features(backbone, images, size, ranks, workers=workers, through=sample)
         sampled.append(evaluate.Features(*rows, []))
         total += sample.seconds(len(images) / ranks.world)
 

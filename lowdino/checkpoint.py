@@ -1,7 +1,7 @@
 """Files that survive: atomic writes, safe reads, and the clean backbone file.
 
-A checkpoint holds tensors and plain Python types only. It is read with `weights_only=True`, so that
-opening one never runs code from it.
+A checkpoint holds tensors and plain Python types only. It is read with `weights_only=True`, which
+never runs code from it.
 """
 
 import argparse
@@ -15,25 +15,23 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-# What files may hold that a backbone has not: the classifiers of torchvision and timm, and DINOv2's
-# mask token.
+# Left out where a backbone lacks them: classifiers of torchvision and timm, DINOv2's mask token.
 LEFT_OUT = ("fc.", "classifier.", "head.fc.", "mask_token")
 
-# What DistributedDataParallel, a wrapper around backbone and head, and both put before all names.
+# Put before all names by DistributedDataParallel, by a wrapper around backbone and head, by both.
 PREFIXES = ("module.backbone.", "module.", "backbone.")
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` once the block ends well.
+    """A file to write to, which becomes `path` once the block ends without an error.
 
-    `path` is, at every moment, complete or absent: tmp, flush, fsync, rename, fsync of the folder.
-    A rename is atomic, but only what was flushed to the disk before it survives a power cut, and
-    the rename itself is kept by the folder.
+    `path` is complete or absent at every moment: tmp, flush, fsync, rename, fsync of the folder.
+    A rename is atomic, but only flushed data survive a power cut, and so does the rename itself
+    only once its folder is flushed.
 
     Raises:
-        ValueError: where the disk is full or the folder cannot be written to; an earlier `path` is
-            then as it was.
+        ValueError: where the disk is full or the folder is read-only; an earlier `path` stays.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -47,7 +45,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             tmp.unlink()
-        # torch.save hides a full disk behind a RuntimeError, in whose context it is.
+        # torch.save hides a full disk in the context of a RuntimeError.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError):
             raise ValueError(f"{path}: {reason.strerror or reason}") from error
@@ -55,13 +53,13 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def save_atomic(path: str | Path, content: Any) -> None:
-    """torch.save by `atomic`."""
+    """Write `content` by torch.save and `atomic`."""
     with atomic(path) as file:
         torch.save(content, file)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable; nothing on Windows, which opens no folder."""
+    """Make renames inside `folder` durable, but not on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -84,19 +82,19 @@ def save_checkpoint(folder: str | Path, content: dict) -> None:
 def checkpoint_paths(folder: str | Path) -> list[Path]:
     """The three names of a checkpoint, newest first.
 
-    The first is there only between two renames, and is complete then.
+    The first exists only between two renames, and is complete.
     """
     return [Path(folder) / f"checkpoint{which}.pth" for which in (".new", "", ".prev")]
 
 
 def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> dict | None:
-    """The latest whole checkpoint in `folder`, on the CPU, or None where there is none.
+    """The latest intact checkpoint in `folder`, on the CPU, or None where there is no file.
 
     Args:
-        warn: told, in one sentence, of a newer one that is damaged.
+        warn: called with one sentence where a newer one is damaged.
 
     Raises:
-        ValueError: where all of them are damaged.
+        ValueError: where all are damaged.
     """
     damaged = []
     for path in (path for path in checkpoint_paths(folder) if path.exists()):
@@ -116,14 +114,14 @@ def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> 
 def load(path: str | Path) -> dict:
     """Read a file of tensors and plain types, on the CPU, without running any code from it.
 
-    torch.save writes a zip file with a CRC-32 of each record, which torch.load does not check; here
-    it is checked.
+    torch.save writes a zip file with a CRC-32 of each record, which is checked here: torch.load
+    does not.
 
     Raises:
         ValueError: where the file is missing, damaged or holds anything else.
     """
     try:
-        if zipfile.is_zipfile(path):  # else it is of torch before 1.6, as some of DINO's files are
+        if zipfile.is_zipfile(path):  # files of torch before 1.6, such as some of DINO's, are not
             check_sums(path)
         with namespaces_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -131,7 +129,7 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"no file {path or repr(path)}") from error
     except (IsADirectoryError, PermissionError) as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged file makes the unpickler fail in any way there is
+    except Exception as error:  # on a damaged file the unpickler raises any kind of exception
         raise ValueError(
             f"cannot read {path}: it is damaged, or not a file of plain tensors"
         ) from error
@@ -152,15 +150,15 @@ def check_sums(path: str | Path) -> None:
 def namespaces_allowed() -> Iterator[None]:
     """Let torch.load read argparse.Namespace, which holds values alone.
 
-    The training checkpoints of DINO, of DeiT and of torchvision's references keep their flags so.
+    The training checkpoints of DINO, DeiT and torchvision's references keep their flags in one.
     """
-    known = list(torch.serialization.get_safe_globals())
+    allowed = list(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         yield
     finally:
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(known)
+        torch.serialization.add_safe_globals(allowed)
 
 
 def save_backbone(
@@ -169,7 +167,8 @@ def save_backbone(
     """Write the backbone alone, with clean names and all that is needed to use it.
 
     Args:
-        more: what else the file is to hold.
+        image_size: side in pixels of the images that it was trained on.
+        more: further content of the file.
     """
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
     content = {
@@ -187,14 +186,17 @@ def save_backbone(
 
 
 def weights_of(content: dict, source: str) -> dict[str, Tensor]:
-    """A backbone's state dict, with clean names, that a file's content is or holds.
+    """The state dict of a backbone, with clean names, in a file's content.
 
-    Known are a state dict, plain or as `state_dict` or `model`, and the training checkpoint of
-    DINO's official code, of which the backbone of the `teacher` is taken. A prefix of `PREFIXES` is
-    taken off where all names have it.
+    The content is a state dict, plain or under `state_dict` or `model`, or a training checkpoint of
+    DINO's official code, whose teacher's backbone is taken. A prefix of `PREFIXES` is removed where
+    all names have it.
+
+    Args:
+        source: name of the file, for messages.
 
     Raises:
-        ValueError: where it is a checkpoint of our own training, or no state dict.
+        ValueError: for a checkpoint of our own training, or anything else.
     """
     if "settings" in content:
         raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
@@ -204,7 +206,7 @@ def weights_of(content: dict, source: str) -> dict[str, Tensor]:
         isinstance(v, Tensor) and isinstance(k, str) for k, v in weights.items()
     ):
         raise ValueError(f"{source} holds no state dict, names with a tensor each")
-    if holder == "teacher":  # beside the backbone it has the projection head
+    if holder == "teacher":  # which has a projection head too
         backbones = "backbone.", "module.backbone."
         weights = {name: value for name, value in weights.items() if name.startswith(backbones)}
         if not weights:
@@ -216,30 +218,22 @@ def weights_of(content: dict, source: str) -> dict[str, Tensor]:
 
 
 def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> None:
-    """Load a file's content, as `weights_of` knows it, into `backbone`, strictly.
+    """Load a file's content, as `weights_of` reads it, into `backbone`, strictly.
 
     A classifier or mask token in the file is left out by its name; everything else must fit.
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
     """
-    own = backbone.state_dict()
-    weights = {
-        k: v
-        for k, v in weights_of(content, source).items()
-        if k in own or not k.startswith(LEFT_OUT)
+    expected, weights = backbone.state_dict(), weights_of(content, source)
+    weights = {k: v for k, v in weights.items() if k in expected or not k.startswith(LEFT_OUT)}
+    common = expected.keys() & weights.keys()
+    misfits = {
+        "missing": expected.keys() - weights.keys(),
+        "unexpected": weights.keys() - expected.keys(),
+        "of another shape": {k for k in common if expected[k].shape != weights[k].shape},
     }
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    problems = [
-        f"{len(names)} {what} (first {names[0]})"
-        for names, what in (
-            (missing, "missing"),
-            (extra, "unexpected"),
-            (sorted(shapes), "of another shape"),
-        )
-        if names
-    ]
+    problems = [f"{len(k)} {what} (first {min(k)})" for what, k in misfits.items() if k]
     if problems:
         raise ValueError(
             f"{source} does not fit this architecture: parameters {', '.join(problems)}"

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import lowdino
 from lowdino import checkpoint, data, datasets, distributed, ema, evaluate, losses, probe
 from lowdino.distributed import UserError, user_errors
-from lowdino.features import CHUNK, features_of_images, normalisation, open_network
+from lowdino.features import CHUNK, compute_teacher_features, normalisation, open_network
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 from lowdino.methods import (
     Flag,
@@ -115,7 +115,7 @@ class Teacher:
             raise UserError(
                 f"{self.name} holds features of the images to train on alone, and others are needed"
             )
-        return features_of_images(self, images, range(len(images)), workers, ranks)
+        return compute_teacher_features(self, images, range(len(images)), workers, ranks)
 
 
 def fingerprint(*modules: nn.Module | None) -> str:

@@ -4,13 +4,13 @@
     torchrun --nproc_per_node=2 train.py --device cpu ...                       two processes, gloo
     torchrun --nnodes=4 --node_rank=$I --nproc_per_node=8 --master_addr=$FIRST \
         --master_port=29500 train.py ...                                        on each of four
-    srun --ntasks-per-node=8 --gpus-per-node=8 python train.py ...              SLURM, a task a GPU
+    srun --ntasks-per-node=8 --gpus-per-node=8 python train.py ...              SLURM, one per GPU
 
 SLURM needs MASTER_ADDR, the first host of the job, and MASTER_PORT in the environment. It sends its
-signal ahead of time with `#SBATCH --signal=USR1@120 --requeue`; where `srun` then ends with status
-75, `scontrol requeue $SLURM_JOB_ID` puts the script into the queue again. On CUDA with several
-ranks batch norm is synchronised, as in DINO; on the CPU each rank has its own batch statistics. On
-one machine gloo listens on the loopback address alone; torchrun's own store on all.
+stop signal ahead of time with `#SBATCH --signal=USR1@120 --requeue`; where `srun` then ends with
+status 75, `scontrol requeue $SLURM_JOB_ID` queues the script again. On CUDA with several ranks
+batch norm is synchronised, as in DINO; on the CPU each rank has its own batch statistics. On one
+machine gloo listens on the loopback address alone, torchrun's store on all addresses.
 """
 
 import ctypes
@@ -34,21 +34,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(ValueError):
-    """What a user can fix, in one sentence: `launch` prints it, and the exit status is 2."""
+    """An error that the user can fix, in one sentence. `launch` prints it and exits with 2."""
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around calls of files that can be copied alone, whose ValueErrors are sentences for users.
-
-    It is a decorator too.
-    """
+    """Turn ValueErrors of files that can be copied alone into UserErrors; a decorator too."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes and devices
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,34 +71,26 @@ def rank_from_environment() -> tuple[int, int, int]:
 
     Under `srun` one task is one rank.
     """
-    environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return (
-            int(environment["RANK"]),
-            int(environment["WORLD_SIZE"]),
-            int(environment.get("LOCAL_RANK", 0)),
-        )
-    # An interactive `python` inside an allocation has SLURM_PROCID too. Only `srun` makes a step
-    # of several tasks.
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return (
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_STEP_NUM_TASKS"]),
-            int(environment["SLURM_LOCALID"]),
-        )
-    return 0, 1, 0
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        # An interactive `python` inside an allocation has SLURM_PROCID too. Only `srun` makes a
+        # step of several tasks.
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) <= 1:
+            return 0, 1, 0
+        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    rank, world, local = (int(os.environ.get(name, 0)) for name in names)
+    return rank, world, local
 
 
 def start(device: str = "auto") -> Ranks:
     """Choose the device and, where there are several processes, join them.
 
     Args:
-        device: "auto" (CUDA, else MPS where there is one process, else CPU), "cuda", "mps" or
-            "cpu".
+        device: "auto" (CUDA, else MPS for a single process, else CPU), "cuda", "mps" or "cpu".
 
     Raises:
-        UserError: where the device is not there, a node has more processes than GPUs, or the
-            address of the first rank is missing.
+        UserError: where the device or the first rank's address is missing, or a node has more
+            processes than GPUs.
     """
     rank, world, local = rank_from_environment()
     chosen = choose_device(device, world, local)
@@ -112,12 +106,11 @@ def start(device: str = "auto") -> Ranks:
 
 def choose_device(device: str, world: int, local: int) -> torch.device:
     """The device that `start` is asked for, with the index of this rank's GPU."""
-    mps = (
-        torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps") and world == 1
-    )
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    mps = mps and torch.amp.is_autocast_available("mps") and world == 1
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+        device = "cuda" if cuda else "mps" if mps else "cpu"
+    if device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if device == "mps" and not mps:
         raise UserError(
@@ -132,18 +125,17 @@ def choose_device(device: str, world: int, local: int) -> torch.device:
     if index >= visible:
         raise UserError(
             f"local rank {local} has no GPU of its own: {visible} visible; "
-            f"start {visible} processes a node, or use --device cpu"
+            f"start {visible} processes per node, or use --device cpu"
         )
     return torch.device("cuda", index)
 
 
 def use_fast_kernels() -> None:
-    """Settings of CUDA for networks whose inputs come in a few fixed shapes.
+    """Have cuDNN search for its fastest algorithms, and multiply float32 as TF32.
 
-    cuDNN times its algorithms once for each shape and keeps the fastest. Views have the same few
-    shapes in every step, so the search pays for itself at once. What is multiplied in float32
-    (heads, k-NN, all of `--amp none`) goes through the tensor cores as TF32. That has float32's
-    range and float16's precision, as autocast has anyhow, and is several times as fast.
+    The search is made once per shape, and views have the same few shapes in every step. TF32 has
+    float32's range and float16's precision, as autocast has anyhow, and is several times as fast;
+    heads, k-NN and all of `--amp none` use it.
     """
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
@@ -157,35 +149,32 @@ def join(rank: int, world: int, device: torch.device) -> None:
             f"{world} processes cannot find each other: set {' and '.join(missing)}, "
             "the first node's name and a free port, or start them by torchrun"
         )
-    # Where all ranks are on one machine, gloo need not listen on its network.
-    # Without this it would, by the machine's name.
+    # By default gloo listens on the network, by the machine's name.
     loopback = {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex())
     if on_one_machine(world) and loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
-    # torchrun keeps its store, with the addresses of the dead, when it starts dead ranks anew.
+    # When torchrun restarts dead ranks it keeps its store, with their old addresses.
     store, _, _ = next(dist.rendezvous("env://", rank, world))
     store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # While the first rank downloads, the others wait longer than the ten minutes that NCCL allows.
-    options = dict(store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
-    dist.init_process_group(backend, **options)
+    wait = timedelta(hours=2)  # for a download by the first rank; NCCL's default is ten minutes
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
 
 
 def on_one_machine(world: int) -> bool:
     """Whether torchrun, SLURM or the address of the first rank says so."""
-    environment = os.environ
-    if "LOCAL_WORLD_SIZE" in environment:
-        return int(environment["LOCAL_WORLD_SIZE"]) == world
-    loopback = environment.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
-    return environment.get("SLURM_STEP_NUM_NODES") == "1" or loopback
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"]) == world
+    loopback = os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
+    return os.environ.get("SLURM_STEP_NUM_NODES") == "1" or loopback
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, instead of giving it back to the kernel.
+    """Have glibc keep freed memory for the next step instead of returning it to the kernel.
 
-    Every step takes and frees the same large blocks. Pages that come anew from the kernel, which
-    clears them, can cost as much as the work on them. Nothing happens without glibc or where
-    another allocator is preloaded.
+    Every step takes and frees the same large blocks. The kernel clears the pages that it gives,
+    which can cost as much as the work on them. Nothing happens without glibc or where another
+    allocator is preloaded.
     """
     with suppress(AttributeError, TypeError, OSError):  # no mallopt; Windows, which opens no None
         mallopt = ctypes.CDLL(None).mallopt
@@ -193,26 +182,30 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a large block, which would go when it is freed
 
 
-# SLURM, torchrun and clouds say by the first two that they are going to kill; Ctrl-C is SIGINT.
-STOP_SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
-    if hasattr(signal, name)  # Windows lacks SIGUSR1
-)
+# --------------------------------------------------------------------------------------------------
+# Stopping
+# --------------------------------------------------------------------------------------------------
 
-# Exit status of a run that a signal stopped and that goes on when started again.
+# SLURM, torchrun and clouds announce by the first two that they will kill; Ctrl-C is SIGINT.
+NAMES_OF_STOP_SIGNALS = "SIGTERM", "SIGUSR1", "SIGINT"  # Windows lacks SIGUSR1
+STOP_SIGNALS = tuple(getattr(signal, n) for n in NAMES_OF_STOP_SIGNALS if hasattr(signal, n))
+
+# Exit status of a run that a signal stopped; the same command resumes it.
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again"
 INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 
 
 def stop(together: bool = True) -> None:
-    """To be called last, before the process ends by `os._exit` where there are several ranks.
+    """Leave the process group, as the last call before the process ends.
 
-    `together`: all ranks leave. NCCL's group would wait for ranks that do not, so it is left alone
-    then. Gloo's is always left alone: its end joins its threads, and one of them may be waiting for
+    Gloo's group is left alone: its end joins its threads, and one of them may be waiting for
     Python's lock, which this thread holds, to let go of its last tensor.
+
+    Args:
+        together: whether all ranks leave. Else NCCL's group is left alone too, which would wait
+            for the others.
     """
-    for number in STOP_SIGNALS:  # what was to be saved is, and the exit status should tell
+    for number in STOP_SIGNALS:  # all is saved by now, and the exit status should say so
         signal.signal(number, signal.SIG_IGN)
     if together and dist.is_initialized() and dist.get_backend() != "gloo":
         dist.destroy_process_group()
@@ -222,26 +215,25 @@ class StopSignals:
     """Notes the signals that ask a run to stop, so that it can save first.
 
     While `held`, a signal is only noted in `seen`. Else it ends the process at once with `status`
-    and without cleaning up: an exception could come out of any line, of torch's own too. To lose
-    the torchrun that started this process counts as a signal, because it will be missed when the
-    next one is due.
+    and without clean-up, because an exception could come out of any line, of torch's own too. The
+    loss of the torchrun that started this process counts as a signal: nobody would send the next.
 
     `status` is the exit status to leave with: INTERRUPTED where the first signal was SIGINT, else
-    STOPPED. More signals change nothing: on Ctrl-C a rank gets the terminal's and torchrun's.
+    STOPPED. Later signals change nothing: on Ctrl-C a rank gets the terminal's and torchrun's.
     """
 
     def __init__(self):
-        self.came, self.held, self.status = False, False, STOPPED
+        self.received, self.held, self.status = False, False, STOPPED
         self.process, self.parent = os.getpid(), os.getppid()
         for number in STOP_SIGNALS:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:  # a loader's process, not yet told to leave signals alone
+        if os.getpid() != self.process:  # a loader's process, which does not ignore signals yet
             return
-        if not self.came and number == signal.SIGINT:
+        if not self.received and number == signal.SIGINT:
             self.status = INTERRUPTED
-        self.came = True
+        self.received = True
         if not self.held:
             self.leave()
 
@@ -249,16 +241,18 @@ class StopSignals:
         with suppress(RuntimeError):  # the signal may have come in the middle of a print
             sys.stdout.flush()
         if self.status == INTERRUPTED and rank_from_environment()[0] == 0:
-            os.write(2, b"stopped by Ctrl-C\n")  # print is not allowed to be called within print
+            os.write(2, b"stopped by Ctrl-C\n")  # print must not be called within print
         os._exit(self.status)
 
     @property
     def seen(self) -> bool:
-        return self.came or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
+        return self.received or (
+            "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+        )
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A part of a held run that may be broken off anywhere."""
+        """A part of a held run that may end anywhere."""
         self.held = False
         if self.seen:
             self.leave()
@@ -266,20 +260,141 @@ class StopSignals:
         self.held = True
 
 
+# --------------------------------------------------------------------------------------------------
+# Modules and exchanges
+# --------------------------------------------------------------------------------------------------
+
+
+def on_device(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """The module on this rank's device, in channels-last memory format.
+
+    With several ranks on CUDA its batch norm is synchronised.
+    """
+    module = module.to(ranks.device, memory_format=torch.channels_last)
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over the ranks; itself where there is one process."""
+    if not dist.is_initialized():
+        return module
+    # Without device_ids inputs stay where they are: labels and indices are needed on the CPU.
+    # Batch norm's buffers need no exchange in training. Torch 2.15 renamed that option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{option: False})
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
+    """Which flags are set on any rank: one exchange, at which the CPU waits for the device."""
+    if dist.is_initialized():
+        numbers = [torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags]
+        highest = torch.stack(numbers)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        flags = highest.tolist()
+    return [bool(flag) for flag in flags]
+
+
+def gather_objects(item: object) -> list:
+    """Each rank's object, on all ranks, in their order."""
+    items = [item]
+    if dist.is_initialized():
+        items *= dist.get_world_size()
+        dist.all_gather_object(items, item)
+    return items
+
+
+def gather_strided(rows: Tensor, total: int) -> Tensor:
+    """Join the rows of all ranks, each of which has those of every world-th item, on all ranks.
+
+    (n, ...) on each rank -> (total, ...), in the order of the items.
+    """
+    if not dist.is_initialized():
+        return rows
+    world = dist.get_world_size()
+    padded = rows.new_zeros(-(-total // world), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy the first rank's buffers, such as batch norm's statistics, to every rank."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors and the launch of a script
+# --------------------------------------------------------------------------------------------------
+
+# Errors of the operating system that are no bug: a full, read-only or failing disk, a permission.
+NAMES_OF_MACHINE_ERRORS = "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO"
+MACHINE_ERRORS = {getattr(errno, name) for name in NAMES_OF_MACHINE_ERRORS if hasattr(errno, name)}
+
+
+def lines_of(error: Exception) -> list[str]:
+    """The lines of an error's text, at least one.
+
+    A DataLoader puts the traceback of its process before an error that was raised there. Then it is
+    the last line alone, without the name of the error's class.
+    """
+    lines = str(error).strip().splitlines()
+    if any(line.endswith("Traceback (most recent call last):") for line in lines):
+        prefix = rf"(\w+\.)*{re.escape(type(error).__name__)}: "
+        lines = [re.sub(f"^{prefix}", "", lines[-1])]
+    return lines or [type(error).__name__]
+
+
+def sentence_of(error: Exception) -> str | None:
+    """One sentence on an error that the user can fix; None for any other, which is a bug."""
+    lines = lines_of(error)
+    text, first = " ".join(lines), lines[0]
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError):
+        written = re.match(r"\[Errno (\d+)\]", first)  # all that a loader's process passes on
+        if (error.errno or (written and int(written[1]))) in MACHINE_ERRORS:
+            return f"{error.filename}: {error.strerror}" if error.filename else first
+    system = isinstance(error, (RuntimeError, OSError))
+    full = system and re.search("allocate memory|out of memory|Storage size", first)
+    if full or isinstance(error, MemoryError):
+        return f"out of memory: smaller batches, views or heads may help ({first})"
+    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in first):
+        return f"lost another rank, whose own error says why ({text})"
+    if isinstance(error, RuntimeError) and first.startswith("DataLoader worker"):
+        return f"{first.split('. ')[0]}: where memory is short, fewer --num_workers may help"
+    return None
+
+
+def print_error(script: str, sentence: str) -> None:
+    print(f"{script}: error: {sentence}", file=sys.stderr)
+
+
 def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], None]) -> None:
     """Run a script's `work` on this process's rank.
 
-    What a user can mend is one line and exit status 2. Anything else keeps its traceback.
+    An error that the user can fix is one line and exit status 2. Any other keeps its traceback.
 
     Args:
-        wrong: what is the matter with the flags, which the first rank says for all; None where
-            nothing is.
-        device: see `start`.
+        wrong: a sentence on wrong flags, which the first rank prints for all, or None.
+        device: as of `start`.
     """
     status, together = 0, False
     with suppress(AttributeError):  # a notebook's stdout
-        # File names are bytes, which may be no text.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
         if wrong:
             status = 2
@@ -296,8 +411,8 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
             print(f"{script}: stopped by Ctrl-C", file=sys.stderr)
     except BrokenPipeError:
         status = 2
-        with suppress(OSError):  # the errors may have had the same reader
-            print_error(script, "whoever read the output is gone (broken pipe)")
+        with suppress(OSError):  # stderr may be the same pipe
+            print_error(script, "the output pipe was closed")
         # Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
@@ -309,138 +424,10 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
     finally:
         several = dist.is_initialized()
         stop(together)
-    gc.collect()  # a loader that an error left, with its processes
-    if several:
-        # Without Python's clean-up, in which gloo can hang or abort, see `stop`.
+    gc.collect()  # ends a loader that an error left, with its processes
+    if several:  # without Python's clean-up, in which gloo can hang or abort, see `stop`
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     if status:
         sys.exit(status)
-
-
-def print_error(script: str, sentence: str) -> None:
-    print(f"{script}: error: {sentence}", file=sys.stderr)
-
-
-# Errors of the operating system that are no bug: a full, read-only or failing disk, a permission.
-NAMES_OF_MACHINE_ERRORS = "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO"
-MACHINE_ERRORS = {getattr(errno, name) for name in NAMES_OF_MACHINE_ERRORS if hasattr(errno, name)}
-
-
-def sentence_of(error: Exception) -> str | None:
-    """One sentence on an error that a user can fix; None for any other, which is a bug."""
-    lines = lines_of(error)
-    if isinstance(error, UserError):
-        return " ".join(lines)
-    said = lines[0]
-    if isinstance(error, OSError) and error_number(error, said) in MACHINE_ERRORS:
-        return f"{error.filename}: {error.strerror}" if error.filename else said
-    out_of_memory = "allocate memory", "out of memory", "Storage size"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, (RuntimeError, OSError)) and any(words in said for words in out_of_memory)
-    ):
-        return f"out of memory: smaller batches, views or heads may help ({said})"
-    if not isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, dist.DistError) or "gloo" in said:
-        return f"lost another rank, whose own error tells why ({' '.join(lines)})"
-    if said.startswith("DataLoader worker"):
-        killed = said.split(". ")[0]
-        return f"{killed}: where memory is short, fewer --num_workers may help"
-    return None
-
-
-def lines_of(error: Exception) -> list[str]:
-    """The lines of an error's text, at least one.
-
-    A DataLoader puts the traceback of the loader's process before an error that was raised there.
-    Then it is the last line alone, without the name of the error's class.
-    """
-    lines = str(error).strip().splitlines()
-    if any(line.endswith("Traceback (most recent call last):") for line in lines):
-        prefix = rf"(\w+\.)*{re.escape(type(error).__name__)}: "
-        lines = [re.sub(f"^{prefix}", "", lines[-1])]
-    return lines or [type(error).__name__]
-
-
-def error_number(error: OSError, said: str) -> int | None:
-    """An OSError's errno; one that comes from a loader's process has it in its text alone."""
-    found = re.match(r"\[Errno (\d+)\]", said)
-    return int(found[1]) if error.errno is None and found else error.errno
-
-
-def on_device(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module on this rank's device, in channels-last memory format.
-
-    Where several ranks have CUDA its batch norm takes its statistics over all of them.
-    """
-    module = module.to(ranks.device, memory_format=torch.channels_last)
-    if ranks.world > 1 and ranks.device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return module
-
-
-def data_parallel(module: nn.Module) -> nn.Module:
-    """The module with its gradients averaged over the ranks; itself where there is one process."""
-    if not dist.is_initialized():
-        return module
-    # Without device_ids, inputs stay where they are: labels and indices are wanted on the CPU.
-    # Batch norm's buffers need no exchange in training. That option was renamed in torch 2.15.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{option: False})
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
-
-
-def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
-    """Which of some flags are set on any rank.
-
-    It is one exchange, at which the CPU waits for what the step has asked of the device so far.
-    """
-    if dist.is_initialized():
-        found = torch.stack(
-            [torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags]
-        )
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        flags = found.tolist()
-    return [bool(flag) for flag in flags]
-
-
-def gather_objects(own: object) -> list:
-    """Each rank's object, on all ranks, in their order."""
-    if not dist.is_initialized():
-        return [own]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
-
-
-def gather_strided(rows: Tensor, total: int) -> Tensor:
-    """Put together what each rank made of every world-th item, on all ranks.
-
-    The (n, ...) of each rank become (total, ...), in the order of the items.
-    """
-    if not dist.is_initialized():
-        return rows
-    world = dist.get_world_size()
-    longest = -(-total // world)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
-def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank the first rank's buffers, batch norm's statistics among them."""
-    if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)

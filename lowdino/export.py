@@ -1,13 +1,13 @@
-"""A trained backbone as a file for elsewhere: a phone, a browser, C++, another library.
+"""A trained backbone as a file for other places: a phone, a browser, C++, another library.
 
     python -m lowdino.export runs/first/backbone.pth backbone.onnx --normalise
 
-OUT's suffix says what it becomes. `.pt2` is torch.export's program, for C++ and ExecuTorch; `.onnx`
+OUT's suffix names the format. `.pt2` is torch.export's program, for C++ and ExecuTorch; `.onnx`
 needs onnx and onnxscript; `.safetensors` holds the weights alone, by their names in timm for
 MobileViT, and needs safetensors. Programs take float32 images (batch, channels, height, width) of
-any batch and any height and width in whole 32s, a Vision Transformer those of one size. `arch`,
-`mean`, `std`, `image_size` and, of images of more than 8 bits, `value_range` travel with the file;
-of programs `input` too, which says the same in words.
+any batch and any height and width in whole 32s, those of a Vision Transformer only one size. The
+file also holds `arch`, `mean`, `std`, `image_size` and, for images of more than 8 bits,
+`value_range`; a program also `input`, which describes its input in words.
 
 The file is run, and refused where its features differ by more than 1e-4 of their root mean square.
 `torch.export.load(FILE).module()` runs a .pt2. timm takes the weights of MobileViT by
@@ -35,23 +35,15 @@ import lowdino
 from lowdino import checkpoint, distributed, flags, vit
 from lowdino.distributed import UserError, user_errors
 
-# The largest difference to PyTorch's features that is allowed, relative to their root mean square.
-# Rounding in another order gives a few 1e-6.
+# Largest difference to PyTorch's features, relative to their root mean square. Rounding in another
+# order gives a few 1e-6.
 TOLERANCE = 1e-4
 
-
-class Exported(NamedTuple):
-    """What a written file was found to do, run at batch 1 by one thread."""
-
-    megabytes: float
-    by: str  # what ran it
-    difference: float  # the largest to PyTorch's features, relative to their root mean square
-    ms: float  # milliseconds of processor time an image
-    torch_ms: float  # the same of the network itself
+Function = Callable[[Tensor], Tensor]
 
 
 class Normalised(nn.Module):
-    """A backbone and the normalisation that its weights expect: it takes pixels in [0, 1]."""
+    """A backbone with the normalisation that its weights expect: it takes pixels in [0, 1]."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -72,7 +64,7 @@ class Normalised(nn.Module):
 def at_one_size(backbone: vit.VisionTransformer, side: int) -> vit.VisionTransformer:
     """A copy for square images of one side, its position embedding resized for good.
 
-    torch.export does not take the resize to a size that it does not know.
+    torch.export cannot resize it to a size that it does not know.
     """
     backbone = copy.deepcopy(backbone)
     with torch.no_grad():
@@ -82,7 +74,7 @@ def at_one_size(backbone: vit.VisionTransformer, side: int) -> vit.VisionTransfo
 
 
 def program_of(backbone: nn.Module, side: int, normalise: bool) -> torch.export.ExportedProgram:
-    """For any batch and any height and width in whole 32s; of a ViT for `side` alone."""
+    """A program for any batch and any height and width in whole 32s; of a ViT for `side` alone."""
     channels, height, width = len(backbone.mean), 96, 160
     shape = {0: torch.export.Dim("batch", min=1)}
     if isinstance(backbone, vit.VisionTransformer):
@@ -98,24 +90,8 @@ def program_of(backbone: nn.Module, side: int, normalise: bool) -> torch.export.
         return torch.export.export(network, (images,), dynamic_shapes=(shape,), strict=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Formats: of each, what writes the file's bytes, what makes a function of them, and what it needs.
-# --------------------------------------------------------------------------------------------------
-
-Function = Callable[[Tensor], Tensor]
-
-
-def about(backbone: nn.Module, side: int) -> dict[str, str]:
-    """What travels with a file."""
-    known = {"mean": backbone.mean, "std": backbone.std}
-    if getattr(backbone, "value_range", None):
-        known["value_range"] = backbone.value_range  # the files' values at pixels 0 and 1
-    known = {name: json.dumps(list(values)) for name, values in known.items()}
-    return {"arch": backbone.arch, "image_size": str(side)} | known
-
-
 def input_of(backbone: nn.Module, side: int, normalise: bool) -> str:
-    """What a program takes, in words."""
+    """The input of a program, in words."""
     channels = len(backbone.mean)
     words = f"float32 images (batch, {channels}, height, width) of {'RGB ' * (channels == 3)}pixels"
     words += " in [0, 1]" if normalise else " in [0, 1], minus mean, over std"
@@ -124,18 +100,35 @@ def input_of(backbone: nn.Module, side: int, normalise: bool) -> str:
     return f"{words}, height and width in whole 32s"
 
 
-def pt2_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
-    file = io.BytesIO()
-    extra = about(backbone, side) | {"input": input_of(backbone, side, normalise)}
-    torch.export.save(program_of(backbone, side, normalise), file, extra_files=extra)
+# --------------------------------------------------------------------------------------------------
+# Formats: a writer of the file's bytes, a reader that makes a function of them, required packages
+# --------------------------------------------------------------------------------------------------
+
+
+def about(backbone: nn.Module, side: int) -> dict[str, str]:
+    """The notes in every file."""
+    notes = {"arch": backbone.arch, "image_size": str(side)}
+    for name in ("mean", "std", "value_range"):  # the last: the files' values at pixels 0 and 1
+        if value := getattr(backbone, name, None):
+            notes[name] = json.dumps(list(value))
+    return notes
+
+
+def about_program(backbone: nn.Module, side: int, normalise: bool) -> dict[str, str]:
+    return about(backbone, side) | {"input": input_of(backbone, side, normalise)}
+
+
+def write_pt2(backbone: nn.Module, side: int, normalise: bool) -> bytes:
+    file, notes = io.BytesIO(), about_program(backbone, side, normalise)
+    torch.export.save(program_of(backbone, side, normalise), file, extra_files=notes)
     return file.getvalue()
 
 
-def function_of_pt2(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
+def read_pt2(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
     return "torch.export", torch.export.load(io.BytesIO(content)).module()
 
 
-def onnx_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
+def write_onnx(backbone: nn.Module, side: int, normalise: bool) -> bytes:
     program = program_of(backbone, side, normalise)
     names = {"input_names": ["images"], "output_names": ["features"]}
     try:
@@ -151,13 +144,12 @@ def onnx_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
         for dim, name in zip(value.type.tensor_type.shape.dim, dims):
             if dim.dim_param:
                 dim.dim_param = name
-    extra = about(backbone, side) | {"input": input_of(backbone, side, normalise)}
-    for key, value in extra.items():
+    for key, value in about_program(backbone, side, normalise).items():
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
 
-def function_of_onnx(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
+def read_onnx(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
     """By onnxruntime on one thread where it is installed, else by onnx's own reference."""
     if installed("onnxruntime"):
         import onnxruntime
@@ -173,27 +165,27 @@ def function_of_onnx(content: bytes, backbone: nn.Module) -> tuple[str, Function
     return by, lambda x: torch.from_numpy(run(None, {"images": x.numpy()})[0])
 
 
-def safetensors_of(backbone: nn.Module, side: int, normalise: bool) -> bytes:
+def write_safetensors(backbone: nn.Module, side: int, normalise: bool) -> bytes:
     from safetensors.torch import save
 
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     return save(weights, metadata=about(backbone, side))
 
 
-def function_of_safetensors(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
+def read_safetensors(content: bytes, backbone: nn.Module) -> tuple[str, Function]:
     from safetensors.torch import load
 
-    empty = copy.deepcopy(backbone)
-    for value in empty.state_dict().values():
+    network = copy.deepcopy(backbone)
+    for value in network.state_dict().values():
         value.zero_()
-    empty.load_state_dict(load(content))
-    return "a network of these weights", empty
+    network.load_state_dict(load(content))
+    return "a network of these weights", network
 
 
 FORMATS = {
-    ".pt2": (pt2_of, function_of_pt2, ()),
-    ".onnx": (onnx_of, function_of_onnx, ("onnx", "onnxscript")),
-    ".safetensors": (safetensors_of, function_of_safetensors, ("safetensors",)),
+    ".pt2": (write_pt2, read_pt2, ()),
+    ".onnx": (write_onnx, read_onnx, ("onnx", "onnxscript")),
+    ".safetensors": (write_safetensors, read_safetensors, ("safetensors",)),
 }
 
 
@@ -202,15 +194,25 @@ def installed(package: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Export, and run what was exported
+# Export, and a run of the file
 # --------------------------------------------------------------------------------------------------
 
 
+class Exported(NamedTuple):
+    """Properties of a written file, run at batch 1 by one thread."""
+
+    megabytes: float
+    by: str  # what ran it
+    difference: float  # the largest to PyTorch's features, relative to their root mean square
+    ms: float  # milliseconds of processor time per image
+    torch_ms: float  # the same of the network itself
+
+
 def problem(path: str, normalise: bool) -> str | None:
-    """What keeps a file of this name from being written, in one sentence, or None."""
+    """Why a file of this name cannot be written, in one sentence, or None."""
     suffix, folder = Path(path).suffix.lower(), Path(path).parent
     if suffix not in FORMATS:
-        return f"{path} should end in {' or '.join(FORMATS)}, which says what to write"
+        return f"{path} should end in {' or '.join(FORMATS)}, which names the format"
     if suffix == ".onnx" and torch.__version__ < (2, 6):
         return f".onnx needs torch 2.6 or newer, not {torch.__version__}; .pt2 does not"
     lacking = [package for package in FORMATS[suffix][2] if not installed(package)]
@@ -223,16 +225,47 @@ def problem(path: str, normalise: bool) -> str | None:
     return None
 
 
+def size_of(backbone: nn.Module, image_size: int | None) -> int:
+    return image_size or getattr(backbone, "image_size", 224)
+
+
+def relative_difference(features: Tensor, expected: Tensor) -> float:
+    """The largest difference over the root mean square of what was expected."""
+    size = expected.square().mean().sqrt().clamp(min=torch.finfo().tiny)
+    return ((features - expected).abs().max() / size).item()
+
+
+def milliseconds(functions: list[Function], x: Tensor, repeats: int = 11) -> list[float]:
+    """Median processor time of each function on x, in milliseconds, by one thread.
+
+    They run in turns, of which the first is not counted. Processor time is that of an idle machine,
+    whatever else runs. A function of onnxruntime has chosen its own threads.
+    """
+
+    def seconds(function: Function) -> float:
+        start = time.process_time()
+        function(x)
+        return time.process_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rounds = [[seconds(function) for function in functions] for _ in range(1 + repeats)]
+    finally:
+        torch.set_num_threads(threads)
+    return [1e3 * statistics.median(times) for times in zip(*rounds[1:])]
+
+
 @torch.no_grad()
 def export(
     backbone: nn.Module, path: str, image_size: int | None = None, normalise: bool = False
 ) -> Exported:
-    """Write a backbone in the format that the path's suffix names, once what is written was run.
+    """Write a backbone in the format that the path's suffix names, once the content was run.
 
     Args:
         backbone: of `lowdino.load_backbone` or `lowdino.build_backbone`; it stays as it is.
-        image_size: side in pixels at which the file is run and, of a Vision Transformer, the only
-            one that it takes; by default the backbone's own, or 224 where it has none.
+        image_size: side in pixels at which the file is run and, for a Vision Transformer, its only
+            input size; default: the backbone's own, or 224 where it has none.
         normalise: whether `mean` and `std` are applied in the file, so that it takes pixels.
 
     Raises:
@@ -244,13 +277,13 @@ def export(
     if side < unit or side % unit:
         near = max(round(side / unit), 1) * unit
         raise UserError(f"image size {side} is not in whole {unit}s: give --image_size {near}")
-    write, function_of, _ = FORMATS[Path(path).suffix.lower()]
+    write, read, _ = FORMATS[Path(path).suffix.lower()]
     backbone = copy.deepcopy(backbone).cpu().float().eval()
     content = write(backbone, side, normalise)
-    by, function = function_of(content, backbone)
+    by, function = read(content, backbone)
     network = Normalised(backbone) if normalise else backbone
     x = torch.rand(1, len(backbone.mean), side, side, generator=torch.Generator().manual_seed(0))
-    difference = difference_of(function(x), network(x))
+    difference = relative_difference(function(x), network(x))
     if not difference <= TOLERANCE:
         raise UserError(
             f"{path} is not written: its features differ from PyTorch's by {difference:.1e} of "
@@ -259,43 +292,6 @@ def export(
     with user_errors(), checkpoint.atomic(path) as file:
         file.write(content)
     return Exported(len(content) / 1e6, by, difference, *milliseconds([function, network], x))
-
-
-def size_of(backbone: nn.Module, image_size: int | None) -> int:
-    return image_size or getattr(backbone, "image_size", 224)
-
-
-def difference_of(features: Tensor, expected: Tensor) -> float:
-    """The largest, relative to the root mean square of what was expected."""
-    size = expected.square().mean().sqrt().clamp(min=torch.finfo().tiny)
-    return ((features - expected).abs().max() / size).item()
-
-
-def milliseconds(works: list[Function], x: Tensor, repeats: int = 11) -> list[float]:
-    """Median milliseconds of each on x, run in turns by one thread; the first turn is not counted.
-
-    A function of onnxruntime has chosen its own threads.
-    """
-    threads, rounds = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        for _ in range(1 + repeats):
-            rounds.append([seconds(work, x) for work in works])
-    finally:
-        torch.set_num_threads(threads)
-    return [1e3 * statistics.median(times) for times in zip(*rounds[1:])]
-
-
-def seconds(work: Function, x: Tensor) -> float:
-    """Of the processor: of one thread those of an idle machine, whatever else runs beside it."""
-    start = time.process_time()
-    work(x)
-    return time.process_time() - start
-
-
-# --------------------------------------------------------------------------------------------------
-# Command
-# --------------------------------------------------------------------------------------------------
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -307,8 +303,8 @@ def get_parser() -> argparse.ArgumentParser:
     help = "apply mean and std in the file, which then takes pixels in [0, 1]"
     add("--normalise", action="store_true", help=help)
     help = (
-        "side in pixels at which the file is run and, of a Vision Transformer, the only one that "
-        "it takes; by default the backbone's own, or 224"
+        "side in pixels at which the file is run and, for a Vision Transformer, its only input "
+        "size; default: the backbone's own, or 224"
     )
     add("--image_size", type=int, help=help)
     return parser
@@ -316,16 +312,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     arch, _, file = args.backbone.partition("=")
-    known = arch in lowdino.ARCHS and file
-    backbone = lowdino.load_backbone(file, arch) if known else lowdino.load_backbone(args.backbone)
-    found = export(backbone, args.out, args.image_size, args.normalise)
+    named = arch in lowdino.ARCHS and file
+    backbone = lowdino.load_backbone(file, arch) if named else lowdino.load_backbone(args.backbone)
+    exported = export(backbone, args.out, args.image_size, args.normalise)
     side = size_of(backbone, args.image_size)
-    print(f"{args.out}: {backbone.arch}, {backbone.embed_dim} features, {found.megabytes:.1f} MB")
+    megabytes = f"{exported.megabytes:.1f} MB"
+    print(f"{args.out}: {backbone.arch}, {backbone.embed_dim} features, {megabytes}")
     if not args.out.lower().endswith(".safetensors"):
         print(f"takes {input_of(backbone, side, args.normalise)}")
     print(
-        f"run by {found.by} at 1 x {side} x {side} pixels, one thread: {found.ms:.1f} ms, "
-        f"PyTorch {found.torch_ms:.1f} ms; largest difference {found.difference:.1e} of the "
+        f"run by {exported.by} at 1 x {side} x {side} pixels, one thread: {exported.ms:.1f} ms, "
+        f"PyTorch {exported.torch_ms:.1f} ms; largest difference {exported.difference:.1e} of the "
         "features' root mean square"
     )
 

@@ -1,8 +1,10 @@
-"""Frozen networks: opened by name or file, and their features of a set of images over all ranks."""
+"""Frozen networks: opened by name or file, their features over all ranks, and a cache of these."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +15,69 @@ from torch.utils.data import Subset
 
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, evaluate
-from lowdino.distributed import UserError, user_errors
+from lowdino.distributed import Ranks, UserError, user_errors
+
+Images = data.ImageArray | data.ImageFiles
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------
+
+
+class RawPixels(nn.Module):
+    """The pixels themselves as features, reduced to 32 x 32 by area means.
+
+    More pixels add little, and the cost of a probe grows with the square of their number.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool2d(x, 32) if x.shape[-1] > 32 else x
+        return x.flatten(1)  # (B, C * min(S, 32)^2)
+
+
+class Pooled(nn.Module):
+    """A backbone with a choice of pooling.
+
+    Args:
+        pool: "default", the backbone's own; "mean" or "max" of its last map; "default+mean" or
+            "default+max", both side by side.
+    """
+
+    def __init__(self, backbone: nn.Module, pool: str):
+        super().__init__()
+        self.backbone, self.pool = backbone, pool
+        self.mean, self.std = normalisation(backbone)
+        self.training = backbone.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool == "default":
+            return self.backbone(x)  # (B, D)
+        features = self.backbone.forward_features(x).flatten(2)  # (B, C, h * w)
+        features = features.amax(dim=2) if self.pool.endswith("max") else features.mean(dim=2)
+        if self.pool.startswith("default+"):
+            features = torch.cat([self.backbone(x), features], dim=1)
+        return features  # (B, C) or (B, D + C)
+
+
+def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel that a network's input needs; by default ImageNet's."""
+    mean = getattr(network, "mean", augment.IMAGENET_MEAN)
+    return mean, getattr(network, "std", augment.IMAGENET_STD)
 
 
 def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
-    """A network by name, in words and as a module.
+    """Open a network by name: its title and the module.
 
     Args:
         name: "pixels"; an architecture, for its random initialisation; a file that
-            `lowdino.load_backbone` takes; or ARCH=FILE, for a plain state dict of a ConvNet.
-        seed: of a random initialisation.
+            `lowdino.load_backbone` reads; or ARCH=FILE, for a plain state dict of a ConvNet.
+        seed: seed of a random initialisation.
 
     Raises:
         UserError: where there is no such file or architecture.
     """
     if name == "pixels":
-        return "raw pixels", nn.Sequential(Shrink(), nn.Flatten())
+        return "raw pixels", RawPixels()
     arch, equals, weights = name.partition("=")
     torch.manual_seed(seed)
     if arch in lowdino.ARCHS and not equals:
@@ -43,170 +92,147 @@ def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
     return f"{backbone.arch} of {weights}{epoch}", backbone
 
 
-class Shrink(nn.Module):
-    """Images of more than 32 x 32 pixels to 32 x 32, by the mean of areas.
-
-    More pixels tell no more, and a probe's cost grows with the square of their number.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(x, 32) if x.shape[-1] > 32 else x
+# --------------------------------------------------------------------------------------------------
+# Features
+# --------------------------------------------------------------------------------------------------
 
 
-class Pooled(nn.Module):
-    """A backbone with other pooling: mean or maximum of the last map, or beside the default."""
-
-    def __init__(self, backbone: nn.Module, pool: str):
-        super().__init__()
-        self.backbone, self.pool = backbone, pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.backbone.forward_features(x).flatten(2)  # (B, C, h * w)
-        features = features.amax(dim=2) if self.pool.endswith("max") else features.mean(dim=2)
-        if self.pool.startswith("default+"):
-            features = torch.cat([self.backbone(x), features], dim=1)
-        return features  # (B, C) or (B, D + C)
-
-
-def pooled(backbone: nn.Module, pool: str) -> nn.Module:
-    return backbone if pool == "default" else Pooled(backbone, pool)
-
-
-def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std by channel that a network's inputs need; ImageNet's where it says none."""
-    mean = getattr(network, "mean", augment.IMAGENET_MEAN)
-    return mean, getattr(network, "std", augment.IMAGENET_STD)
-
-
-def check_finite(found: Tensor, what: str) -> None:
-    """Refuse what a network gives, named by `what`, where some of it is not finite."""
-    if not found.isfinite().all():
+def check_finite(outputs: Tensor, name: str) -> None:
+    """Raise a UserError where a network's outputs, called `name`, are not all finite."""
+    if not outputs.isfinite().all():
         raise UserError(
-            f"the network gives {what} that are not finite numbers: its weights are damaged, or "
+            f"the network gives {name} that are not finite numbers: its weights are damaged, or "
             "diverged"
         )
 
 
-def compute_own_features(
-    backbone: nn.Module,
-    images: data.ImageArray | data.ImageFiles,
+def compute_rank_features(
+    network: nn.Module,
+    images: Images,
     size: int,
-    ranks: distributed.Ranks,
+    ranks: Ranks,
     batch_size: int = 256,
     workers: int = 0,
-    pool: str = "default",
     through: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels of this rank's share of the images, as `features` has those of all.
+    """Features and labels of this rank's share of the images: every world-th one.
 
     Args:
-        through: what the batches pass through on their way.
+        size: side of the central view, in pixels.
+        batch_size: batch size per process.
+        through: what the batches pass through on their way, to time them for instance.
     """
-    mean, std = normalisation(backbone)
+    mean, std = normalisation(network)
 
     def view(canvas: Tensor, sizes: Tensor) -> Tensor:
         x = augment.central_view(canvas, sizes, size, mean, std)
         return x.contiguous(memory_format=torch.channels_last)
 
     batches = data.evaluation_loader(images, batch_size, workers, ranks.rank, ranks.world)
-    network = pooled(backbone, pool)
     return evaluate.extract_features(network, through(batches), view, ranks.device)
 
 
 def compute_features(
     backbone: nn.Module,
-    images: data.ImageArray | data.ImageFiles,
+    images: Images,
     size: int,
-    ranks: distributed.Ranks,
+    ranks: Ranks,
     batch_size: int = 256,
     workers: int = 0,
     pool: str = "default",
 ) -> evaluate.Features:
-    """Features of the central view of all images, on every rank, each having done its share.
+    """Features of the central view of all images. Each rank computes a share and gets all.
+
+    Args:
+        size, batch_size: as of `compute_rank_features`.
+        pool: as of `Pooled`.
 
     Returns:
-        float32 features (N, D), labels (N,) and names of files.
+        float32 features (N, D), labels (N,) and file names.
 
     Raises:
         UserError: where some are not finite.
     """
-    own = compute_own_features(backbone, images, size, ranks, batch_size, workers, pool)
+    network = Pooled(backbone, pool)
+    share = compute_rank_features(network, images, size, ranks, batch_size, workers)
     names = getattr(images, "paths", None) or [str(i) for i in range(len(images))]
-    rows = (distributed.gather_strided(part, len(images)) for part in own)
-    found = evaluate.Features(*rows, names)
-    check_finite(found.features, "features")
-    return found
+    rows = (distributed.gather_strided(part, len(images)) for part in share)
+    features = evaluate.Features(*rows, names)
+    check_finite(features.features, "features")
+    return features
 
 
 # --------------------------------------------------------------------------------------------------
-# Features of whole images, kept in a file
+# The cache of a teacher's features. PATH is an .npy array (N, D) float16. PATH.json says which
+# weights and images it belongs to and how many rows are done, so that a stopped run can resume.
 # --------------------------------------------------------------------------------------------------
 
+CHUNK = 8192  # images per step of computing, checking and writing
 
-CHUNK = 8192  # images whose features are computed, checked or written at once
 
-
-def features_of_images(
-    teacher,
-    images: data.ImageArray | data.ImageFiles,
-    indices: range,
-    workers: int,
-    ranks: distributed.Ranks,
+def compute_teacher_features(
+    teacher, images: Images, indices: range, workers: int, ranks: Ranks
 ) -> evaluate.Features:
-    """Features of whole images, read at twice the teacher's side whatever the views need."""
-    files = isinstance(images, data.ImageFiles)
-    if files:
-        images.max_side, before = 2 * teacher.size, images.max_side
+    """Features of the images at `indices`, read at twice the teacher's side whatever views need."""
+    images = copy.copy(images)
+    images.max_side = 2 * teacher.size  # which images in memory ignore
     part = Subset(images, indices)
-    found = compute_features(teacher.backbone, part, teacher.size, ranks, workers=workers)
-    if files:
-        images.max_side = before
-    return found
+    return compute_features(teacher.backbone, part, teacher.size, ranks, workers=workers)
 
 
-def cached_features(
-    teacher,
-    images: data.ImageArray | data.ImageFiles,
-    path: Path,
-    workers: int,
-    ranks: distributed.Ranks,
-) -> np.ndarray:
-    """The teacher's features of the whole images: (N, D) float16, in a memory-mapped file.
+def cached_features(teacher, images: Images, path: Path, workers: int, ranks: Ranks) -> np.ndarray:
+    """The teacher's features of all images, from the cache, which is made where it is missing.
 
-    The file is made where it is missing. Beside it, PATH.json says which weights and images it
-    belongs to and how many rows are done, so that a stopped run goes on.
+    Returns:
+        (N, D) float16, memory-mapped.
 
     Raises:
         UserError: where the file cannot be written, is damaged, belongs to other weights or images,
             or a feature does not fit float16.
     """
-    notes = Path(f"{path}.json")
-    weights = teacher.fingerprint.split("-")[0]  # the backbone's: heads change no feature
-    own = {"teacher": weights, "images": images.fingerprint(), "size": teacher.size}
-    done = rows_in_cache(path, notes, own, len(images))
+    backbone = teacher.fingerprint.split("-")[0]  # heads change no feature
+    key = {"teacher": backbone, "images": images.fingerprint(), "size": teacher.size}
+    images = copy.copy(images)
+    images.replace_bad = False  # the file outlives this run, so nothing may replace an image
+    features_of = partial(compute_teacher_features, teacher, images, workers=workers, ranks=ranks)
+    total = len(images)
+    done = count_cached_rows(path, key, total)
     if done:
-        compare_first_rows(teacher, images, path, workers, ranks)
+        first = range(min(total, max(8, ranks.world)))
+        compare_first_rows(path, features_of(first).features.cpu())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if done < len(images) and not os.access(path.parent, os.W_OK):
+        if done < total and not os.access(path.parent, os.W_OK):
             raise OSError(0, "it cannot be written to")
     except OSError as error:
-        raise UserError(
-            f"--cache_teacher {path}: folder {path.parent}: {error.strerror}"
-        ) from error
+        reason = f"folder {path.parent}: {error.strerror}"
+        raise UserError(f"--cache_teacher {path}: {reason}") from error
     if dist.is_initialized():
         dist.barrier()  # all have read what the first rank is going to change
-    # The file outlives this run: no other image may stand in for one that cannot be read.
-    replaced, images.replace_bad = images.replace_bad, False
-    fill_cache(teacher, images, path, own, done, workers, ranks)
-    images.replace_bad = replaced
+    while done < total:
+        # The last chunk is longer where its rest would leave a rank without an image.
+        stop = done + CHUNK if total - done - CHUNK >= ranks.world else total
+        rows = features_of(range(done, stop)).features.half()
+        if not rows.isfinite().all():
+            raise UserError(
+                f"features of {teacher.name} exceed float16's range, 65,504: --cache_teacher "
+                "cannot hold them"
+            )
+        if ranks.first:
+            write_rows(path, key, done, total, rows.cpu().numpy())
+        done = stop
     if dist.is_initialized():
         dist.barrier()
     return np.load(path, mmap_mode="r")
 
 
-def rows_in_cache(path: Path, notes: Path, own: dict, total: int) -> int:
-    """How many rows of a cache are done, which must be one of the same teacher and images."""
+def count_cached_rows(path: Path, key: dict, total: int) -> int:
+    """Number of rows that are done in the cache at `path`; 0 where there is none.
+
+    Raises:
+        UserError: where it is damaged or has another key.
+    """
+    notes = Path(f"{path}.json")
     if not notes.exists():
         if path.exists():
             raise UserError(
@@ -215,44 +241,36 @@ def rows_in_cache(path: Path, notes: Path, own: dict, total: int) -> int:
             )
         return 0
     try:
-        theirs = json.loads(notes.read_text())
-        known = (("teacher", "weights"), ("images", "images"), ("size", "sizes"))
-        others = [(what, theirs[key], own[key]) for key, what in known if theirs[key] != own[key]]
-        done = 0 if others else check_rows(path, theirs["done"], total)
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise UserError(f"--cache_teacher {path} is damaged: delete it and {notes.name}") from error
-    if others:
-        what, theirs, ours = others[0]
+        stored = json.loads(notes.read_text())
+        differing = [name for name in key if stored[name] != key[name]]
+        fits = differing or rows_fit(path, stored["done"], total)
+    except (ValueError, KeyError, TypeError, OSError, EOFError):
+        fits = False
+    if not fits:
+        raise UserError(f"--cache_teacher {path} is damaged: delete it and {notes.name}")
+    for name in differing:
+        what = {"teacher": "weights", "images": "images", "size": "sizes"}[name]
         raise UserError(
-            f"--cache_teacher {path} belongs to other {what} ({theirs}, not {ours}): give another "
-            f"file, or delete it and {notes.name}"
+            f"--cache_teacher {path} belongs to other {what} ({stored[name]}, not {key[name]}): "
+            f"give another file, or delete it and {notes.name}"
         )
-    return done
+    return stored["done"]
 
 
-def check_rows(path: Path, done: int, total: int) -> int:
-    """`done`, where that many rows of a cache are there.
-
-    Raises:
-        ValueError, TypeError, OSError: where they are not.
-    """
+def rows_fit(path: Path, done: object, total: int) -> bool:
+    """Whether a cache of `total` rows has its first `done` rows."""
     if type(done) is not int or not 0 <= done <= total:
-        raise ValueError(f"{done} of {total} rows")
-    if done:
-        stored = np.load(path, mmap_mode="r")
-        fits = stored.ndim == 2 and len(stored) == total and stored.dtype == np.float16
-        if not fits or not np.isfinite(stored[:done]).all():
-            raise ValueError(f"{stored.shape} {stored.dtype}")
-    return done
+        return False
+    stored = np.load(path, mmap_mode="r") if done else np.zeros((total, 0), np.float16)
+    shape_fits = stored.ndim == 2 and len(stored) == total and stored.dtype == np.float16
+    return shape_fits and bool(np.isfinite(stored[:done]).all())
 
 
-def compare_first_rows(teacher, images, path: Path, workers: int, ranks) -> None:
-    """Refuse a cache whose first features are not those that the teacher gives now."""
-    few = range(min(len(images), max(8, ranks.world)))
-    first = features_of_images(teacher, images, few, workers, ranks).features.cpu()
-    stored = np.load(path, mmap_mode="r")[: len(first)]
-    near = 0.02 * first.std().item()
-    if stored.shape != first.shape or not np.allclose(stored, first, rtol=0.02, atol=near):
+def compare_first_rows(path: Path, features: Tensor) -> None:
+    """Raise a UserError where the cache does not begin with these features (n, D), nearly."""
+    stored = np.load(path, mmap_mode="r")[: len(features)]
+    near = 0.02 * features.std().item()
+    if stored.shape != features.shape or not np.allclose(stored, features, rtol=0.02, atol=near):
         raise UserError(
             f"--cache_teacher {path} holds other features of the first images than this teacher "
             "gives: they, or how it sees them, have changed; give another file, or delete it and "
@@ -260,31 +278,19 @@ def compare_first_rows(teacher, images, path: Path, workers: int, ranks) -> None
         )
 
 
-def fill_cache(teacher, images, path: Path, own: dict, done: int, workers: int, ranks) -> None:
-    """Compute the rows that are missing, CHUNK at a time; the first rank writes them."""
+def write_rows(path: Path, key: dict, start: int, total: int, rows: np.ndarray) -> None:
+    """Write rows of a cache from row `start` on, then note that they are done."""
 
-    def note(rows: int) -> None:
+    def note(done: int) -> None:
         with user_errors(), checkpoint.atomic(f"{path}.json") as file:
-            file.write(json.dumps(own | {"done": rows}).encode())
+            file.write(json.dumps(key | {"done": done}).encode())
 
-    total = len(images)
-    while done < total:
-        # The last chunk takes in what would leave a rank without an image.
-        stop = done + CHUNK if total - done - CHUNK >= ranks.world else total
-        rows = features_of_images(teacher, images, range(done, stop), workers, ranks)
-        rows = rows.features.half()
-        if not rows.isfinite().all():
-            raise UserError(
-                f"features of {teacher.name} exceed float16's range, 65,504: --cache_teacher "
-                "cannot hold them"
-            )
-        if ranks.first:
-            if done == 0:
-                note(0)
-            mode, shape = "r+" if done else "w+", (total, rows.shape[1])
-            file = np.lib.format.open_memmap(path, mode, np.float16, shape)
-            file[done:stop] = rows.cpu().numpy()
-            file.flush()
-            note(stop)
-            print(f"teacher: features of {stop} of {total} images in {path}", flush=True)
-        done = stop
+    if start == 0:
+        note(0)  # before the array, which would be a stranger's without it
+    mode, shape = "r+" if start else "w+", (total, rows.shape[1])
+    array = np.lib.format.open_memmap(path, mode, np.float16, shape)
+    stop = start + len(rows)
+    array[start:stop] = rows
+    array.flush()
+    note(stop)
+    print(f"teacher: features of {stop} of {total} images in {path}", flush=True)

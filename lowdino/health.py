@@ -1,6 +1,6 @@
-"""Does self-distillation learn, or does it collapse? Told without labels, from numbers of the log.
+"""Does self-distillation learn, or does it collapse? The diagnosis needs no labels, only the log.
 
-A training loop uses it so:
+Use in a training loop:
 
     health = Health(out_dim)
     for line in health.read(step, feature_std=..., effective_rank=..., cross_entropy=..., ...):
@@ -23,11 +23,12 @@ def mean_entropy(probabilities: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(features: Tensor) -> tuple[Tensor, Tensor]:
-    """How far unit features (n, D) scatter about their mean, and over how many directions.
+    """Scatter of the normalised features (n, D) about their mean, and its number of directions.
 
-    Returns the root mean square distance from the mean, in [0, 1], and the effective rank
-    (sum l)^2 / sum l^2 of the eigenvalues l of their covariance (the participation ratio), from 1
-    to min(n - 1, D). Both are 0 where all features are equal.
+    Returns:
+        The root mean square distance from the mean, in [0, 1], and the effective rank (sum l)^2 /
+        sum l^2 of the eigenvalues l of their covariance (the participation ratio), from 1 to
+        min(n - 1, D). Both are 0 where all features are equal.
     """
     z = F.normalize(features.float(), dim=1)
     z = z - z.mean(dim=0)
@@ -37,16 +38,16 @@ def spread(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Health:
-    """Judges without labels whether self-distillation is learning, and names the flag to change.
+    """Reports collapse without labels, and suggests the flag to change.
 
-    A symptom counts once it has held at every reading for `PATIENCE` steps, because a healthy run
+    A symptom counts once every reading has shown it for `PATIENCE` steps, because a healthy run
     starts near some of them. The symptoms follow DINO (Caron et al., 2021, section 5.3 and
-    figure 7): entropy and KL divergence tell the two kinds of collapse apart. All entropies are in
-    nats, and ln K is the entropy of the uniform distribution over K prototypes.
+    figure 7): entropy and KL divergence tell the two kinds of collapse apart. Entropies are in
+    nats; ln K is the entropy of the uniform distribution over K prototypes.
 
     Args:
-        out_dim: K; None for a method without prototypes, of which only the features are judged.
-        remedy: what to try against collapsed embeddings.
+        out_dim: K; None for a method without prototypes, whose features alone are judged.
+        remedy: advice against collapsed embeddings.
 
     verdict                   symptom                                    try
     uniform collapse          mean entropy above 0.99 ln K: all          --infonce_weight 1,
@@ -66,11 +67,8 @@ class Health:
                                                                          higher --lr
 
     The entropy of the mean less the mean entropy is the mutual information of image and prototype.
-    The thresholds were chosen on runs that were made to fail each way, and one that is well, in
-    tests/test_monitor.py.
-
-    read(step, **metrics): the sentences that are new at this step.
-    verdict(): one sentence on the state at the last reading.
+    The thresholds were chosen on the runs of tests/test_collapse.py: a healthy one, and one that
+    fails in each way.
     """
 
     PATIENCE = 200
@@ -78,12 +76,12 @@ class Health:
     def __init__(self, out_dim: int | None, remedy: str = "lower --lr"):
         self.remedy = remedy
         self.uniform = math.log(out_dim) if out_dim else math.inf  # ln K
-        self.steps = 0  # from the first reading to the last, both counted
+        self.steps = 0  # from the first reading to the last, both included
         self.first_step: int | None = None
         self.current: dict[str, str] = {}  # symptoms of the last reading
-        self.since: dict[str, int] = {}  # the step of the reading at which each of them began
+        self.since: dict[str, int] = {}  # step at which each of them began
         self.told: dict[str, str] = {}  # those of them that have lasted
-        self.ill_since: int | None = None  # the step since when no reading was without one
+        self.ill_since: int | None = None  # first step of the last readings with any symptom
 
     def symptoms(
         self,
@@ -97,50 +95,50 @@ class Health:
         embedding_rank: float | None = None,
         **others: float,
     ) -> dict[str, str]:
-        """The symptoms of one reading, name and sentence.
+        """The symptoms of one reading: name and sentence.
 
         Args:
-            feature_std, effective_rank: of the backbone's features; see `spread`.
+            feature_std, effective_rank: `spread` of the backbone's features.
             cross_entropy: of the student to the teacher, which is DINO's loss.
             entropy: mean entropy of the teacher's distributions.
             entropy_of_mean: entropy of their mean.
-            embedding_std, embedding_rank: `spread` of the embeddings of one view, where a loss
-                compares embeddings.
+            embedding_std, embedding_rank: `spread` of one view's embeddings, where a loss compares
+                embeddings.
             teacher_moved: whether a step of the moving average changes the teacher's parameters.
-            others: metrics that say nothing of health.
+            others: metrics that do not matter here.
         """
         if cross_entropy is not None and cross_entropy > 1.05 * self.uniform:
-            # Whatever else is wrong follows from it.
+            # All other symptoms follow from it.
             return {
                 "diverging loss": f"the cross-entropy {cross_entropy:.2f} is above that of a "
                 f"uniform distribution, ln K = {self.uniform:.2f}: lower --lr, or lengthen "
                 "--warmup_epochs"
             }
-        found = {}
+        symptoms = {}
         if not teacher_moved:
-            found["teacher stands still"] = (
+            symptoms["teacher stands still"] = (
                 "the moving average does not change its parameters: lower --momentum_teacher, "
                 "or raise --lr"
             )
         if feature_std < 0.01 or effective_rank < 1.5:
-            found["dead features"] = (
+            symptoms["dead features"] = (
                 f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
                 f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where "
                 "there is one, and look at crops.png, whether the pictures differ at all"
             )
         if embedding_std is not None and (embedding_std < 0.1 or embedding_rank < 1.5):
-            found["collapsed embeddings"] = (
+            symptoms["collapsed embeddings"] = (
                 f"they are nearly a point or a line (std {embedding_std:.3f}, effective rank "
                 f"{embedding_rank:.1f}), whatever the image: {self.remedy}"
             )
         if entropy is not None:
-            found |= self.collapse(cross_entropy, entropy, entropy_of_mean)
-        return found
+            symptoms |= self.collapse(cross_entropy, entropy, entropy_of_mean)
+        return symptoms
 
     def collapse(
         self, cross_entropy: float | None, entropy: float, entropy_of_mean: float
     ) -> dict[str, str]:
-        """What the teacher's distributions tell: one symptom, or none."""
+        """The symptom of the teacher's distributions, if they have one."""
         entropies = (
             f"(entropy {entropy:.2f}, of the mean distribution {entropy_of_mean:.2f}, "
             f"ln K {self.uniform:.2f})"
@@ -166,30 +164,29 @@ class Health:
         return {}
 
     def read(self, step: int, **metrics: float | bool) -> list[str]:
-        """The sentences that are new at this step; `metrics` are those of `symptoms`."""
+        """The sentences that are new at this step. `metrics` are the arguments of `symptoms`."""
         if self.first_step is None:
             self.first_step = step
         self.steps = step - self.first_step + 1
-        found = self.current = self.symptoms(**metrics)
-        if not found:
+        current = self.current = self.symptoms(**metrics)
+        if not current:
             self.ill_since = None
         elif self.ill_since is None:
             self.ill_since = step
-        self.since = {name: self.since.get(name, step) for name in found}
+        self.since = {name: self.since.get(name, step) for name in current}
         lasting = {
             name: text
-            for name, text in found.items()
+            for name, text in current.items()
             if step - self.since[name] + 1 >= self.PATIENCE
         }
         news = [f"{name}: {text}" for name, text in lasting.items() if name not in self.told]
-        news += [f"{name}: over" for name in self.told if name not in found]
-        self.told = {name: text for name, text in (self.told | lasting).items() if name in found}
+        news += [f"{name}: over" for name in self.told if name not in current]
+        self.told = {name: text for name, text in (self.told | lasting).items() if name in current}
         return news
 
     def verdict(self) -> str:
-        """The symptoms that have lasted, or that there are none, or that it is too early to say.
-
-        Symptoms that take turns, none of which has lasted, count together.
+        """One sentence on the last reading: the symptoms that have lasted, or that there are none,
+        or that it is too early to say. Symptoms that take turns count together.
         """
         if self.steps < self.PATIENCE:
             steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"

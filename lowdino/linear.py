@@ -30,7 +30,7 @@ from lowdino import (
     schedules,
 )
 from lowdino.distributed import UserError, user_errors
-from lowdino.features import compute_features, normalisation, open_network, pooled
+from lowdino.features import Pooled, compute_features, normalisation, open_network
 
 # The probe's grids. `probe.Scaler` brings all features to one scale, so they suit every network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
@@ -213,7 +213,7 @@ def fit_on_views(
     """As `fit`, on the features of new random views in every step."""
     ranks = subject.ranks
     probes = probe.Probes(settings, inputs.x.shape[1], inputs.classes, ranks.device)
-    network = pooled(subject.backbone, args.pool).eval()
+    network = Pooled(subject.backbone, args.pool).eval()
     for step, images in enumerate(training_batches(subject, indices, batch, steps, seed)):
         features = network(training_view(images, subject, seed, step)).float()
         # All ranks take the same step on the features of all.

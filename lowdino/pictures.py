@@ -1,13 +1,18 @@
-"""Pictures of what a network has learned: nearest neighbours, PCA maps of its last feature map,
-and, of a Vision Transformer, the attention of its last block.
+"""Pictures of what a network is given and has learned, as PNG, and curves, as SVG.
 
-Each is a PNG that carries its caption, as its text "caption".
+    crops.png        the views that it is trained on
+    neighbours.png   images and those whose features are nearest
+    maps.png         PCA maps of its last feature map
+    attention.png    the attention of a Vision Transformer's last block
+
+Each carries its caption, as the PNG's text "caption".
 """
 
 import html
+import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,22 +22,27 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
-from lowdino import (
-    augment,
-    checkpoint,
-    data,
-    datasets,
-    distributed,
-    evaluate,
-)
-from lowdino.distributed import user_errors
-from lowdino.features import compute_own_features, normalisation
+from lowdino import augment, checkpoint, data, evaluate
+from lowdino.datasets import Source
+from lowdino.distributed import Ranks, user_errors
+from lowdino.features import compute_rank_features, normalisation
 
-MEMORY = 512  # images among which neighbours are sought where nobody has computed all features
-CELLS = 8  # least side of a feature map that is shown
+QUERIES = 8  # images that a run's pictures show
+MEMORY = 512  # images to seek neighbours among where nobody has computed all features
+CELLS = 8  # smallest side of a feature map that is shown
 GREY, GREEN, RED = (0.5, 0.5, 0.5), (0.1, 0.7, 0.2), (0.9, 0.1, 0.1)
+
+# --------------------------------------------------------------------------------------------------
+# Images to cells, cells to a file
+# --------------------------------------------------------------------------------------------------
+
+
+def random_indices(images, count: int, seed: int = 0) -> list[int]:
+    """Indices of `count` random images, always the same, or of all where there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(images), generator=generator)[:count].tolist()
 
 
 def squares(images, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
@@ -43,13 +53,17 @@ def squares(images, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
     return augment.resized_crop(canvas, boxes, side).cpu(), labels
 
 
-def thumbnails(images, indices: Sequence[int], side: int = 64) -> tuple[Tensor, Tensor]:
-    """`squares` as a person sees them, of three channels."""
-    found, labels = squares(images, indices, side)
-    return visible(found), labels
+def visible(images: Tensor) -> Tensor:
+    """The first three channels of (B, C, H, W), of fewer the first as grey: (B, 3, H, W)."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
-def write(file: str | BinaryIO, cells: Tensor, columns: int, caption: str = "") -> None:
+def enlarged(maps: Tensor, side: int) -> Tensor:
+    """(n, C, h, w) -> (n, C, side, side), bilinear, on the CPU."""
+    return F.interpolate(maps.float().cpu(), size=(side, side), mode="bilinear")
+
+
+def write(file: str | BinaryIO, cells: Tensor, columns: int, caption: str) -> None:
     """Write cells (n, 3, h, w) in [0, 1] as a picture, row by row with white lines between them.
 
     Args:
@@ -64,80 +78,36 @@ def write(file: str | BinaryIO, cells: Tensor, columns: int, caption: str = "") 
 
 
 # --------------------------------------------------------------------------------------------------
-# Nearest neighbours
+# Views
 # --------------------------------------------------------------------------------------------------
 
 
-def some(images, count: int, seed: int = 0) -> list[int]:
-    """Indices of `count` random images, always the same, or of all where there are fewer."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(images), generator=generator)[:count].tolist()
+def save_views(file: BinaryIO, views: list[Tensor], mean, std, images: int = 8) -> None:
+    """Write a PNG of the first images' views: a row per image, a column per view.
 
-
-def save_neighbours(
-    file: str | BinaryIO,
-    source: datasets.Source,
-    train: evaluate.Features,
-    test: evaluate.Features,
-    queries: int = 10,
-    neighbours: int = 8,
-) -> None:
-    """A row a random test image, then its nearest training images, framed green where they are of
-    its class and red where not.
-    """
-    rows = some(source.test, queries)
-    k = min(neighbours, len(source.train))
-    query = test.features[rows]
-    _, found = evaluate.nearest_neighbours(train.features, query, k)
-    caption = (
-        "Each row is a random test image, framed grey, and the training images whose features are "
-        "nearest to its own. Green: of its class, red: of another."
-    )
-    save_rows(file, source.test, rows, source.train, found.tolist(), source.names, caption)
-
-
-def save_own_neighbours(
-    file: BinaryIO, images, indices: list[int], features: Tensor, queries: int, names=None
-) -> None:
-    """As `save_neighbours`, of some of the images among each other.
+    Small views are framed in grey.
 
     Args:
-        indices: of those images. features: (n, D), theirs; the first are the queries.
+        mean, std: per channel, those that the views are normalised by.
     """
-    k = min(8, len(indices) - 1)
-    _, found = evaluate.nearest_neighbours(features, features[:queries], k + 1)
-    # An image is its own nearest neighbour, or ties with its copy.
-    near = [[indices[i] for i in row if i != own][:k] for own, row in enumerate(found.tolist())]
+    side = max(view.shape[-1] for view in views)
+    scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
+    columns = []
+    for view in views:
+        view = visible(view[:images].float().cpu() * scale + shift)
+        room = side - view.shape[-1]
+        before, after = room // 2, room - room // 2
+        columns.append(F.pad(view, (before, after, before, after), value=0.5))
     caption = (
-        f"Each row is a random image, framed grey, and those of {len(indices)} random images whose "
-        "features are nearest to its own. What they have in common is what the network sees."
+        "What the network is trained on: a row per image, a column per view. Views of an image "
+        "should still show the same thing."
     )
-    save_rows(file, images, indices[:queries], images, near, names, caption)
+    write(file, torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), len(views), caption)
 
 
-def save_rows(
-    file: str | BinaryIO,
-    queries,
-    rows: Sequence[int],
-    memory,
-    near: Sequence[Sequence[int]],
-    names: Sequence[str] | None,
-    caption: str,
-) -> None:
-    """The picture of `save_neighbours`, of queries `rows` and the images that are near each."""
-    cells = []
-    for row, indices in zip(rows, near):
-        query, (label,) = thumbnails(queries, [row])
-        found, labels = thumbnails(memory, indices)
-        colours = [GREY] * (1 + len(indices))
-        if label != data.NO_LABEL:
-            colours[1:] = [GREEN if other == label else RED for other in labels]
-        framed = torch.tensor(colours)[:, :, None, None].repeat(1, 1, 70, 70)
-        framed[:, :, 3:-3, 3:-3] = torch.cat([query, found])
-        if names and label != data.NO_LABEL:
-            label_cells(framed, [names[i] for i in (label, *labels)])
-        cells.append(framed)
-    write(file, torch.cat(cells), 1 + max(map(len, near)), caption)
+# --------------------------------------------------------------------------------------------------
+# Nearest neighbours
+# --------------------------------------------------------------------------------------------------
 
 
 def label_cells(cells: Tensor, words: Sequence[str]) -> None:
@@ -147,6 +117,56 @@ def label_cells(cells: Tensor, words: Sequence[str]) -> None:
         ImageDraw.Draw(strip).text((2, 0), word[:11], 255)
         values = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(12, 64) / 255
         cell[:, -15:-3, 3:-3] = (0.35 * cell[:, -15:-3, 3:-3]).maximum(values)
+
+
+def save_rows(file, queries, rows, memory, near: list[list[int]], names, caption: str) -> None:
+    """Write a row per query: the image of `queries` at rows[i], those of `memory` at near[i]."""
+    cells = []
+    for row, indices in zip(rows, near):
+        query, (label,) = squares(queries, [row], 64)
+        others, labels = squares(memory, indices, 64)
+        colours = [GREY] * (1 + len(indices))
+        if label != data.NO_LABEL:
+            colours[1:] = [GREEN if other == label else RED for other in labels]
+        framed = torch.tensor(colours)[:, :, None, None].repeat(1, 1, 70, 70)
+        framed[:, :, 3:-3, 3:-3] = visible(torch.cat([query, others]))
+        if names and label != data.NO_LABEL:
+            label_cells(framed, [names[i] for i in (label, *labels)])
+        cells.append(framed)
+    write(file, torch.cat(cells), 1 + max(map(len, near)), caption)
+
+
+def save_neighbours(
+    file, queries, memory, features: tuple[Tensor, Tensor], rows: Sequence[int], names=None, k=8
+) -> None:
+    """A row per query image: itself, framed grey, and the k nearest images of `memory`.
+
+    They are framed green where they have its class, red where not, grey without labels.
+
+    Args:
+        memory: images; `queries` themselves where neighbours are sought among them.
+        features: of the queries and of the memory, (n, D) and (N, D).
+        rows: indices of the queries to show.
+        names: of the classes.
+    """
+    among = memory is queries  # an image is its own nearest neighbour then, or ties with its copy
+    k = min(k, len(memory) - among)
+    _, nearest = evaluate.nearest_neighbours(features[1], features[0][list(rows)], k + among)
+    near = [
+        [i for i in row if not (among and i == query)][:k]
+        for query, row in zip(rows, nearest.tolist())
+    ]
+    if among:
+        kind, others = "image", f"those of {len(memory)} random images"
+        meaning = "What they have in common is what the network sees."
+    else:
+        kind, others = "test image", "the training images"
+        meaning = "Green: of its class, red: of another."
+    caption = (
+        f"Each row is a random {kind}, framed grey, and {others} whose features are nearest to its "
+        f"own. {meaning}"
+    )
+    save_rows(file, queries, rows, memory, near, names, caption)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,35 +184,30 @@ def principal_components(maps: Tensor) -> Tensor:
     cells = cells - cells.mean(dim=0)
     axes = torch.linalg.svd(cells, full_matrices=False).Vh[:3]  # (3, C)
     largest = axes.abs().argmax(dim=1, keepdim=True)
-    found = cells @ (axes * axes.gather(1, largest).sign()).T  # (n * h * w, 3)
-    low, high = found.quantile(torch.tensor([0.01, 0.99]), dim=0)
-    found = ((found - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return found.unflatten(0, (len(maps), *maps.shape[2:])).movedim(-1, 1)
+    scores = cells @ (axes * axes.gather(1, largest).sign()).T  # (n * h * w, 3)
+    low, high = scores.quantile(torch.tensor([0.01, 0.99]), dim=0)
+    colours = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return colours.unflatten(0, (len(maps), *maps.shape[2:])).movedim(-1, 1)
 
 
 def map_side(backbone: nn.Module, size: int, device: torch.device) -> int:
     """Side of an input, `size` or more in whole 32s, that gives a last map of CELLS x CELLS."""
     side = math.ceil(size / 32) * 32
-    cells = backbone.forward_features(
-        torch.zeros(1, len(backbone.mean), side, side, device=device)
-    ).shape[-1]
+    x = torch.zeros(1, len(backbone.mean), side, side, device=device)
+    cells = backbone.forward_features(x).shape[-1]
     return max(side, math.ceil(CELLS * side / cells / 32) * 32)
-
-
-def enlarged(maps: Tensor, side: int) -> Tensor:
-    """(n, C, h, w) -> (n, C, side, side), bilinear, on the CPU."""
-    return F.interpolate(maps.float().cpu(), size=(side, side), mode="bilinear")
 
 
 @torch.no_grad()
 def save_maps(
     file: str | BinaryIO, backbone: nn.Module, images, indices: list[int], size: int, device
 ) -> Tensor:
-    """Some images, each with its PCA map beside it, four cells a row.
+    """Some images, each with its PCA map beside it, four cells per row.
 
     Args:
-        backbone: in eval mode. size: side of the views that it knows; smaller maps than
-            CELLS x CELLS are had of enlarged images, which the caption says.
+        backbone: in eval mode.
+        size: side of the views that it knows. Where its maps would be smaller than CELLS x CELLS,
+            images are enlarged, which the caption says.
 
     Returns:
         The network's input, (n, C, side, side) normalised.
@@ -202,7 +217,7 @@ def save_maps(
     x = augment.normalize(squares(images, indices, side)[0].to(device), mean, std)
     maps = backbone.forward_features(x)
     colours = enlarged(principal_components(maps), shown)
-    pairs = torch.stack([thumbnails(images, indices, shown)[0], colours], dim=1)
+    pairs = torch.stack([visible(squares(images, indices, shown)[0]), colours], dim=1)
     larger = f", enlarged from the {size} of its training" if side > size else ""
     caption = (
         f"Images and the last feature map, {maps.shape[3]} x {maps.shape[2]} cells: its first "
@@ -214,10 +229,10 @@ def save_maps(
 
 
 def attention_maps(network: nn.Module, x: Tensor) -> Tensor:
-    """What the class token of a ViT's last block attends to: (n, C, H, W) -> (n, heads, h, w).
+    """Attention of the class token in a ViT's last block: (n, C, H, W) -> (n, heads, h, w).
 
-    The weights of a map are those of the patches, which sum to one with those of the class token
-    itself and of the registers.
+    The weights of a map are those of the patches. With those of the class token itself and of the
+    registers they sum to one.
     """
     h, w = (side // network.patch_size for side in x.shape[-2:])
     return network.get_last_selfattention(x)[:, :, 0, -h * w :].unflatten(2, (h, w))
@@ -227,16 +242,16 @@ def attention_maps(network: nn.Module, x: Tensor) -> Tensor:
 def save_attention(
     file: str | BinaryIO, backbone: nn.Module, images, indices: list[int], x: Tensor
 ) -> None:
-    """A row an image: itself, then as each head of the last block sees it.
+    """A row per image: itself, then as each head of the last block sees it.
 
     Args:
-        x: the network's input, as of `save_maps`.
+        x: the network's input, as `save_maps` returns it.
     """
     maps, shown = attention_maps(backbone, x), 96
-    cells = [thumbnails(images, indices, shown)[0]]
+    image = visible(squares(images, indices, shown)[0])  # (n, 3, 96, 96)
     light = enlarged(maps / maps.amax(dim=(2, 3), keepdim=True), shown)  # (n, heads, 96, 96)
-    grey = cells[0].mean(dim=1, keepdim=True)
-    cells += [(0.5 + 0.5 * grey).expand(-1, 3, -1, -1) * head for head in light.split(1, dim=1)]
+    grey = 0.5 + 0.5 * image.mean(dim=1, keepdim=True)
+    cells = [image, *(grey.expand(-1, 3, -1, -1) * head for head in light.split(1, dim=1))]
     caption = (
         f"Attention of the class token in the last block, {maps.shape[3]} x {maps.shape[2]} "
         f"patches: the image, then a column for each of the {maps.shape[1]} heads. What is bright "
@@ -249,80 +264,46 @@ def save_attention(
 def save_all(
     folder: Path,
     backbone: nn.Module,
-    source: datasets.Source,
+    source: Source,
     size: int,
     device: torch.device,
-    features: tuple[evaluate.Features, evaluate.Features] | None = None,
-    queries: int = 8,
+    features=None,
 ) -> None:
-    """neighbours.png, maps.png and, of a ViT, attention.png.
+    """Write neighbours.png, maps.png and, for a ViT, attention.png.
 
     Args:
         size: side of the views that the network knows.
-        features: of the training and test images; without them neighbours are sought among MEMORY
-            images of those to learn from.
+        features: `evaluate.Features` of the training and test images; without them neighbours are
+            sought among MEMORY images of the training.
     """
-    images = source.pretrain if features is None else source.test
-    shown = some(images, queries)
-    training = backbone.training
+    images = source.test if features else source.pretrain
+    indices, training = random_indices(images, QUERIES), backbone.training
     with checkpoint.atomic(folder / "neighbours.png") as file:
         if features:
-            save_neighbours(file, source, *features, queries=queries)
+            train, test = (part.features for part in features)
+            save_neighbours(file, images, source.train, (test, train), indices, source.names)
         else:
-            indices = some(images, MEMORY)
-            alone = distributed.Ranks(0, 1, device)
-            found, _ = compute_own_features(backbone, Subset(images, indices), size, alone)
-            save_own_neighbours(file, images, indices, found, queries, source.names)
+            few, alone = Subset(images, random_indices(images, MEMORY)), Ranks(0, 1, device)
+            rows, _ = compute_rank_features(backbone, few, size, alone)
+            save_neighbours(file, few, few, (rows, rows), range(len(indices)), source.names)
     backbone.eval()
     with checkpoint.atomic(folder / "maps.png") as file:
-        x = save_maps(file, backbone, images, shown, size, device)
+        x = save_maps(file, backbone, images, indices, size, device)
     if hasattr(backbone, "get_last_selfattention"):
         with checkpoint.atomic(folder / "attention.png") as file:
-            save_attention(file, backbone, images, shown, x)
+            save_attention(file, backbone, images, indices, x)
     backbone.train(training)
 
 
-def save_views(
-    file: BinaryIO,
-    views: list[Tensor],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    images: int = 8,
-) -> None:
-    """Write a PNG of the first images' views: a row an image, a column a view.
-
-    Small views are framed in grey. `mean` and `std` are those that the views are normalised by.
-    """
-    side = max(view.shape[-1] for view in views)
-    scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
-    columns = []
-    for view in views:
-        view = visible(view[:images].float().cpu() * scale + shift)
-        room = side - view.shape[-1]
-        before = room // 2
-        columns.append(F.pad(view, (before, room - before, before, room - before), value=0.5))
-    save_image(
-        torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1),
-        file,
-        format="png",
-        nrow=len(views),
-        pad_value=1.0,
-    )
-
-
-def visible(images: Tensor) -> Tensor:
-    """The first three channels of (B, C, H, W), of fewer the first as grey: (B, 3, H, W)."""
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-
-
 # --------------------------------------------------------------------------------------------------
-# Curves as SVG
+# Curves
 # --------------------------------------------------------------------------------------------------
 
 Curve = dict[float, float | None]  # x -> y, None where y is not finite
 
 COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
-DOTS = 20  # a curve of more points has none
+STROKES = {"grid": "#dddddd"} | {f"c{i}": colour for i, colour in enumerate(COLOURS)}  # by class
+DOTS = 20  # a curve of more points has no dots
 POINTS = 400  # of more points a curve shows means
 
 
@@ -335,110 +316,89 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def pieces(curve: Curve) -> list[list[tuple[float, float]]]:
-    """The points of a curve, in a list of its own each stretch without a gap."""
-    found: list[list] = [[]]
-    for x, y in sorted(curve.items()):
-        if y is None:
-            found.append([])
-        else:
-            found[-1].append((x, y))
-    return [piece for piece in found if piece]
+    """The points of a curve, in one list for each stretch without a gap."""
+    stretches = itertools.groupby(sorted(curve.items()), lambda point: point[1] is not None)
+    return [list(points) for finite, points in stretches if finite]
 
 
 def thinned(curve: Curve) -> Curve:
     """At most POINTS points, each the mean of as many; a gap where one of them is."""
     points, size = sorted(curve.items()), math.ceil(len(curve) / POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size or 1)]
     means = {}
-    for group in groups:
-        ys = [y for _, y in group]
-        means[group[-1][0]] = None if None in ys else statistics.fmean(ys)
+    for i in range(0, len(points), size or 1):
+        xs, ys = zip(*points[i : i + size])
+        means[xs[-1]] = None if None in ys else statistics.fmean(ys)
     return means
-
-
-def draw_curves(
-    curves: dict[str, Curve],
-    x_name: str,
-    y_name: str,
-    logarithmic: bool = False,
-    from_zero: bool = False,
-) -> str:
-    """An SVG of curves by name. On a logarithmic axis every x has its number.
-
-    Args:
-        from_zero: whether the y axis begins at 0. One curve has no name of its own.
-    """
-    xs = sorted({x for curve in curves.values() for x in curve})
-    ys = [y for curve in curves.values() for y in curve.values() if y is not None]
-    low, high = min([0.0] * from_zero + ys), max([0.0] * from_zero + ys)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    y_ticks = ticks(low, high)
-    x_ticks = xs if logarithmic else ticks(min(xs[0], 0), xs[-1])
-    scale = math.log if logarithmic else float
-
-    def share(value: float, marks: list[float], scale=float) -> float:
-        low, high = scale(marks[0]), scale(marks[-1])
-        return (scale(value) - low) / ((high - low) or 1.0)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return round(60 + 480 * share(x, x_ticks, scale), 1), round(
-            340 - 300 * share(y, y_ticks), 1
-        )
-
-    parts = [svg_text(300, 392, x_name, 'text-anchor="middle"'), svg_text(60, 22, y_name)]
-    for tick in y_ticks:
-        x, y = at(x_ticks[0], tick)
-        parts.append(svg_line([(x, y), (540, y)], "#dddddd", "grid"))
-        parts.append(svg_text(x - 8, y + 6, f"{tick:g}", 'text-anchor="end"'))
-    for tick in x_ticks:
-        x, y = at(tick, y_ticks[0])
-        parts.append(svg_line([(x, y), (x, y + 5)], "#dddddd", "grid"))
-        parts.append(svg_text(x, 365, f"{tick:g}", 'text-anchor="middle"'))
-    for (_, curve), colour, kind in styled(curves):
-        for piece in pieces(curve):
-            points = [at(x, y) for x, y in piece]
-            parts.append(svg_line(points, colour, kind))
-            if len(points) == 1 or len(curve) <= DOTS:
-                dot = f'class="{kind}" r="3.5" fill="{colour}"'
-                parts += [f'<circle cx="{x}" cy="{y}" {dot}/>' for x, y in points]
-    height = 402
-    if len(curves) > 1:
-        names, height = legend(curves)
-        parts += names
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-14 0 580 {height}" font-size="18" '
-        f'font-family="sans-serif" role="img"><title>{html.escape(y_name)}</title>'
-        f'<rect class="paper" x="-14" width="580" height="{height}" fill="white"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
-
-
-def styled(curves: dict[str, Curve]) -> Iterator[tuple[tuple[str, Curve], str, str]]:
-    """Name and curve, with its colour and the class of that."""
-    for i, item in enumerate(curves.items()):
-        yield item, COLOURS[i % len(COLOURS)], f"c{i % len(COLOURS)}"
-
-
-def legend(curves: dict[str, Curve]) -> tuple[list[str], int]:
-    """The names below the plot, as many a row as fit, and the height of the whole picture."""
-    parts, x, y = [], 60.0, 422
-    for (name, _), colour, kind in styled(curves):
-        width = 44 + 9.5 * len(name)
-        if x > 60 and x + width > 560:
-            x, y = 60.0, y + 26
-        parts.append(svg_line([(x, y - 6), (x + 18, y - 6)], colour, kind))
-        parts.append(svg_text(x + 24, y, name))
-        x += width
-    return parts, y + 12
 
 
 def svg_text(x: float, y: float, words: str, more: str = "") -> str:
     return f'<text x="{x}" y="{y}" {more}>{html.escape(words)}</text>'
 
 
-def svg_line(points: Sequence[tuple[float, float]], colour: str, kind: str) -> str:
+def svg_line(points: Sequence[tuple[float, float]], kind: str) -> str:
+    """A line in the colour of its class `kind`, see STROKES."""
     path, width = " ".join(f"{x},{y}" for x, y in points), 1 if kind == "grid" else 2
-    look = f'class="{kind}" fill="none" stroke="{colour}" stroke-width="{width}"'
+    look = f'class="{kind}" fill="none" stroke="{STROKES[kind]}" stroke-width="{width}"'
     return f'<polyline points="{path}" {look}/>'
+
+
+def legend(names: Sequence[str], kinds: Sequence[str]) -> tuple[list[str], int]:
+    """The names below the plot, as many per row as fit, and the height of the whole picture."""
+    parts, x, y = [], 60.0, 422
+    for name, kind in zip(names, kinds):
+        width = 44 + 9.5 * len(name)
+        if x > 60 and x + width > 560:
+            x, y = 60.0, y + 26
+        parts += [svg_line([(x, y - 6), (x + 18, y - 6)], kind), svg_text(x + 24, y, name)]
+        x += width
+    return parts, y + 12
+
+
+def draw_curves(
+    curves: dict[str, Curve], x_name: str, y_name: str, logarithmic=False, from_zero=False
+) -> str:
+    """An SVG of curves by name; a single curve needs no legend.
+
+    Args:
+        logarithmic: whether the x axis is; every x has its number then.
+        from_zero: whether the y axis begins at 0.
+    """
+    xs = sorted({x for curve in curves.values() for x in curve})
+    ys = [y for curve in curves.values() for y in curve.values() if y is not None]
+    low, high = min([0.0] * from_zero + ys), max([0.0] * from_zero + ys)
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    x_ticks, y_ticks = xs if logarithmic else ticks(min(xs[0], 0), xs[-1]), ticks(low, high)
+    scale = math.log if logarithmic else float
+    left, right, bottom, top = scale(x_ticks[0]), scale(x_ticks[-1]), y_ticks[0], y_ticks[-1]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (scale(x) - left) / ((right - left) or 1.0)
+        up = (y - bottom) / ((top - bottom) or 1.0)
+        return round(60 + 480 * across, 1), round(340 - 300 * up, 1)
+
+    parts = [svg_text(300, 392, x_name, 'text-anchor="middle"'), svg_text(60, 22, y_name)]
+    for tick in y_ticks:
+        x, y = at(x_ticks[0], tick)
+        parts.append(svg_line([(x, y), (540, y)], "grid"))
+        parts.append(svg_text(x - 8, y + 6, f"{tick:g}", 'text-anchor="end"'))
+    for tick in x_ticks:
+        x, y = at(tick, bottom)
+        parts.append(svg_line([(x, y), (x, y + 5)], "grid"))
+        parts.append(svg_text(x, 365, f"{tick:g}", 'text-anchor="middle"'))
+    kinds = [f"c{i % len(COLOURS)}" for i in range(len(curves))]
+    for curve, kind in zip(curves.values(), kinds):
+        for piece in pieces(curve):
+            points = [at(x, y) for x, y in piece]
+            parts.append(svg_line(points, kind))
+            if len(points) == 1 or len(curve) <= DOTS:
+                dot = f'class="{kind}" r="3.5" fill="{STROKES[kind]}"'
+                parts += [f'<circle cx="{x}" cy="{y}" {dot}/>' for x, y in points]
+    names, height = legend(curves, kinds) if len(curves) > 1 else ([], 402)
+    content = "\n".join(parts + names)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-14 0 580 {height}" font-size="18" '
+        f'font-family="sans-serif" role="img"><title>{html.escape(y_name)}</title>'
+        f'<rect class="paper" x="-14" width="580" height="{height}" fill="white"/>\n{content}\n'
+        "</svg>\n"
+    )

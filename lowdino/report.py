@@ -1,22 +1,22 @@
-"""One page on a run, or on several beside each other: does it learn, how fast, what does it see?
+"""One page on a run, or on several side by side: does it learn, how fast, what does it see?
 
     python -m lowdino.report runs/a                                  writes runs/a/report.html
     python -m lowdino.report runs/a runs/b --output both.html
 
-It is made of what a run's folder holds: log.jsonl, args.json and the pictures. train.py and
-distill.py write it into --output_dir at every evaluation and at the end. The page needs no other
-file and asks for none: its curves are SVG, its pictures are within it.
+It is made from a run's folder: log.jsonl, args.json and the pictures. train.py and distill.py write
+it into --output_dir at every evaluation and at the end. The page needs no other file: its curves
+are SVG, and its pictures are embedded.
 """
 
 import argparse
 import base64
-import html
 import json
 import math
 import re
 import statistics
 import time
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from lowdino.distributed import UserError, user_errors
 from lowdino.pictures import COLOURS, Curve, draw_curves, save_all, thinned
 
 # --------------------------------------------------------------------------------------------------
-# What a folder tells of its run
+# The record of a run
 # --------------------------------------------------------------------------------------------------
 
 
@@ -38,7 +38,7 @@ class Chart(NamedTuple):
     heading: str
     unit: str
     note: str
-    curves: dict[str, str]  # name -> that of its numbers in `Run.curves`
+    curves: dict[str, str]  # name -> key in `RunRecord.curves`
     from_zero: bool = True
 
 
@@ -46,7 +46,7 @@ CHARTS = (
     Chart(
         "k-NN accuracy",
         "%",
-        "Of held-out images, by the labels of their nearest training images. It should rise.",
+        "Held-out images, classified by their nearest training images. It should rise.",
         {"k-NN": "knn"},
     ),
     Chart(
@@ -58,7 +58,7 @@ CHARTS = (
     Chart(
         "Loss",
         "loss",
-        "It should fall, fast at first. Its height tells nothing by itself.",
+        "It should fall, fast at first. Its height means nothing by itself.",
         {"loss": "loss"},
         from_zero=False,
     ),
@@ -71,137 +71,34 @@ CHARTS = (
     Chart(
         "KL divergence",
         "nats",
-        "What the student has yet to learn of the teacher. At 0 there is nothing left.",
+        "What the student has yet to learn from the teacher. At 0 nothing is left.",
         {"KL": "kl"},
     ),
     Chart(
         "Effective rank",
         "directions",
-        "Over how many directions a batch scatters. Near 1 everything looks alike.",
+        "Number of directions over which a batch scatters. Near 1 everything looks alike.",
         {"features": "effective_rank", "embeddings": "embedding_rank"},
     ),
     Chart("Learning rate", "learning rate", "It follows its schedule.", {"learning rate": "lr"}),
-    Chart("Throughput", "images/s", "Of all ranks together.", {"images/s": "images_per_s"}),
-)
-
-PICTURES = {
-    "crops.png": (
-        "Views",
-        "What the network is trained on: a row an image, a column a view of it. Views of an image "
-        "should still show the same thing.",
+    Chart(
+        "Throughput", "images/s", "Images per second of all ranks.", {"images/s": "images_per_s"}
     ),
-    "neighbours.png": ("Nearest neighbours", ""),
-    "maps.png": ("Feature maps", ""),
-    "attention.png": ("Attention", ""),
-}
+)
 
 
 def finite(value: object) -> float | None:
+    """A number as a float; None where it is none, or not finite."""
     known = isinstance(value, int | float) and math.isfinite(value)
     return float(value) if known else None
 
 
-class Run:
-    """A run, read from its folder.
+def read_log(path: Path) -> list[dict]:
+    """The records of a log. An incomplete last line is left out, as a resumed run does.
 
     Raises:
-        UserError: where there is no log, or files are damaged.
+        UserError: where there is no log, or a line is damaged.
     """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.name = str(folder)
-        self.records = read_log(self.folder / "log.jsonl")
-        self.args = read_settings(self.folder / "args.json")
-        self.facts, self.unusual = self.args.pop("run", {}), self.args.pop("unusual", [])
-        self.curves: dict[str, Curve] = {}
-        k = self.facts.get("out_dim")
-        for record in self.records:
-            more = {}
-            if {"entropy", "cross_entropy"} <= record.keys():
-                both = [finite(record[name]) for name in ("cross_entropy", "entropy")]
-                more = {"kl": None if None in both else both[0] - both[1]}
-                more |= {"ln_k": math.log(k)} if k else {}
-            if finite(record.get("knn")) is not None:
-                more["knn"] = 100 * record["knn"]
-            for name, value in (record | more).items():
-                self.curves.setdefault(name, {})[record["step"]] = finite(value)
-        self.step = max((record["step"] for record in self.records), default=0)
-
-    def values(self, name: str) -> list[float]:
-        """The finite values of a curve."""
-        return [y for _, y in sorted(self.curves.get(name, {}).items()) if y is not None]
-
-    def verdict(self) -> str:
-        """That of `health.Health` on the whole log."""
-        losses = [record["loss"] for record in self.records if "loss" in record]
-        if losses and finite(losses[-1]) is None:
-            return (
-                "diverging loss: the last one is not finite: lower --lr, or lengthen "
-                "--warmup_epochs"
-            )
-        watch = health.Health(self.facts.get("out_dim"), self.facts.get("remedy", "lower --lr"))
-        for record in self.records:
-            metrics = {key: finite(value) for key, value in record.items() if key != "step"}
-            if "loss" in record and None not in metrics.values():
-                if {"feature_std", "effective_rank"} <= metrics.keys():
-                    watch.read(record["step"], **metrics)
-        return watch.verdict()
-
-    def seconds(self) -> float:
-        """Time of all steps, those before a stop too."""
-        images = self.args.get("batch_size_per_gpu", 0) * self.args.get("world", 1)
-        total, step = 0.0, 0
-        for at, speed in sorted(self.curves.get("images_per_s", {}).items()):
-            total += (at - step) * images / speed if speed else 0.0
-            step = at
-        return total
-
-    def progress(self) -> str:
-        """How far it is, in words."""
-        left = [record["eta_s"] for record in self.records if "eta_s" in record]
-        if not left:
-            return "before the first step"
-        if not left[-1]:
-            return f"finished after {self.step:,} steps"
-        known = finite(left[-1])
-        then = f", {logger.duration(known)} left" if known is not None else ""
-        total = finite(self.args.get("total_steps"))
-        return f"{self.step:,}{f' of {total:,.0f}' if total else ''} steps{then}"
-
-    def figures(self) -> dict[str, str]:
-        """The key figures, by name."""
-        found = {}
-        if knn := self.values("knn"):
-            first = f"{knn[0]:.1f} → " if len(knn) > 1 else ""
-            found["k-NN accuracy"] = f"{first}{knn[-1]:.1f} %"
-        for key, name in (("loss_over_lnk", "loss / ln K"), ("loss", "loss")):
-            if name == "loss" and "loss / ln K" in found:
-                continue
-            if values := self.values(key):
-                found[name] = f"{values[0]:.3g} → {values[-1]:.3g}"
-        if ranks := self.values("effective_rank"):
-            found["effective rank"] = f"{ranks[0]:.1f} → {ranks[-1]:.1f}"
-        found["steps"] = f"{self.step:,}"
-        if speeds := self.values("images_per_s"):
-            found["time of the steps"] = logger.duration(self.seconds())
-            found["images/s"] = f"{statistics.median(speeds):,.0f}"
-        return found
-
-
-def facts(method, source: datasets.Source, device: torch.device) -> dict:
-    """What the report of a run needs beside its flags and its log."""
-    return {
-        "version": lowdino.__version__,
-        "machine": logger.machine(device),
-        "images": f"{source.name}, {len(source.pretrain):,} images",
-        "out_dim": method.out_dim,
-        "remedy": method.remedy,
-    }
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a log. A last line that is not whole is left out, as a resumed run does."""
     try:
         lines = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -209,12 +106,12 @@ def read_log(path: Path) -> list[dict]:
             f"{path.parent} holds no log.jsonl that can be read: give the --output_dir of a run"
         ) from error
     records = []
-    for number, words in enumerate(lines, 1):
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(words)
+            record = json.loads(line)
             record["step"] + 0  # a number
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not words.endswith("\n"):
+            if number == len(lines) and not line.endswith("\n"):
                 break
             raise UserError(
                 f"{path} is damaged: line {number} is not a JSON object with a step; delete the "
@@ -227,13 +124,114 @@ def read_log(path: Path) -> list[dict]:
 
 
 def read_settings(path: Path) -> dict:
-    """What args.json holds; nothing where there is none."""
+    """The content of args.json; an empty dict where there is no such file."""
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: it is not a JSON object") from error
+
+
+class RunRecord:
+    """The settings and numbers of a run, read from its folder.
+
+    `curves` holds, by name, the numbers of the log by their step. Added are `kl`, `ln_k` and the
+    k-NN accuracy in percent; `loss` is left out where the log has it over ln K.
+
+    Raises:
+        UserError: where there is no log, or files are damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.name = str(folder)
+        self.records = read_log(self.folder / "log.jsonl")
+        self.args = read_settings(self.folder / "args.json")
+        self.facts, self.unusual = self.args.pop("run", {}), self.args.pop("unusual", [])
+        self.step = max(record["step"] for record in self.records)
+        self.curves: dict[str, Curve] = {}
+        k = self.facts.get("out_dim")
+        for record in self.records:
+            numbers = {name: finite(value) for name, value in record.items()}
+            if numbers.get("knn") is not None:
+                numbers["knn"] *= 100
+            if {"entropy", "cross_entropy"} <= numbers.keys():
+                pair = numbers["cross_entropy"], numbers["entropy"]
+                numbers["kl"] = None if None in pair else pair[0] - pair[1]
+                numbers |= {"ln_k": math.log(k)} if k else {}
+            for name, number in numbers.items():
+                self.curves.setdefault(name, {})[record["step"]] = number
+        if "loss_over_lnk" in self.curves:
+            self.curves.pop("loss", None)
+
+    def values(self, name: str) -> list[float]:
+        """The finite values of a curve."""
+        return [y for _, y in sorted(self.curves.get(name, {}).items()) if y is not None]
+
+    def verdict(self) -> str:
+        """The verdict of `health.Health` on the whole log."""
+        losses = [record["loss"] for record in self.records if "loss" in record]
+        if losses and finite(losses[-1]) is None:
+            return (
+                "diverging loss: the last one is not finite: lower --lr, or lengthen "
+                "--warmup_epochs"
+            )
+        watch = health.Health(self.facts.get("out_dim"), self.facts.get("remedy", "lower --lr"))
+        for record in self.records:
+            metrics = {key: finite(value) for key, value in record.items() if key != "step"}
+            if {"loss", "feature_std", "effective_rank"} <= metrics.keys():
+                if None not in metrics.values():
+                    watch.read(record["step"], **metrics)
+        return watch.verdict()
+
+    def seconds(self) -> float:
+        """Time of all steps, those before a stop too."""
+        images = self.args.get("batch_size_per_gpu", 0) * self.args.get("world", 1)
+        total, before = 0.0, 0
+        for step, speed in sorted(self.curves.get("images_per_s", {}).items()):
+            total += (step - before) * images / speed if speed else 0.0
+            before = step
+        return total
+
+    def progress(self) -> str:
+        """How far it is, in words."""
+        left = [record["eta_s"] for record in self.records if "eta_s" in record]
+        if not left:
+            return "before the first step"
+        if not left[-1]:
+            return f"finished after {self.step:,} steps"
+        seconds, total = finite(left[-1]), finite(self.args.get("total_steps"))
+        then = f", {logger.duration(seconds)} left" if seconds is not None else ""
+        return f"{self.step:,}{f' of {total:,.0f}' if total else ''} steps{then}"
+
+    def figures(self) -> dict[str, str]:
+        """The key figures, by name."""
+        figures = {}
+        if knn := self.values("knn"):
+            first = f"{knn[0]:.1f} → " if len(knn) > 1 else ""
+            figures["k-NN accuracy"] = f"{first}{knn[-1]:.1f} %"
+        for key, name in (("loss_over_lnk", "loss / ln K"), ("loss", "loss")):
+            if values := self.values(key):
+                figures[name] = f"{values[0]:.3g} → {values[-1]:.3g}"
+        if ranks := self.values("effective_rank"):
+            figures["effective rank"] = f"{ranks[0]:.1f} → {ranks[-1]:.1f}"
+        figures["steps"] = f"{self.step:,}"
+        if speeds := self.values("images_per_s"):
+            figures["time of the steps"] = logger.duration(self.seconds())
+            figures["images/s"] = f"{statistics.median(speeds):,.0f}"
+        return figures
+
+
+def facts(method, source: datasets.Source, device: torch.device) -> dict:
+    """What the report of a run needs besides its settings and its log."""
+    return {
+        "version": lowdino.__version__,
+        "machine": logger.machine(device),
+        "images": f"{source.name}, {len(source.pretrain):,} images",
+        "out_dim": method.out_dim,
+        "remedy": method.remedy,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,7 +277,7 @@ img { display: block; max-width: 100%; height: auto; margin: 10px 0 8px; border-
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 3px 20px 3px 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: 600; } tr.own td { font-weight: 600; }
+th { font-weight: 600; } tr.changed td { font-weight: 600; }
 summary { cursor: pointer; color: var(--soft); margin: 12px 0; }
 code { font: .9em ui-monospace, Menlo, Consolas, monospace; background: var(--rule);
   border-radius: 4px; padding: 1px 4px; white-space: nowrap; }
@@ -295,16 +293,22 @@ STYLE += "\n".join(
 
 def prose(words: str) -> str:
     """Escaped, its flags set as code."""
-    return re.sub(r"(--\w+(?: sinkhorn)?)", r"<code>\1</code>", html.escape(words))
+    return re.sub(r"(--\w+(?: sinkhorn)?)", r"<code>\1</code>", escape(words))
 
 
-def card(run: Run, level: str) -> str:
+def figure(heading: str, content: str, caption: str) -> str:
+    return (
+        f"<figure><h3>{escape(heading)}</h3>{content}<figcaption>{escape(caption)}</figcaption>"
+        "</figure>"
+    )
+
+
+def card(run: RunRecord, level: str) -> str:
     """The verdict on a run and its key figures, below a heading of a level."""
     verdict = run.verdict()
-    state = "wait" if verdict.startswith("too short") else "ill"
-    state = "well" if verdict == "no sign of collapse" else state
     heading, _, rest = verdict.partition(": ")
-    words = f"<h2>{html.escape(heading.capitalize())}</h2>"
+    state = {"no sign of collapse": "well", "too short to tell": "wait"}.get(heading, "ill")
+    words = f"<h2>{escape(heading.capitalize())}</h2>"
     if rest:
         words += f"<p>{prose(rest[0].upper() + rest[1:])}.</p>"
     knn = run.values("knn")
@@ -316,87 +320,63 @@ def card(run: Run, level: str) -> str:
         state = "wait" if state == "well" else state
     if not knn and (run.folder / "neighbours.png").exists():
         words += "<p>No k-NN accuracy is known: judge by the nearest neighbours below.</p>"
-    terms = (
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+    terms = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in run.figures().items()
     )
     about = [run.args.get("arch"), run.args.get("method"), run.facts.get("images"), run.progress()]
-    about = " · ".join(html.escape(str(part)) for part in about if part)
+    line = " · ".join(escape(str(part)) for part in about if part)
     return (
-        f'<section class="card run {state}"><{level}>{html.escape(run.name)}</{level}>'
-        f'<p class="soft">{about}</p>{words}<dl>{"".join(terms)}</dl></section>'
+        f'<section class="card run {state}"><{level}>{escape(run.name)}</{level}>'
+        f'<p class="soft">{line}</p>{words}<dl>{terms}</dl></section>'
     )
 
 
-def charts(runs: Sequence[Run]) -> list[str]:
-    """A figure a chart; of several runs a figure a number, a curve a run."""
-    found = []
-    for chart in CHARTS:
-        if len(runs) == 1:
-            groups = [(chart.heading, {name: (runs[0], key) for name, key in chart.curves.items()})]
-        else:
-            many = len(chart.curves) > 1
-            groups = [
-                (
-                    f"{chart.heading}, {name}" if many else chart.heading,
-                    {r.name: (r, key) for r in runs},
-                )
-                for name, key in chart.curves.items()
-                if key != "ln_k"
-            ]
-        for heading, group in groups:
-            curves = {
-                name: run.curves.get(key, {})
-                for name, (run, key) in group.items()
-                if run.values(key) and not (key == "loss" and "loss_over_lnk" in run.curves)
-            }
-            if not curves:
+def plots(chart: Chart, runs: Sequence[RunRecord]) -> str:
+    """A chart's figure; of several runs a figure per number, with a curve per run."""
+    several, groups = len(runs) > 1, {}
+    for run in runs:
+        for name, key in chart.curves.items():
+            curve = thinned(run.curves.get(key, {}))
+            if {*curve.values()} <= {None} or (several and key == "ln_k"):
                 continue
-            if len(runs) > 1 and len(curves) == 1:  # which has no legend
-                heading += f", {next(iter(curves))}"
-            note = chart.note
-            if any(None in curve.values() for curve in curves.values()):
-                note += " In a gap it is not finite."
-            curves = {name: thinned(curve) for name, curve in curves.items()}
-            svg = draw_curves(curves, "step", chart.unit, from_zero=chart.from_zero)
-            found.append(
-                f"<figure><h3>{html.escape(heading)}</h3>{svg}"
-                f"<figcaption>{html.escape(note)}</figcaption></figure>"
-            )
-    return found
+            many = several and len(chart.curves) > 1
+            heading = f"{chart.heading}, {name}" if many else chart.heading
+            groups.setdefault(heading, {})[run.name if several else name] = curve
+    figures = ""
+    for heading, curves in groups.items():
+        if several and len(curves) == 1:  # which has no legend
+            heading += f", {next(iter(curves))}"
+        gap = any(None in curve.values() for curve in curves.values())
+        svg = draw_curves(curves, "step", chart.unit, from_zero=chart.from_zero)
+        figures += figure(heading, svg, chart.note + " In a gap it is not finite." * gap)
+    return figures
 
 
-def picture(run: Run, file: str, several: bool) -> str:
-    """A figure of one of the run's pictures, or nothing."""
-    path, (heading, caption) = run.folder / file, PICTURES[file]
+PICTURES = {
+    "crops.png": "Views",
+    "neighbours.png": "Nearest neighbours",
+    "maps.png": "Feature maps",
+    "attention.png": "Attention",
+}
+
+
+def picture(run: RunRecord, file: str, several: bool) -> str:
+    """A figure of one of the run's pictures; nothing where there is none."""
+    path = run.folder / file
     try:
         with Image.open(path) as image:
-            (width, height), caption = image.size, image.info.get("caption", caption)
+            (width, height), caption = image.size, image.info.get("caption", "")
         content = base64.b64encode(path.read_bytes()).decode()
-    except OSError:  # not there, or not whole
+    except OSError:  # missing or incomplete
         return ""
-    heading = f"{heading}, {run.name}" if several else heading
     scale = max(min(480 // width, 560 // height), 1)  # a small one in whole pixels
-    return (
-        f"<figure><h3>{html.escape(heading)}</h3>"
+    image = (
         f'<img {"class=small " if scale > 1 else ""}style="width:{width * scale}px" alt="" '
-        f'src="data:image/png;base64,{content}"><figcaption>{html.escape(caption)}</figcaption>'
-        "</figure>"
+        f'src="data:image/png;base64,{content}">'
     )
-
-
-def settings_table(runs: Sequence[Run], names: Sequence[str], kind: str = "") -> str:
-    """A row a setting, a column a run."""
-    head = ""
-    if len(runs) > 1:
-        head = "<tr><th></th>" + "".join(f"<th>{html.escape(r.name)}</th>" for r in runs) + "</tr>"
-    rows = (
-        f'<tr class="{kind}"><th>{html.escape(name)}</th>'
-        + "".join(f"<td>{html.escape(shown(r.args.get(name)))}</td>" for r in runs)
-        + "</tr>"
-        for name in names
-    )
-    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+    heading = f"{PICTURES[file]}, {run.name}" if several else PICTURES[file]
+    return figure(heading, image, caption)
 
 
 def shown(value: object) -> str:
@@ -405,47 +385,55 @@ def shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def all_settings(runs: Sequence[Run]) -> str:
+def settings_table(runs: Sequence[RunRecord], names: Sequence[str], kind: str = "") -> str:
+    """A row per setting, a column per run."""
+    heads = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    lines = [f"<tr><th></th>{heads}</tr>"] if len(runs) > 1 else []
+    for name in names:
+        cells = "".join(f"<td>{escape(shown(run.args.get(name)))}</td>" for run in runs)
+        lines.append(f'<tr class="{kind}"><th>{escape(name)}</th>{cells}</tr>')
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def all_settings(runs: Sequence[RunRecord]) -> str:
     """Those that differ from the defaults, or between the runs, and then the others."""
     names = list(dict.fromkeys(name for run in runs for name in run.args))
     unusual = {name for run in runs for name in run.unusual}
     unusual |= {n for n in names if len({str(run.args.get(n)) for run in runs}) > 1}
-    first = [name for name in names if name in unusual]
     others = [name for name in names if name not in unusual]
+    first = settings_table(runs, [name for name in names if name in unusual], "changed")
     note = "Those that differ from the defaults" + " or between the runs" * (len(runs) > 1)
     return (
-        f'<h2>Settings</h2><p class="soft">{note}.</p>{settings_table(runs, first, "own")}'
-        f"<details><summary>The {len(others)} others</summary>{settings_table(runs, others)}"
-        "</details>"
+        f'<h2>Settings</h2><p class="soft">{note}.</p>{first}<details><summary>The {len(others)} '
+        f"others</summary>{settings_table(runs, others)}</details>"
     )
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[RunRecord]) -> str:
     """The whole report."""
     several = len(runs) > 1
     title = f"{len(runs)} runs" if several else runs[0].name
     rows = ["".join(picture(run, file, several) for run in runs) for file in PICTURES]
     if several:  # a picture of one run beside that of another
-        rows = [f'<div class="grid fit">{row}</div>' for row in rows if row]
+        pictures = "\n".join(f'<div class="grid fit">{row}</div>' for row in rows if row)
     else:
-        rows = [f'<div class="seen">{"".join(rows)}</div>'] if any(rows) else []
+        pictures = f'<div class="seen">{"".join(rows)}</div>' if any(rows) else ""
     machines = dict.fromkeys(run.facts.get("machine", "an unknown machine") for run in runs)
     versions = dict.fromkeys(run.facts.get("version", "unknown") for run in runs)
-    written = time.strftime("%Y-%m-%d %H:%M")
     parts = [
-        f"<h1>{html.escape(title)}</h1>" if several else "",
+        f"<h1>{escape(title)}</h1>" if several else "",
         *(card(run, "h3" if several else "h1") for run in runs),
-        "<h2>Curves</h2>",
-        f'<div class="grid">{"".join(charts(runs))}</div>',
-        *(["<h2>What the network sees</h2>", *rows] if rows else []),
+        f'<h2>Curves</h2>\n<div class="grid">{"".join(plots(c, runs) for c in CHARTS)}</div>',
+        f"<h2>What the network sees</h2>\n{pictures}" if pictures else "",
         all_settings(runs),
-        f'<footer class="soft"><p>LowDINO {html.escape(", ".join(versions))} on '
-        f"{html.escape('; '.join(machines))}.</p><p>Written {written}.</p></footer>",
+        f'<footer class="soft"><p>LowDINO {escape(", ".join(versions))} on '
+        f"{escape('; '.join(machines))}.</p><p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>"
+        "</footer>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)} – LowDINO</title>\n"
+        f"<title>{escape(title)} – LowDINO</title>\n"
         f'<link rel="icon" href="data:,">\n<style>{STYLE}</style></head>\n<body><main>\n'
         + "\n".join(filter(None, parts))
         + "\n</main></body></html>\n"
@@ -456,18 +444,17 @@ def write(folders: Sequence[str | Path], output: str | Path) -> None:
     """Write the report of the runs in some folders.
 
     Raises:
-        UserError: of this file or of checkpoint.py, where a folder holds no run, or `output` cannot
-            be written.
+        UserError: where a folder holds no run, or `output` cannot be written.
     """
-    content = page([Run(folder) for folder in folders])
+    content = page([RunRecord(folder) for folder in folders])
     with user_errors(), checkpoint.atomic(output) as file:
         file.write(content.encode("utf-8", "backslashreplace"))
 
 
 class Reporter:
-    """Keeps the pictures and the report of a run, on its first rank.
+    """Keeps the pictures and the report of a run up to date, on its first rank.
 
-    Pictures are made anew where all that were made take at most SHARE of the time, and at the end.
+    `due` says when to draw the pictures again: they take at most SHARE of the time.
 
     Args:
         size: side of the views that the network knows.
@@ -491,7 +478,7 @@ class Reporter:
         pictures: bool = True,
         page: bool = True,
     ) -> None:
-        """The pictures, see `lowdino.pictures.save_all`, and the page that shows them."""
+        """Write the pictures, see `lowdino.pictures.save_all`, and the page that shows them."""
         start = time.perf_counter()
         if pictures:
             save_all(self.folder, backbone, source, self.size, self.device, features)

@@ -18,7 +18,7 @@ from pathlib import Path
 from comparison import row, run, settings
 
 from lowdino.pictures import draw_curves
-from lowdino.report import Run
+from lowdino.report import RunRecord
 
 WAYS = {
     "both": [],
@@ -49,9 +49,9 @@ def main() -> None:
     for name, way in WAYS.items():
         folder = output / name.replace(" ", "_")
         run("train.py", *args.flags, *common, "--output_dir", str(folder), *way)
-        found = Run(folder)
-        entropy[name], kl[name] = found.curves["entropy"], found.curves["kl"]
-        knn[name] = [percent / 100 for percent in found.values("knn")][-1:]
+        record = RunRecord(folder)
+        entropy[name], kl[name] = record.curves["entropy"], record.curves["kl"]
+        knn[name] = [percent / 100 for percent in record.values("knn")][-1:]
     k = settings(folder)["out_dim"]
     entropy[f"ln K = {math.log(k):.2f}"] = dict.fromkeys(entropy["both"], math.log(k))
     for file, values, heading in (("entropy", entropy, "entropy, nats"), ("kl", kl, "KL, nats")):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What leaves: for each network its parameters, the size of its file, and milliseconds an image by
-PyTorch, torch.export's program and onnxruntime, at batch 1 by one thread.
+"""Exported netfunctions: parameters, size of the file, and milliseconds per image by PyTorch,
+torch.export's program and onnxruntime, at batch 1 by one thread.
 
     python tests/bench_export.py --image_size 224 --backbones runs
 
-A network's weights are those of runs/ARCH/backbone.pth, whose k-NN accuracy (k = 20) is then
-measured by eval_knn.py with the flags behind `--`, else random. Behind each time is its ratio to
-that of a `resnet18` by PyTorch, which is timed in turns with it. Without onnx, onnxscript and
+Weights are read from runs/ARCH/backbone.pth, whose k-NN accuracy (k = 20) is then measured by
+eval_knn.py with the flags behind `--`; without that file they are random. Each time is followed by
+its ratio to a `resnet18` by PyTorch, timed in turns with it. Without onnx, onnxscript and
 onnxruntime there is no column for them.
 """
 
@@ -32,22 +32,22 @@ def measured(arch: str, args: argparse.Namespace, suffixes: list[str], rival: nn
     trained, side = weights.is_file(), args.image_size
     backbone = lowdino.load_backbone(str(weights)) if trained else lowdino.build_backbone(arch)
     backbone.eval()
-    works, megabytes = [rival, backbone], []
+    functions, megabytes = [rival, backbone], []
     with tempfile.TemporaryDirectory() as folder:
         for suffix in suffixes:
             path = Path(folder, f"backbone{suffix}")
             megabytes.append(export.export(backbone, str(path), side).megabytes)
-            _, function_of, _ = export.FORMATS[suffix]
-            works.append(function_of(path.read_bytes(), backbone)[1])
+            _, read, _ = export.FORMATS[suffix]
+            functions.append(read(path.read_bytes(), backbone)[1])
     x = torch.rand(1, len(backbone.mean), side, side)
-    rivals, *times = export.milliseconds(works, x, args.repeats)
+    rival_ms, *times = export.milliseconds(functions, x, args.repeats)
     knn = "-"
     if trained:
         printed = run("eval_knn.py", "--weights", str(weights), "--nb_knn", "20", *args.flags)
         knn = re.search(r"\(k=20\) top-1 ([\d.]+)", printed)[1]
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     cells = [f"`{arch}`", f"{millions:.2f}", *(f"{value:.1f}" for value in megabytes)]
-    return row(*cells, *(f"{ms:.1f} ({ms / rivals:.2f})" for ms in times), knn)
+    return row(*cells, *(f"{ms:.1f} ({ms / rival_ms:.2f})" for ms in times), knn)
 
 
 def get_parser() -> argparse.ArgumentParser:

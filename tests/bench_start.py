@@ -4,10 +4,10 @@
     python tests/bench_start.py [--epochs 5] [--arch mobilevit_xxs] [--seed 0]
 
 Trains `--preset small` at 32 pixels from variants of the initialisation and of the settings, and
-prints a Markdown table. Its columns: rho, the correlation between the head's logits for the two
-views of an image at initialisation; at the end DINO's loss over ln K, and I, the entropy of the
-teacher's mean distribution less the mean entropy of its distributions, in nats, which is the mutual
-information of image and prototype; the teacher's k-NN accuracy before and after. A loss of 1.00 and
+prints a Markdown table with these columns: rho, the correlation of the head's logits for two views
+of an image at initialisation; DINO's loss over ln K at the end; I, the mutual information of image
+and prototype at the end, in nats, which is the entropy of the teacher's mean distribution less the
+mean entropy of its distributions; the teacher's k-NN accuracy before and after. A loss of 1.00 and
 I = 0 are the uniform collapse.
 """
 

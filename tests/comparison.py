@@ -35,7 +35,7 @@ def settings(folder: Path) -> dict:
 def read(folder: Path) -> tuple[float, float, float]:
     """From a finished run's log: k-NN before the first step and after the last, and minutes of
     training."""
-    found = report.Run(folder)
+    found = report.RunRecord(folder)
     knn = [record["knn"] for record in found.records if "knn" in record]
     return knn[0], knn[-1], found.seconds() / 60
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 import lowdino
 from lowdino import augment, checkpoint, data, datasets, image_io, models, vit
-from lowdino.features import compute_own_features
+from lowdino.features import compute_rank_features
 from lowdino.image_io import PixelFormat, read_image
 
 
@@ -360,7 +360,7 @@ def test_open_image_is_what_an_evaluation_feeds(tmp_path, size, side):
         [str(tmp_path / name) for name in ("a.png", "b.jpg")], max_side=2 * side
     )
     ranks = lowdino_ranks()
-    fed, _ = compute_own_features(network, files, side, ranks)
+    fed, _ = compute_rank_features(network, files, side, ranks)
     for path, expected in zip(files.paths, fed):
         found = lowdino.open_image(path, network, side)
         assert found.shape == (1, 3, side, side)

@@ -148,13 +148,13 @@ def test_truncated_file_is_refused(tmp_path):
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
-    said = []
+    warnings = []
     for step in (1, 2):
         checkpoint.save_checkpoint(tmp_path, {"step": step})
     (tmp_path / "checkpoint.pth").write_bytes(b"half a fi")
-    assert checkpoint.load_checkpoint(tmp_path, said.append) == {"step": 1}
-    assert len(said) == 1 and re.search(
-        "checkpoint.pth: it is damaged.*: going back to .*checkpoint.prev.pth", said[0]
+    assert checkpoint.load_checkpoint(tmp_path, warnings.append) == {"step": 1}
+    assert len(warnings) == 1 and re.search(
+        "checkpoint.pth: it is damaged.*: going back to .*checkpoint.prev.pth", warnings[0]
     )
     checkpoint.save_atomic(
         tmp_path / "checkpoint.new.pth", {"step": 3}
@@ -219,12 +219,12 @@ AS_THEY_ARE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 def assert_loads(path, network, arch=None):
     """The file holds `network`, which comes back in eval mode."""
-    found = lowdino.load_backbone(str(path), arch)
-    assert found.arch == network.arch and not found.training
-    assert found.state_dict().keys() == network.state_dict().keys()
+    backbone = lowdino.load_backbone(str(path), arch)
+    assert backbone.arch == network.arch and not backbone.training
+    assert backbone.state_dict().keys() == network.state_dict().keys()
     for name, value in network.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value), name
-    return found
+        assert torch.equal(backbone.state_dict()[name], value), name
+    return backbone
 
 
 def official_checkpoint(network, wrapped, **more):
@@ -246,9 +246,9 @@ def test_the_teacher_of_an_official_training_checkpoint(arch, wrapped, flag, tmp
     network = lowdino.build_backbone(arch)
     flags = argparse.Namespace(arch=flag, patch_size=16)
     torch.save(official_checkpoint(network, wrapped, args=flags), tmp_path / "dino.pth")
-    found = assert_loads(tmp_path / "dino.pth", network)
-    assert found.epoch == 3 and not hasattr(found, "image_size")
-    assert (found.mean, found.std) == IMAGENET
+    backbone = assert_loads(tmp_path / "dino.pth", network)
+    assert backbone.epoch == 3 and not hasattr(backbone, "image_size")
+    assert (backbone.mean, backbone.std) == IMAGENET
     assert_loads(tmp_path / "dino.pth", network, arch)
 
 
@@ -273,9 +273,9 @@ def test_a_file_with_arch_epoch_and_state_dict(key, tmp_path):
     network = lowdino.build_backbone("resnet18")
     content = {"arch": "resnet18", "epoch": 3, key: network.state_dict()}
     torch.save(content, tmp_path / "example.pth")
-    found = assert_loads(tmp_path / "example.pth", network)
-    assert found.epoch == 3 and not hasattr(found, "image_size")
-    assert (found.mean, found.std) == IMAGENET
+    backbone = assert_loads(tmp_path / "example.pth", network)
+    assert backbone.epoch == 3 and not hasattr(backbone, "image_size")
+    assert (backbone.mean, backbone.std) == IMAGENET
     with pytest.raises(ValueError, match="holds resnet18, not resnet34"):
         lowdino.load_backbone(str(tmp_path / "example.pth"), "resnet34")
 
@@ -310,15 +310,15 @@ def test_the_normalisation_is_the_files_else_that_of_who_trains_such_networks(tm
 
     def normalisation(content, arch=None):
         torch.save(content, path)
-        found = lowdino.load_backbone(str(path), arch)
-        return found.mean, found.std
+        backbone = lowdino.load_backbone(str(path), arch)
+        return backbone.mean, backbone.std
 
     mobilevit = lowdino.build_backbone("mobilevit_xxs")
     assert (mobilevit.mean, mobilevit.std) == IMAGENET
     checkpoint.save_backbone(path, mobilevit, "mobilevit_xxs", 64, 5)  # what train.py writes
-    own = checkpoint.load(path)
-    assert normalisation(own) == IMAGENET
-    assert normalisation(own | {"mean": [0.1] * 3, "std": [0.2] * 3}) == ((0.1,) * 3, (0.2,) * 3)
+    ours = checkpoint.load(path)
+    assert normalisation(ours) == IMAGENET
+    assert normalisation(ours | {"mean": [0.1] * 3, "std": [0.2] * 3}) == ((0.1,) * 3, (0.2,) * 3)
     # timm trains MobileViT on images in [0, 1].
     weights = mobilevit.state_dict()
     assert normalisation(weights, "mobilevit_xxs") == AS_THEY_ARE

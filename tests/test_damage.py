@@ -1,4 +1,4 @@
-"""Full disks, damaged or moved files, other settings: a run goes on exactly, or says why not."""
+"""Full disks, damaged or moved files, other settings: a run resumes exactly, or says why not."""
 
 import random
 import re
@@ -82,14 +82,14 @@ def test_any_flipped_bit_is_seen_or_without_effect(tmp_path):
     content = {"a": torch.arange(500.0), "step": 7, "settings": {"arch": "resnet5m"}}
     checkpoint.save_atomic(tmp_path / "x.pth", content)
     rest = {name: value for name, value in content.items() if name != "a"}
-    whole, lot, seen = (tmp_path / "x.pth").read_bytes(), random.Random(0), 0
+    intact, lot, seen = (tmp_path / "x.pth").read_bytes(), random.Random(0), 0
     for _ in range(400):
-        hurt = bytearray(whole)
+        hurt = bytearray(intact)
         hurt[lot.randrange(len(hurt))] ^= 1 << lot.randrange(8)
         (tmp_path / "x.pth").write_bytes(hurt)
         try:
-            found = checkpoint.load(tmp_path / "x.pth")
-            assert torch.equal(found.pop("a"), content["a"]) and found == rest
+            loaded = checkpoint.load(tmp_path / "x.pth")
+            assert torch.equal(loaded.pop("a"), content["a"]) and loaded == rest
         except ValueError as error:
             assert "it is damaged" in str(error)
             seen += 1

@@ -161,7 +161,7 @@ def raise_(error):
         ),
         (
             RuntimeError("[/gloo/x.cc:1] Connection closed by peer"),
-            "lost another rank, whose own error tells why "
+            "lost another rank, whose own error says why "
             "([/gloo/x.cc:1] Connection closed by peer)",
         ),
         (
@@ -264,10 +264,10 @@ def test_a_reader_that_leaves_is_one_sentence(errors):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=to, cwd=ROOT) as process:
         assert process.stdout.readline() == b"y" * 99 + b"\n"
         process.stdout.close()
-        said = process.stderr.read() if process.stderr else b""
+        written = process.stderr.read() if process.stderr else b""
         assert process.wait(timeout=60) == 2
-    expected = b"x.py: error: whoever read the output is gone (broken pipe)\n"
-    assert said == (expected if process.stderr else b"")
+    expected = b"x.py: error: the output pipe was closed\n"
+    assert written == (expected if process.stderr else b"")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ MEAN, STD = (0.2, 0.5, 0.6), (0.1, 0.3, 0.4)
 
 
 def as_if_trained(arch):
-    """A backbone in which no layer is without effect, with a normalisation of its own."""
+    """A backbone in which no layer is without effect, and the normalisation is unusual."""
     backbone = lowdino.build_backbone(arch).eval()
     for name, value in backbone.state_dict().items():
         if value.ndim == 1:  # batch and layer norms, biases
@@ -40,10 +40,10 @@ def normalised(x):
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def assert_near(found, expected):
+def assert_near(features, expected):
     """Within 1e-4 of the features' root mean square."""
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 1e-4 * expected.square().mean().sqrt()
+    assert features.shape == expected.shape
+    assert (features - expected).abs().max() <= 1e-4 * expected.square().mean().sqrt()
 
 
 def opened(path):
@@ -66,8 +66,8 @@ def test_a_program_gives_the_features(arch, suffix, tmp_path):
     network, normalise = as_if_trained(arch), arch != "resnet5m"
     before = {name: value.clone() for name, value in network.state_dict().items()}
     path = tmp_path / f"backbone{suffix}"
-    found = export.export(network, str(path), normalise=normalise)
-    assert found.difference <= 1e-4 and found.megabytes == os.path.getsize(path) / 1e6
+    exported = export.export(network, str(path), normalise=normalise)
+    assert exported.difference <= 1e-4 and exported.megabytes == os.path.getsize(path) / 1e6
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
     program, about = opened(path)
@@ -133,7 +133,7 @@ def test_the_table_of_what_leaves(capsys, monkeypatch):
 
 @pytest.fixture
 def command(call_script):
-    """Run `python -m lowdino.export`: its status, what it printed and said."""
+    """Run `python -m lowdino.export`: its status, its output and its errors."""
 
     def call(*words):
         done = call_script("lowdino.export", *words, check=False)
@@ -169,15 +169,15 @@ def test_bad_input_of_the_command(command, tmp_path, monkeypatch):
         ((path, out, "--image_size", -32), "image size -32 is not in whole 32s"),
     ]
     for words, sentence in cases:
-        status, printed, said = command(*words)
-        assert status == 2 and sentence in said and said.count("\n") == 1 and not printed, said
+        status, output, errors = command(*words)
+        assert status == 2 and sentence in errors and errors.count("\n") == 1 and not output, errors
     monkeypatch.setattr(export, "installed", lambda package: False)
     for suffix, packages in ((".onnx", "onnx and onnxscript"), (".safetensors", "safetensors")):
-        status, _, said = command(path, tmp_path / f"out{suffix}")
-        assert status == 2 and f"{suffix} needs {packages}: pip install" in said
+        status, _, errors = command(path, tmp_path / f"out{suffix}")
+        assert status == 2 and f"{suffix} needs {packages}: pip install" in errors
     monkeypatch.setattr(export, "installed", lambda package: True)
-    _, _, said = command(path, tmp_path / "out.safetensors", "--normalise")
-    assert "--normalise needs .pt2 or .onnx" in said
+    _, _, errors = command(path, tmp_path / "out.safetensors", "--normalise")
+    assert "--normalise needs .pt2 or .onnx" in errors
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.4.1"))
     assert ".onnx needs torch 2.6 or newer, not 2.4.1" in command(path, tmp_path / "out.onnx")[2]
     assert not [file for file in tmp_path.iterdir() if file.name.startswith("out")]
@@ -191,8 +191,8 @@ def test_a_file_of_other_features_is_not_written(command, tmp_path, monkeypatch,
 
     monkeypatch.setitem(export.FORMATS, ".pt2", (lambda *_: b"content", other, ()))
     path = saved(tmp_path)
-    status, _, said = command(path, tmp_path / "out.pt2")
-    assert status == 2 and "is not written: its features differ" in said
+    status, _, errors = command(path, tmp_path / "out.pt2")
+    assert status == 2 and "is not written: its features differ" in errors
     assert not (tmp_path / "out.pt2").exists()
 
 
@@ -202,5 +202,5 @@ def test_a_folder_in_the_way(command, tmp_path, monkeypatch):
     )
     path = saved(tmp_path)
     (tmp_path / "out.pt2").mkdir()
-    status, _, said = command(path, tmp_path / "out.pt2")
-    assert status == 2 and "out.pt2: Is a directory" in said
+    status, _, errors = command(path, tmp_path / "out.pt2")
+    assert status == 2 and "out.pt2: Is a directory" in errors

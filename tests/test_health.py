@@ -41,12 +41,12 @@ def test_entropy_and_spread_are_those_of_numpy():
 def test_a_symptom_counts_once_it_lasts_and_until_it_is_over():
     watch = health.Health(64)
     assert watch.read(10, **UNIFORM) == [] and watch.read(200, **UNIFORM) == []
-    assert watch.read(205, **WELL) == []  # it left by itself: nothing was said
+    assert watch.read(205, **WELL) == []  # it left by itself: nothing was reported
     assert watch.read(210, **UNIFORM) == [] and watch.verdict() == "no sign of collapse"
     news = watch.read(410, **UNIFORM)
     assert len(news) == 1 and news[0].startswith("uniform collapse: ")
     assert "raise --infonce_weight" in news[0]
-    assert watch.read(420, **UNIFORM) == [] and watch.verdict() == news[0]  # said once
+    assert watch.read(420, **UNIFORM) == [] and watch.verdict() == news[0]  # reported once
     assert watch.read(430, **WELL) == ["uniform collapse: over"]
     assert watch.verdict() == "no sign of collapse"
 
@@ -58,11 +58,11 @@ def test_below_two_hundred_steps_there_is_no_verdict(first):
     watch.read(first, **WELL)
     assert watch.verdict() == "too short to tell: 1 step, a verdict needs 200"
     watch.read(first + 198, **UNIFORM)
-    said = watch.verdict()
-    assert said.startswith(
+    verdict = watch.verdict()
+    assert verdict.startswith(
         "too short to tell: 199 steps, a verdict needs 200; seen so far: uniform"
     )
-    assert "raise --infonce_weight" in said
+    assert "raise --infonce_weight" in verdict
     watch.read(first + 198, **WELL)
     assert watch.verdict() == "too short to tell: 199 steps, a verdict needs 200"
     watch.read(first + 199, **WELL)
@@ -117,7 +117,7 @@ def test_without_the_resource_module_the_peak_memory_is_zero(monkeypatch):
     """As on Windows, whose Python lacks it."""
     assert logger.memory_mb(torch.device("cpu")) > 1
     monkeypatch.setitem(sys.modules, "resource", None)
-    spec = importlib.util.spec_from_file_location("copied_monitor", logger.__file__)
+    spec = importlib.util.spec_from_file_location("copied_logger", logger.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     assert copied.memory_mb(torch.device("cpu")) == 0.0

@@ -368,7 +368,7 @@ def test_what_retrieval_needs_is_asked_for(picture_folder, tmp_path, call_script
     flags = ["--arch", "mobilevit_xxs", "--data_path", picture_folder / "train" / "dark", "--map"]
     for others, sentence in (
         (["--features", tmp_path / "features.npz"], "has no labels to test on"),
-        (["--maps", tmp_path / "maps.png"], "--maps needs a backbone, .* and is written alone"),
+        (["--maps", tmp_path / "maps.png"], "--map is not for --maps: leave it out"),
     ):
         done = call_script("eval_knn.py", *flags, *others, check=False)
         assert done.returncode == 2 and re.search(sentence, done.stderr)

@@ -105,13 +105,13 @@ class Page(HTMLParser):
 
 
 def page_of(*folders):
-    return Page(report.page([report.Run(folder) for folder in folders]))
+    return Page(report.page([report.RunRecord(folder) for folder in folders]))
 
 
 def curves_of(svg):
     """The polylines of an SVG's curves, as lists of points."""
-    found = (e for e in svg.iter() if e.tag.endswith("polyline") and e.get("class") != "grid")
-    return [[tuple(map(float, p.split(","))) for p in e.get("points").split()] for e in found]
+    lines = (e for e in svg.iter() if e.tag.endswith("polyline") and e.get("class") != "grid")
+    return [[tuple(map(float, p.split(","))) for p in e.get("points").split()] for e in lines]
 
 
 DINOS = ["k-NN accuracy", "Loss", "Entropy of the teacher", "KL divergence", "Effective rank"]
@@ -277,11 +277,11 @@ def test_a_run_with_labels_keeps_its_report(picture_folder, tmp_path, call_scrip
     maps = Image.open(tmp_path / "maps.png")
     assert maps.size == (4 * 161 + 1, 4 * 161 + 1)  # eight images
     assert "8 x 8 cells" in maps.info["caption"] and "enlarged from the 32" in maps.info["caption"]
-    # Settings are said once, those that differ from the defaults alone.
-    said = re.findall("^  (\\w+)=(.*)$", printed, re.M)
-    assert ("out_dim", "16") in said and ("method", "dino") in said
-    assert not {"lr", "seed", "weight_decay", "projector"} & {name for name, _ in said}
-    assert set(dict(said)) == set(json.loads((tmp_path / "args.json").read_text())["unusual"])
+    # Settings are printed once, and only those that differ from the defaults.
+    listed = re.findall("^  (\\w+)=(.*)$", printed, re.M)
+    assert ("out_dim", "16") in listed and ("method", "dino") in listed
+    assert not {"lr", "seed", "weight_decay", "projector"} & {name for name, _ in listed}
+    assert set(dict(listed)) == set(json.loads((tmp_path / "args.json").read_text())["unusual"])
 
 
 def test_a_vit_without_labels_shows_neighbours_and_attention(picture_folder, tmp_path):
@@ -338,8 +338,8 @@ def test_minutes_have_room_for_the_last_report(monkeypatch):
 def test_principal_components_are_those_of_numpys_svd():
     rng = np.random.default_rng(0)
     maps = rng.normal(size=(3, 7, 4, 5)) * np.array([9, 5, 3, 1, 1, 1, 1])[:, None, None]
-    found = pictures.principal_components(torch.from_numpy(maps))
-    assert found.shape == (3, 3, 4, 5) and found.min() == 0 and found.max() == 1
+    colours = pictures.principal_components(torch.from_numpy(maps))
+    assert colours.shape == (3, 3, 4, 5) and colours.min() == 0 and colours.max() == 1
     cells = maps.transpose(0, 2, 3, 1).reshape(-1, 7)
     cells = cells - cells.mean(axis=0)
     axes = np.linalg.svd(cells, full_matrices=False)[2][:3]
@@ -347,7 +347,7 @@ def test_principal_components_are_those_of_numpys_svd():
     scores = cells @ axes.T
     low, high = np.percentile(scores, [1, 99], axis=0)
     expected = ((scores - low) / (high - low)).clip(0, 1)
-    np.testing.assert_allclose(found.permute(0, 2, 3, 1).reshape(-1, 3), expected, atol=1e-4)
+    np.testing.assert_allclose(colours.permute(0, 2, 3, 1).reshape(-1, 3), expected, atol=1e-4)
 
 
 def test_maps_without_spread_are_one_colour():
@@ -382,19 +382,18 @@ def test_maps_have_eight_cells_a_side_at_least(arch, size, side):
         assert backbone.forward_features(torch.zeros(1, 3, side, side)).shape[-1] >= 8
 
 
-def test_an_image_is_not_its_own_neighbour(tmp_path, monkeypatch):
-    images, found = demo_array(range(20)), []
-    monkeypatch.setattr(pictures, "save_rows", lambda *args: found.append(args))
-    indices = list(range(19, 9, -1))
+def test_an_image_is_not_its_own_neighbour(monkeypatch):
+    images, drawn = demo_array(range(10)), []
+    monkeypatch.setattr(pictures, "save_rows", lambda *args: drawn.append(args))
     angles = torch.arange(10) * 0.1
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     features[1] = features[0]  # a copy, which may come before the image itself
-    pictures.save_own_neighbours(None, images, indices, features, 3)
-    _, _, rows, _, near, names, _ = found[0]
-    assert rows == [19, 18, 17] and names is None
-    assert near[0][0] == 18 and near[1][0] == 19 and near[2][0] in (16, 18, 19)
+    pictures.save_neighbours(None, images, images, (features, features), range(3))
+    _, _, rows, _, near, names, _ = drawn[0]
+    assert list(rows) == [0, 1, 2] and names is None
+    assert near[0][0] == 1 and near[1][0] == 0 and near[2][0] in (0, 1, 3)
     assert [len(row) for row in near] == [8] * 3
-    assert all(own not in row for own, row in zip(rows, near))
+    assert all(query not in row for query, row in zip(rows, near))
 
 
 def test_neighbours_bear_the_names_of_their_classes(tmp_path):
@@ -417,10 +416,12 @@ def test_maps_alone(part, picture_folder, tmp_path, call_script):
     "flags, message",
     [
         ("--pixels --maps x.png", "--maps needs a backbone"),
-        ("--arch resnet5m --maps x.png --features y.npz", "and is written alone"),
+        ("--arch resnet5m --maps x.png --features y.npz", "--features is not for --maps"),
         ("--arch resnet5m --maps x", "--maps x should end as a picture's name does"),
         ("--arch resnet5m --maps no/x.png", "--maps no/x.png: no folder no that can be written"),
-        ("--from_features x.npz --maps x.png", "--neighbours and --maps need the images"),
+        ("--from_features x.npz --maps x.png", "--maps needs a backbone, --weights or --arch"),
+        ("--from_features x.npz --neighbours x.png", "--neighbours is not for --from_features"),
+        ("--pixels --pool max", "--pool is not for --pixels"),
     ],
 )
 def test_maps_that_cannot_be(flags, message, call_script):
@@ -437,8 +438,8 @@ SPEED = dict(lr=1e-4, weight_decay=0.1, memory_mb=512.0, images_per_s=1234.5, da
 
 def test_the_table_keeps_to_120_columns():
     table = logger.Table()
-    own = {f"a_long_metric_{i}": -1.23456e10 for i in range(9)} | {"effective_rank": 3.25}
-    values = dict(loss=-1.23456e-10, **own, **SPEED, eta_s=400 * 3600.0)
+    metrics = {f"a_long_metric_{i}": -1.23456e10 for i in range(9)} | {"effective_rank": 3.25}
+    values = dict(loss=-1.23456e-10, **metrics, **SPEED, eta_s=400 * 3600.0)
     large = values | dict(memory_mb=139_000.0, loss=math.nan)
     for step in ("7/9", "1000000/2000000"):
         table = logger.Table()

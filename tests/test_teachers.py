@@ -22,8 +22,8 @@ def test_a_teacher_sees_views_in_its_own_size_and_normalisation():
     values = [ramp, ramp.transpose(2, 3), torch.rand(4, 3, 32, 32)]  # in [0, 1]
     views = [augment.normalize(x, *IMAGENET) for x in values]
     targets = method.teacher.targets(views, torch.arange(4), method.backbone)
-    whole = torch.tensor([[0, 0, 32, 32]]).expand(4, -1)
-    larger = [augment.resized_crop(x, whole, 64) for x in values[:2]]  # within [0, 1] too
+    boxes = torch.tensor([[0, 0, 32, 32]]).expand(4, -1)
+    larger = [augment.resized_crop(x, boxes, 64) for x in values[:2]]  # within [0, 1] too
     one, two = (network(augment.normalize(x, network.mean, network.std)) for x in larger)
     # For a local view the mean of both.
     expected = torch.cat([one, two, (one + two) / 2])
@@ -37,12 +37,12 @@ def test_a_teacher_sees_the_global_views_however_many(number, monkeypatch):
     views = [torch.randn(4, 3, 32, 32) for _ in range(number + 2)]
     seen = [network(view) for view in views[:number]]
     expected = torch.cat([*seen, *[sum(seen) / number] * 2])
-    found = []
-    monkeypatch.setattr(method, "term", lambda name, s, t, *others: found.append(t) or s.sum())
+    targets = []
+    monkeypatch.setattr(method, "term", lambda name, s, t, *others: targets.append(t) or s.sum())
     before = network.seen
     method(views, batch)
     assert network.seen == before + 4 * number
-    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(targets[0], expected)
 
 
 def test_a_students_own_normalisation_is_undone_for_its_teacher():
@@ -73,8 +73,8 @@ def test_a_cached_teacher_never_runs_again(tmp_path):
     cached = distill_method(network, cache_teacher=cache)
     file = np.load(cache)
     assert file.dtype == np.float16 and file.shape == (40, 24)
-    whole = augment.central_view(demo.demo_images([3])[0], torch.tensor([[64, 64]]), 32, *IMAGENET)
-    np.testing.assert_allclose(file[3], network(whole)[0].detach(), atol=1e-3)
+    view = augment.central_view(demo.demo_images([3])[0], torch.tensor([[64, 64]]), 32, *IMAGENET)
+    np.testing.assert_allclose(file[3], network(view)[0].detach(), atol=1e-3)
     seen = network.seen
     cached(views, batch).backward()
     again = distill_method(network, cache_teacher=cache)  # a later student
@@ -112,11 +112,11 @@ def test_a_cache_has_no_features_of_substitutes(picture_folder, tmp_path, call_s
     assert is_one_sentence(done, r"cannot read image \S+/dark/5.png")
 
 
-def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_cache_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 16)
     cache, notes = tmp_path / "cache.npy", tmp_path / "cache.npy.json"
     distill_method(Counted(), cache_teacher=cache)
-    whole = np.load(cache)
+    complete = np.load(cache)
     values = json.loads(notes.read_text())
     notes.write_text(json.dumps(values | {"done": 16}))
     half = np.lib.format.open_memmap(cache, "r+")
@@ -124,7 +124,7 @@ def test_a_stopped_cache_goes_on(tmp_path, monkeypatch):
     half.flush()
     network = Counted()
     distill_method(network, cache_teacher=cache)
-    assert network.seen == 24 + 1 + 8 and np.array_equal(np.load(cache), whole)
+    assert network.seen == 24 + 1 + 8 and np.array_equal(np.load(cache), complete)
 
 
 @pytest.mark.parametrize(

@@ -155,13 +155,13 @@ RUNS = [
 @pytest.mark.parametrize("verdict, images, flags", RUNS)
 def test_runs_made_to_fail_are_named(verdict, images, flags, tmp_path, capsys, monkeypatch):
     run(images, tmp_path, monkeypatch, flags)
-    said = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
-    names = {line.split(":")[0] for line in said}
+    reports = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    names = {line.split(":")[0] for line in reports}
     assert verdict in names
-    # Pictures that are all alike, or of two kinds, have other symptoms too, and a run that diverged
-    # goes on anyhow.
+    # Pictures that are all alike, or of two kinds, have other symptoms too, and so has a run that
+    # diverged.
     if images == "demo" and verdict not in ("diverging loss", "collapsed embeddings"):
-        assert names == {verdict} and said[-1].startswith(verdict)
+        assert names == {verdict} and reports[-1].startswith(verdict)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ def test_runs_made_to_fail_are_named(verdict, images, flags, tmp_path, capsys, m
 )
 def test_many_views_are_judged_too(verdict, flags, tmp_path, capsys, monkeypatch):
     run("demo", tmp_path, monkeypatch, flags, usual=EMP)
-    said = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert verdict in {line.split(":")[0] for line in said}
-    assert len(said) == 1 or verdict != "no sign of collapse"
+    reports = re.findall("^health: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert verdict in {line.split(":")[0] for line in reports}
+    assert len(reports) == 1 or verdict != "no sign of collapse"
 
 
 def test_a_loss_that_is_nan_stops_the_run(tmp_path, monkeypatch):
