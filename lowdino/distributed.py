@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -383,25 +384,24 @@ def print_error(script: str, sentence: str) -> None:
     print(f"{script}: error: {sentence}", file=sys.stderr)
 
 
-def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], None]) -> None:
-    """Run a script's `work` on this process's rank.
+def launch(
+    script: str, parse: Callable[[], Any], work: Callable[[Any, Ranks], object]
+) -> None:
+    """Run a script: `work` on what `parse` returns, and on this process's rank.
 
     An error that the user can fix is one line and exit status 2. Any other keeps its traceback.
 
     Args:
-        wrong: a sentence on wrong flags, which the first rank prints for all, or None.
-        device: as of `start`.
+        parse: returns the settings, whose `device`, by default "cpu", `start` takes; a UserError of
+            it is printed by the first rank alone.
     """
-    status, together = 0, False
+    status, together, printing = 0, False, rank_from_environment()[0] == 0
     with suppress(AttributeError):  # a notebook's stdout
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
-        if wrong:
-            status = 2
-            if rank_from_environment()[0] == 0:
-                print_error(script, wrong)
-        else:
-            work(start(device))
+        args = parse()
+        printing = True
+        work(args, start(getattr(args, "device", "cpu")))
         together = True
     except SystemExit as stopped:  # of all ranks, after a signal
         status, together = stopped.code if isinstance(stopped.code, int) else 1, True
@@ -420,7 +420,8 @@ def launch(script: str, wrong: str | None, device: str, work: Callable[[Ranks], 
         if sentence is None:
             raise
         status = 2
-        print_error(script, sentence)
+        if printing:
+            print_error(script, sentence)
     finally:
         several = dist.is_initialized()
         stop(together)

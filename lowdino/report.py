@@ -497,11 +497,11 @@ def main() -> None:
     args = parser.parse_args()
     output = Path(args.output or Path(args.runs[0] if len(args.runs) == 1 else "") / "report.html")
 
-    def work(ranks: distributed.Ranks) -> None:
+    def work(_, ranks: distributed.Ranks) -> None:
         write(args.runs, output)
         print(output)
 
-    distributed.launch("report", None, "cpu", work)
+    distributed.launch("report", lambda: None, work)
 
 
 if __name__ == "__main__":

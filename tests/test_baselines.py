@@ -349,7 +349,7 @@ RANKS = textwrap.dedent("""
         def forward(self, x):
             return self.layer(x.flatten(1)).tanh()
 
-    def main(ranks):
+    def main(_, ranks):
         rank, world = ranks.rank, ranks.world
         own, result = slice(rank * 8 // world, (rank + 1) * 8 // world), {{}}
         torch.manual_seed(0)
@@ -375,7 +375,7 @@ RANKS = textwrap.dedent("""
         if rank == 0:
             torch.save(result, {out!r})
 
-    distributed.launch("ranks", None, "cpu", main)
+    distributed.launch("ranks", lambda: None, main)
 """)
 
 

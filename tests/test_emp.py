@@ -59,7 +59,7 @@ RANKS = textwrap.dedent("""
     from lowdino import distributed, optim
     from lowdino.losses import CodingRateLoss
 
-    def main(ranks):
+    def main(_, ranks):
         rank, world = ranks.rank, ranks.world
         torch.manual_seed(0)
         x, model = torch.randn(3, 8, 6), nn.Linear(6, 10)  # views, images, width
@@ -73,7 +73,7 @@ RANKS = textwrap.dedent("""
         if rank == 0:
             torch.save([model.weight.grad, model.bias.grad, *model.state_dict().values()], {out!r})
 
-    distributed.launch("ranks", None, "cpu", main)
+    distributed.launch("ranks", lambda: None, main)
 """)
 
 

@@ -249,7 +249,7 @@ RANKS = textwrap.dedent("""
     from lowdino.losses import DINOLoss, DistanceCorrelation, InfoNCELoss
     from lowdino.losses import KoLeoLoss, MVMRLoss, SimilarityLoss
 
-    def main(ranks):
+    def main(_, ranks):
         rank, world = ranks.rank, ranks.world
         torch.manual_seed(0)
         x, t = torch.randn(3, 8, 6), torch.randn(2, 8, 10)  # views, images, width
@@ -273,7 +273,7 @@ RANKS = textwrap.dedent("""
         if rank == 0:
             torch.save(result, {out!r})
 
-    distributed.launch("ranks", None, "cpu", main)  # as the scripts start and end
+    distributed.launch("ranks", lambda: None, main)  # as the scripts start and end
 """)
 
 

@@ -350,7 +350,7 @@ sys.path.insert(0, {root!r})
 from lowdino import distributed, features, masks, image_io, segmentation
 
 
-def main(ranks):
+def main(_, ranks):
     source = masks.load({data!r}, "", False, image_io.PixelFormat(), test_fraction=0.34)
     _, backbone = open_network("resnet5m")
     args = SimpleNamespace(maps="pyramid", batch_size_per_gpu=2, num_workers=0)
@@ -361,7 +361,7 @@ def main(ranks):
         torch.save((*found, iou), {out!r})
 
 
-distributed.launch("ranks", None, "cpu", main)
+distributed.launch("ranks", lambda: None, main)
 """
 
 
