@@ -140,7 +140,7 @@ class Run:
         choose_amp(args, ranks, saved)
 
         backbone = build_backbone(args)
-        said = data.fit_values(args, backbone, source, saved)
+        said = data.fit_backbone_to_images(args, backbone, source, saved)
         self.multicrop = build_views(args, backbone).to(ranks.device)
         images = f"data: {source.name}, {len(source.pretrain)} images"
         self.log.say(f"{images}; {self.multicrop.describe()}{said}", *source.notes)

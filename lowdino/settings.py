@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import lowdino
-from lowdino import checkpoint, data, datasets, demo, distributed, parts
+from lowdino import checkpoint, data, datasets, distributed, parts
 from lowdino.base import default_momentum
 from lowdino.distributed import UserError, user_errors
 from lowdino.flags import out_of_range
@@ -419,33 +419,14 @@ def check_evaluation(args: argparse.Namespace) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-NAMED = ("demo", "demo_scenes", *datasets.TORCHVISION)  # what --data_path takes beside files
+NAMED = tuple(datasets.NAMED)  # what --data_path takes beside files
 
 
 def load_data(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Source:
-    """What --data_path names; of a set to be fetched the first rank fetches it.
-
-    Raises:
-        UserError: in one sentence, where there is nothing to read.
-    """
-    if args.data_path == "demo":
-        # Half the side shows the glyphs as well, at a quarter of the cost.
-        side, splits = demo.SIDE // 2, demo.splits(demo.TRAIN, demo.TEST)
-        train, test = (data.ImageArray(*demo.demo_images(i), view_side=side) for i in splits)
-        return datasets.Source("the built-in demo images", train, train, test, classes=10)
-    if args.data_path == "demo_scenes":
-        scenes, _ = demo.demo_scenes(range(demo.SCENE_TRAIN))
-        why = "each has several classes; use demo, or eval_linear.py --task segmentation"
-        # A third of the side is enough for a ResNet5M, but not for a MobileViT; see RESULTS.md.
-        images = data.ImageArray(scenes, view_side=64)
-        return datasets.Source(
-            "the built-in demo scenes", images, notes=[f"no k-NN: {why}"], no_labels=why
-        )
+    """The data set that --data_path names, see `datasets.load`."""
     seed = args.seed if hasattr(args, "seed") else args.seeds[0]
-    where = args.data_path, args.data_root, args.download, ranks.rank
-    return datasets.load_on_ranks(
-        *where, table=args.labels, test_fraction=args.test_fraction, seed=seed
-    )
+    where = args.data_path, args.data_root, args.download
+    return datasets.load(*where, args.labels, args.test_fraction, seed, ranks.rank)
 
 
 def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Source:
@@ -456,7 +437,7 @@ def settle(args: argparse.Namespace, ranks: distributed.Ranks) -> datasets.Sourc
     """
     parts.check_amp(args.amp, ranks.device)
     source = load_data(args, ranks)
-    data.read_as(source, channels=args.in_chans, max_megapixels=args.max_megapixels)
+    source.set_pixel_format(channels=args.in_chans, max_megapixels=args.max_megapixels)
     if args.global_crops_size is None:
         args.global_crops_size = data.suitable_size(source.pretrain)
     if args.local_crops_size is None:
@@ -506,11 +487,11 @@ def open_data(
     if labelled and source.test is None:
         raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
     channels = len(getattr(backbone, "mean", (0, 0, 0)))
-    data.read_as(source, channels=channels, max_megapixels=args.max_megapixels)
+    source.set_pixel_format(channels=channels, max_megapixels=args.max_megapixels)
     size = args.image_size or getattr(backbone, "image_size", None)
     size = size or data.suitable_size(source.pretrain)
     source.limit_side(2 * size)
-    said = data.fit_values_of_evaluation(args, backbone, source)
+    said = data.fit_images_to_backbone(args, backbone, source)
     if said and ranks.first:
         print(f"{source.name}{said}")
     return source, size, data.loader_processes(source.pretrain, args.num_workers)
