@@ -13,6 +13,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -48,8 +49,8 @@ class Batch(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data sets. One with `in_memory` needs no loader processes. `item_bytes` is the most that an item
-# takes, for `lacks_shared_memory`.
+# Data sets: `in_memory` ones need no loader processes, others say by `item_bytes` what one item has
+# at most.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -83,10 +84,6 @@ class ImageArray(Dataset):
 
     def shorter_side(self, index: int) -> int:
         return self.view_side
-
-    @property
-    def item_bytes(self) -> int:
-        return self.images[0].numel()
 
     def decoded_bytes(self) -> int:
         return self.images.numel()
@@ -224,21 +221,19 @@ def cached(
     return CachedImages(dataset, device if where == "device" else torch.device("cpu"), num_workers)
 
 
+@user_errors()
 def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
     """A side of the views that suits a data set: a multiple of 32 from 32 to 224 pixels.
 
     It is the median of the shorter sides of an even sample, rounded down. Unreadable images of the
     sample are left out; a UserError where all are.
     """
-    sides, unreadable = [], None
+    sides = []
     for i in range(0, len(dataset), max(len(dataset) // sample, 1)):
-        try:
+        with suppress(ImageError):
             sides.append(dataset.shorter_side(i))
-        except ImageError as error:
-            unreadable = error
-    if not sides:
-        raise UserError(str(unreadable))
-    return min(max(int(np.median(sides)) // 32 * 32, 32), 224)
+    side = np.median(sides or dataset.shorter_side(0))  # without sides, the first one's error
+    return min(max(int(side) // 32 * 32, 32), 224)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,16 +255,14 @@ def fit_canvas(images: Sequence[Tensor]) -> Sequence[Tensor]:
     if sizes.amax(dim=0).prod() <= most:
         return images
     most = max(most, 4 * sizes.amin(dim=1).max() ** 2)
-    longest = sizes.max()
-    while True:
-        scale = (longest / sizes.amax(dim=1, keepdim=True)).clamp(max=1)
-        if (sizes * scale).amax(dim=0).prod() <= most:
-            break
+    sides, longest = sizes, sizes.max()
+    while sides.amax(dim=0).prod() > most:
         longest *= 0.95
-    fitting = (sizes * scale).floor().clamp(min=1).int().tolist()
+        sides = sizes * (longest / sizes.amax(dim=1, keepdim=True)).clamp(max=1)
+    sides = sides.floor().clamp(min=1).int().tolist()
     return [
         image if list(image.shape[1:]) == size else resized(image, size)
-        for image, size in zip(images, fitting)
+        for image, size in zip(images, sides)
     ]
 
 
@@ -361,7 +354,7 @@ def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> 
     except (AttributeError, OSError):  # not on Linux
         return False
     free = disk.f_bavail * disk.f_frsize / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    batch = batch_size * getattr(without_subsets(dataset), "item_bytes", 0)
+    batch = batch_size * getattr(without_subsets(dataset), "item_bytes", 2**21)
     return num_workers > 0 and free < max((2 * num_workers + 1) * batch, LEAST_SHARED_MEMORY)
 
 
@@ -466,11 +459,9 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 # --------------------------------------------------------------------------------------------------
 
 
-def describe_value_range(value_range: tuple[float, float] | None, origin: str) -> str:
-    if value_range is None:
-        return ""
-    low, high = value_range
-    return f"; values {low:g} to {high:g} ({origin}) become 0 to 255"
+def describe_value_range(value_range: Sequence[float] | None, origin: str) -> str:
+    text = "; values {:g} to {:g} ({}) become 0 to 255"
+    return text.format(*value_range, origin) if value_range else ""
 
 
 def choose_value_range(
@@ -479,7 +470,7 @@ def choose_value_range(
     given: Sequence[float] | None,
     known: Sequence[float] | None = None,
 ) -> tuple[Sequence[float] | None, str]:
-    """The given range, else the known one, else that of a sample of the images; and a remark on it.
+    """The given range, else the known one, else that of a sample of the images; and a remark.
 
     Args:
         name: of the data set, in words.
@@ -490,16 +481,16 @@ def choose_value_range(
     """
     if known and not given:
         return known, describe_value_range(known, "the backbone's")
-    sampled = None
-    if isinstance(images, ImageFiles):
-        sampled = image_io.find_value_range(images.paths, images.pixel_format)
+    files = isinstance(images, ImageFiles)
+    sampled = image_io.find_value_range(images.paths, images.pixel_format) if files else None
     if given and not sampled:
         raise UserError(
             f"--value_range is of values of more than 8 bits, and {name} has none in a sample: "
             "leave it out"
         )
-    chosen, origin = (given, "given") if given else (sampled, "found in a sample")
-    return chosen, describe_value_range(chosen, origin)
+    if given:
+        return given, describe_value_range(given, "given")
+    return sampled, describe_value_range(sampled, "found in a sample")
 
 
 @user_errors()
@@ -512,19 +503,18 @@ def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None
     Raises:
         UserError: where a range is given that no image needs, or no image can be read.
     """
-    images, remark = source.pretrain, ""
+    images = source.pretrain
     if saved:
         backbone.mean, backbone.std = map(tuple, saved["normalisation"])
-        # Older checkpoints have no range: they had the default one.
-        backbone.value_range = args.value_range or saved.get("value_range")
-        remark = describe_value_range(backbone.value_range, "before")
+        value_range = args.value_range or saved.get("value_range")
+        remark = describe_value_range(value_range, "before")
     else:
-        backbone.value_range, remark = choose_value_range(images, source.name, args.value_range)
-    source.set_pixel_format(value_range=backbone.value_range)
+        value_range, remark = choose_value_range(images, source.name, args.value_range)
+    source.set_pixel_format(value_range=value_range)
+    backbone.value_range = value_range
     if backbone.mean is None:
-        backbone.mean, backbone.std = image_io.channel_statistics(
-            images.paths, images.max_side, images.pixel_format
-        )
+        how = images.max_side, images.pixel_format
+        backbone.mean, backbone.std = image_io.channel_statistics(images.paths, *how)
         if args.init:
             remark += f"; the first layer of --init is adapted to {args.in_chans} channels"
     if args.in_chans != 3:

@@ -75,8 +75,7 @@ class Source:
     def set_pixel_format(self, **changes) -> None:
         """Change what files become, by the names of `image_io.PixelFormat`.
 
-        Raises:
-            UserError: where the images are in memory, and have another number of channels.
+        A UserError where images in memory have another number of channels.
         """
         if isinstance(self.pretrain, ImageArray):
             channels, needed = self.pretrain.images.shape[1], changes.get("channels", 3)
@@ -197,11 +196,7 @@ class Splits:
     table: dict[str, Row] = field(default_factory=dict)
 
     def labels_of(self, paths: list[str], top: Path | None) -> Labels:
-        """The table's labels, where it names some of the images; else the sub-folders of `top`.
-
-        Raises:
-            NoLabels: where images are in no sub-folder.
-        """
+        """The table's labels, where it names some of the images; else the sub-folders of `top`."""
         rows = [self.table.get(path_key(path)) for path in paths] if self.table else []
         if any(rows):
             return [row and row.label for row in rows]
@@ -215,9 +210,6 @@ class Splits:
             raise NoLabels(f"{loose[0]} is beside the class sub-folders of {top}, not in one")
         return [names[0] for names in parts]
 
-    def all_notes(self) -> list[str]:
-        return self.notes + [f"not used: {shortened(self.unused)}"] * bool(self.unused)
-
     def classes_of(self, labels: Labels) -> set[str]:
         """The classes of the training images; NoLabels where there is only one."""
         classes = set(filter(None, labels))
@@ -226,18 +218,19 @@ class Splits:
             raise NoLabels(f"all images of {where} are of one class, {classes.pop()!r}")
         return classes
 
+    def all_notes(self) -> list[str]:
+        return self.notes + [f"not used: {shortened(self.unused)}"] * bool(self.unused)
+
 
 def read_list(file: Path) -> Splits:
-    """The images named in a text file, one a line, relative to the file's own folder."""
+    """The images named in a text file, one per line, relative to the file's folder."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not a text file; give a folder of images, or a list of paths"
-        ) from error
+        raise UserError(f"{file} is not a text file of paths, nor a folder of images") from error
     paths = [str(file.parent / line) for line in lines if line]
     if not paths:
-        raise UserError(f"{file} has no lines; it should name one image a line")
+        raise UserError(f"{file} has no lines; it should name one image per line")
     if missing := next((path for path in paths if not os.path.isfile(path)), None):
         raise UserError(f"{file} names {missing}, which does not exist")
     distinct = list({path_key(path): path for path in reversed(paths)}.values())[::-1]
@@ -335,10 +328,8 @@ def read_table(file: Path) -> list[Row]:
             if {"path", "label"} <= set(header):
                 break
         else:
-            raise UserError(
-                f"--labels {file} lacks the column path or label: its first line, which should "
-                f"name them, is {text.splitlines()[0][:80]!r}"
-            )
+            first = text.splitlines()[0][:80]
+            raise UserError(f"--labels {file} lacks the column path or label; line 1 is {first!r}")
         rows = [row_of(header, cells, reader.line_num, file) for cells in reader if any(cells)]
     except csv.Error as error:
         raise UserError(f"line {reader.line_num} of --labels {file}: {error}") from error
@@ -354,17 +345,12 @@ def row_of(header: list[str], cells: list[str], line: int, file: Path) -> Row:
     if not path or not label:
         raise UserError(f"{where} lacks a path or a label")
     if len(cells) > len(header):
-        raise UserError(
-            f"{where} has more cells than the first line has columns: put quotes around a value "
-            "that has commas in it"
-        )
+        raise UserError(f"{where} has more cells than line 1; put quotes around values with commas")
     if "split" not in header:
         return Row(line, path, label)
-    split = values.get("split", "")
-    if split.strip().lower() not in (*TRAIN, *TEST):
-        raise UserError(
-            f"{where} has the split {split!r}, which is none of {', '.join((*TRAIN, *TEST))}"
-        )
+    split, known = values.get("split", ""), (*TRAIN, *TEST)
+    if split.strip().lower() not in known:
+        raise UserError(f"{where} has the split {split!r}, which is none of {', '.join(known)}")
     return Row(line, path, label, split.strip().lower())
 
 
@@ -380,22 +366,18 @@ def apply_table(splits: Splits, rows: list[Row], file: Path) -> None:
     paths = splits.train + splits.test
     known, not_read = {path_key(path) for path in paths}, 0
     for row in rows:
+        where = f"line {row.line} of --labels {file}"
         places = [path_key(os.path.join(top, row.path)) for top in (file.parent, splits.folder)]
         path = next((place for place in places if place in known), None)
         if path is None:
             if not any(map(os.path.exists, places)):
-                raise UserError(
-                    f"line {row.line} of --labels {file} names {row.path}, which is neither in "
-                    f"{file.parent} nor in {splits.folder}"
-                )
+                missing = f"which is neither in {file.parent} nor in {splits.folder}"
+                raise UserError(f"{where} names {row.path}, {missing}")
             not_read += 1
             continue
         first = splits.table.setdefault(path, row)
         if (first.label, first.split) != (row.label, row.split):
-            raise UserError(
-                f"--labels {file} names {row.path} in lines {first.line} and {row.line}, with "
-                "different labels or splits"
-            )
+            raise UserError(f"{where} contradicts line {first.line}, which names {row.path} too")
     if not splits.table:
         raise UserError(f"--labels {file} names no image that is read from {splits.folder}")
     if not_read:
@@ -424,7 +406,7 @@ def split_by_table(splits: Splits, paths: list[str], file: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Labels of the splits
+# Sources
 # --------------------------------------------------------------------------------------------------
 
 
@@ -435,17 +417,13 @@ def labels_of_splits(splits: Splits) -> tuple[Labels, Labels]:
     train = splits.labels_of(splits.train, splits.top)
     test = splits.labels_of(splits.test, splits.test_top)
     known = splits.classes_of(train)
-    if unknown := sorted(set(filter(None, test)) - known):
-        if splits.top and (splits.top / unknown[0]).is_dir():
-            raise NoLabels(
-                f"class folder {splits.top / unknown[0]} has no image, and {splits.test_name} has "
-                "some of that class"
-            )
-        near = (f" (it has {name!r})" for name in known if name.lower() == unknown[0].lower())
-        raise NoLabels(
-            f"{splits.test_name} has class {unknown[0]!r}, which {splits.top or splits.name} lacks"
-            f"{next(near, '')}"
-        )
+    for name in sorted(set(filter(None, test)) - known):
+        if splits.top and (splits.top / name).is_dir():
+            folder = splits.top / name
+            raise NoLabels(f"class folder {folder} has no image, but {splits.test_name} has one")
+        near = (f" (it has {other!r})" for other in known if other.lower() == name.lower())
+        lacking = f"{splits.top or splits.name} lacks{next(near, '')}"
+        raise NoLabels(f"{splits.test_name} has class {name!r}, which {lacking}")
     return train, test
 
 
@@ -503,10 +481,7 @@ def source_of(splits: Splits, test_fraction: float | None, seed: int) -> Source:
     try:
         train, test = labels_of_splits(splits)
         if test_fraction is not None:
-            raise UserError(
-                "--test_fraction is for images without test images, and "
-                f"{splits.test_name} has some: leave it out"
-            )
+            raise UserError(f"leave out --test_fraction: {splits.test_name} has test images")
     except NoLabels as reason:
         if splits.test:
             splits.unused.insert(0, splits.test_name)
@@ -532,11 +507,6 @@ def source_of(splits: Splits, test_fraction: float | None, seed: int) -> Source:
     if None in test:
         notes.append(f"{test.count(None)} test images without a label are left out")
     return Source(splits.name, pretrain, memory, queries, len(names), notes, names=names)
-
-
-# --------------------------------------------------------------------------------------------------
-# Any source
-# --------------------------------------------------------------------------------------------------
 
 
 @user_errors()

@@ -106,7 +106,7 @@ def test_a_table_for_a_list_of_paths(picture_folder):
         ("path,label\n\n", "has no rows below the names of its columns"),
         (
             "path,class\na.png,1\n",
-            "lacks the column path or label: its first line, .* 'path,class'",
+            "lacks the column path or label; line 1 is 'path,class'",
         ),
         ("train/dark/0.png,1\n", "lacks the column path or label"),
         ("path,label\ntrain/dark/0.png,1\nnone.png,1\n", "line 3 of .* names none.png, which is n"),
@@ -114,13 +114,13 @@ def test_a_table_for_a_list_of_paths(picture_folder):
         ("path,label\n,1\n", "line 2 of .* lacks a path or a label"),
         (
             "path,label\ntrain/dark/0.png,1\n./train/dark/0.png,2\n",
-            "names ./train/dark/0.png in lines 2 and 3, with different labels or splits",
+            "line 3 of .* contradicts line 2, which names ./train/dark/0.png too",
         ),
         ("path,label,split\ntrain/dark/0.png,1,dev\n", "line 2 of .* has the split 'dev', which"),
         ("path,label,split\ntrain/dark/0.png,1\n", "line 2 of .* has the split '', which"),
         ("path,label,split\ntrain/dark/0.png,1,test\n", "has class '1', which .*pictures lacks"),
         ("path,label\nlabels.csv,1\n", "names no image that is read from"),
-        ("path,label\ntrain/dark/0.png,a, b\n", "line 2 of .* has more cells than the first line"),
+        ("path,label\ntrain/dark/0.png,a, b\n", "line 2 of .* has more cells than line 1; put q"),
         (b"\x89PNG\r\n\xff", "is not a text file in UTF-8: give a table"),
         (None, "cannot be read: No such file"),
     ],
@@ -193,7 +193,10 @@ def test_held_out_where_the_folders_test_images_have_no_labels(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (classes("train", 2) + classes("val", 2), "--test_fraction is for images without test im"),
+        (
+            classes("train", 2) + classes("val", 2),
+            "leave out --test_fraction: .*val has test images",
+        ),
         (numbered(".", 4), "--test_fraction needs labels: the images of .* are in no class sub-f"),
         (numbered("a", 4), "--test_fraction needs labels: all images of .* are of one class, 'a'"),
         (["a/0.png", "b/0.png"], "--test_fraction: no class of folder .* has two images"),
