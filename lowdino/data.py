@@ -168,14 +168,11 @@ class CachedImages(Dataset):
         num_workers: loader processes that read them.
     """
 
-    in_memory = True
-
     def __init__(self, files: ImageFiles, device: torch.device, num_workers: int):
         self.paths = files.paths
         self.items: list[Item] = []
-        for pixels, shapes, *others in open_loader(
-            files, num_workers, batch_size=64, collate_fn=pack
-        ):
+        loader = open_loader(files, num_workers, batch_size=64, collate_fn=pack)
+        for pixels, shapes, *others in loader:
             # A copy, because a loader process reuses its shared memory.
             parts = pixels.to(device, copy=True).split([shape.numel() for shape in shapes])
             self.items += zip([part.view(shape) for part, shape in zip(parts, shapes)], *others)
@@ -188,7 +185,7 @@ class CachedImages(Dataset):
 
 
 def pack(items: list[Item]) -> tuple:
-    """Images as one tensor, which a loader process sends faster than one tensor per image."""
+    """Images as one tensor: a loader process sends 64 tensors three times slower."""
     images, *others = zip(*items)
     pixels = torch.cat([image.flatten() for image in images])
     return pixels, [image.shape for image in images], *others
@@ -329,11 +326,10 @@ def loader_processes(dataset: Dataset, asked: int | None) -> int:
     on_gpu = isinstance(dataset, ImageArray) and dataset.images.device.type != "cpu"
     if on_gpu or isinstance(dataset, CachedImages):
         return 0
-    if asked is not None:
-        return asked
-    if getattr(dataset, "in_memory", False):
+    if asked is None and getattr(dataset, "in_memory", False):
         return 0
-    return min(max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 10)
+    per_rank = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(per_rank, 1), 10) if asked is None else asked
 
 
 # Where less of /dev/shm is free, loader processes do not use it. Docker's default is 64 MiB.
@@ -460,6 +456,7 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def describe_value_range(value_range: Sequence[float] | None, origin: str) -> str:
+    """A remark for the log; empty without a range."""
     text = "; values {:g} to {:g} ({}) become 0 to 255"
     return text.format(*value_range, origin) if value_range else ""
 

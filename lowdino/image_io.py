@@ -69,16 +69,13 @@ def scale_to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None)
     if values.dtype == bool:
         return values * np.uint8(255)
     if value_range is None:
-        advice = "give it by --value_range, or convert it to 8 or 16 bits first"
+        advice = "give a range by --value_range, or convert to 8 or 16 bits first"
         if values.dtype.kind == "f":
             raise ValueError(f"floating-point values have no known range; {advice}")
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"values {values.min()} to {values.max()} do not fit 16 bits, and another range is "
-                f"not known; {advice}"
-            )
-        value_range = 0, 65535
-    low, high = value_range
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"values {low} to {high} do not fit 16 bits; {advice}")
+    low, high = value_range or (0, 65535)
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     return np.nan_to_num(scaled, nan=0.0).clip(0, 255).round().astype(np.uint8)
 
@@ -109,8 +106,7 @@ def open_picture(path: str) -> Iterator[Image.Image]:
     """A picture that is not decoded yet, without Pillow's own limit of its size."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        # As a file: by their names Pillow 13 maps plain grey TIFFs into memory, and turns them
-        # wrongly.
+        # By its name Pillow 13 would map a plain grey TIFF into memory, and turn it wrongly.
         with open(path, "rb") as file, Image.open(file) as image:
             yield image
     finally:
@@ -125,6 +121,7 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def raw_mode(tile: tuple) -> str:
+    """How Pillow reads a tile of a picture, see `DEEP`."""
     return tile[3] if isinstance(tile[3], str) else tile[3][0]
 
 
@@ -245,10 +242,8 @@ def load_array(path: str, channels: int) -> np.ndarray:
             return values
         if values.shape[0] == count:
             return values.transpose(1, 2, 0)
-    raise ValueError(
-        f"its shape {shape} has no axis of {channels} channels, first or last, as --in_chans or "
-        "the network has them"
-    )
+    axis = f"axis of {channels} channels, first or last"
+    raise ValueError(f"its shape {shape} has no {axis}, as --in_chans or the network has them")
 
 
 def array_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -> list[Image.Image]:
@@ -256,15 +251,13 @@ def array_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -> 
     values = load_array(path, pixel_format.channels)
     height, width, bands = values.shape
     pixel_format.check_size(width, height)
-    layers = [
-        Image.fromarray(scale_to_8_bits(values[..., i], pixel_format.value_range))
-        for i in range(bands)
-    ]
-    return layers if bands == pixel_format.channels else layers * pixel_format.channels
+    bands = (scale_to_8_bits(values[..., i], pixel_format.value_range) for i in range(bands))
+    layers = list(map(Image.fromarray, bands))
+    return layers if len(layers) == pixel_format.channels else layers * pixel_format.channels
 
 
 # --------------------------------------------------------------------------------------------------
-# One file
+# One file, and a sample of several
 # --------------------------------------------------------------------------------------------------
 
 
@@ -320,21 +313,12 @@ def deep_values(path: str, pixel_format: PixelFormat = RGB) -> np.ndarray | None
             return None if values.dtype in (np.uint8, bool) else values
         with open_picture(path) as image:
             pixel_format.check_size(*image.size)
-            layers = [
-                deep_values_of_page(page, path) for page in pages(image, pixel_format.channels)
-            ]
+            frames = pages(image, pixel_format.channels)
+            layers = [deep_values_of_page(frame, path) for frame in frames]
             return None if layers[0] is None else np.dstack(layers)
 
 
-# --------------------------------------------------------------------------------------------------
-# A sample of files
-# --------------------------------------------------------------------------------------------------
-
 SAMPLE = 200  # files at most, evenly from first to last
-
-
-def even_sample(paths: Sequence[str]) -> Sequence[str]:
-    return paths[:: max(math.ceil(len(paths) / SAMPLE), 1)]
 
 
 def find_value_range(paths: Sequence[str], pixel_format: PixelFormat) -> tuple[float, float] | None:
@@ -345,7 +329,7 @@ def find_value_range(paths: Sequence[str], pixel_format: PixelFormat) -> tuple[f
     they lie within it. All others have their minimum and maximum. Unreadable files are left out.
     """
     low, high, integers = math.inf, -math.inf, True
-    for path in even_sample(paths):
+    for path in paths[:: math.ceil(len(paths) / SAMPLE)]:
         with suppress(ImageError):
             values = deep_values(path, pixel_format)
             finite = () if values is None else values[np.isfinite(values)]
@@ -368,17 +352,14 @@ def channel_statistics(
 
     Unreadable files are left out; an ImageError where all are.
     """
-    count, total, squares, unreadable = 0, 0.0, 0.0, None
-    for path in even_sample(paths):
-        try:
+    count, total, squares = 0, 0.0, 0.0
+    for path in paths[:: math.ceil(len(paths) / SAMPLE)]:
+        with suppress(ImageError):
             values = read_image(path, max_side, pixel_format).flatten(1).double() / 255  # (C, H*W)
-        except ImageError as error:
-            unreadable = error
-            continue
-        count += values.shape[1]
-        total, squares = total + values.sum(dim=1), squares + values.square().sum(dim=1)
+            count += values.shape[1]
+            total, squares = total + values.sum(dim=1), squares + values.square().sum(dim=1)
     if not count:
-        raise unreadable
+        read_image(paths[0], max_side, pixel_format)  # its error
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     # A constant channel is divided by one level of 255, not by 0.
@@ -472,11 +453,9 @@ def find_images(folder: Path, left_out: Counter | None = None) -> list[str]:
     left_out = Counter() if left_out is None else left_out
     paths = sorted(walk(folder, left_out))
     if not paths:
+        known = f"{' '.join(IMG_EXTENSIONS)} .npy and what else Pillow reads"
         remark = f"; left out: {describe_counts(left_out)}" if left_out else ""
-        raise ValueError(
-            f"no images under {folder}; looked for {' '.join(IMG_EXTENSIONS)} .npy and what else "
-            f"Pillow reads{remark}"
-        )
+        raise ValueError(f"no images under {folder}; looked for {known}{remark}")
     return paths
 
 
@@ -495,7 +474,7 @@ def sub_folders(folder: Path) -> list[Path]:
 
 def describe_counts(left_out: Counter, most: int = 8) -> str:
     """The largest counts in words, and the sum of the others: "3 hidden, 2 .txt, 1 others"."""
-    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{count} {kind}" for kind, count in kinds[:most]]
-    others = sum(count for _, count in kinds[most:])
-    return ", ".join(words + [f"{others} others"] * bool(others))
+    largest = Counter(dict(sorted(left_out.items()))).most_common(most)
+    others = left_out.total() - sum(count for _, count in largest)
+    largest += [("others", others)] * bool(others)
+    return ", ".join(f"{count} {kind}" for kind, count in largest)
