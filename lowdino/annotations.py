@@ -156,7 +156,7 @@ class Pictures(Dataset):
         if picture.shapes is not None:
             values["masks"] = picture.masks()
         target = {name: torch.from_numpy(value) for name, value in values.items()}
-        return read_image(picture.path, pixels=self.pixels), target
+        return read_image(picture.path, pixel_format=self.pixels), target
 
 
 class Scenes(Dataset):

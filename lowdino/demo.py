@@ -1,7 +1,7 @@
 """Demo images made by code, to try everything without a file.
 
-`demo_images` are of ten classes, 64 x 64 pixels. `demo_scenes` have several glyphs each, with their
-boxes and masks, for detection and segmentation.
+`demo_images` draws images of ten classes, 64 x 64 pixels, for classification. `demo_scenes` draws
+scenes of several glyphs, with boxes and masks, for detection and segmentation.
 """
 
 from collections.abc import Sequence
@@ -10,34 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIDE = 64
-TRAIN, TEST = 4000, 1000  # images of the two splits
+SIDE, GLYPH_SIDE, GLYPHS_PER_IMAGE = 64, 13, 28
+TRAIN, TEST = 4000, 1000  # images per split
 TEST_START = 10**6  # first index of the test split; the training split starts at 0
-GLYPH_SIDE = 13
-GLYPHS_PER_IMAGE = 28
 
 SCENE_SIDE = 96
-SCENE_TRAIN, SCENE_TEST = 2000, 400  # scenes of the two splits; the test split as above
-SCENE_CLASSES = ("disc", "ring", "square", "frame", "diamond", "plus", "saltire", "rows", "columns")
-SCENE_CLASSES += ("dots",)  # labels 1 to 10; 0 is the background
+SCENE_TRAIN, SCENE_TEST = 2000, 400  # scenes per split
+CANDIDATES = 16  # glyphs drawn for a scene; those that would touch another are left out
+KINDS = 2  # classes drawn for a scene, perhaps twice the same: as in photos, its parts are related
+# Labels 1 to 10; 0 is the background.
+SCENE_CLASSES = tuple("disc ring square frame diamond plus saltire rows columns dots".split())
 
 
 def splits(train: int, test: int) -> tuple[range, range]:
-    """Indices of so many training and test images."""
+    """The indices of `train` training images and `test` test images."""
     return range(train), range(TEST_START, TEST_START + test)
 
 
 def shapes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The ten classes as signed distances in pixels, negative inside: (H, W) twice -> (10, H, W).
 
-    They are of about equal area, about (0, 0), and reach 6 pixels from there.
+    They have about equal areas. Their centre is (0, 0), and they reach 6 pixels from there.
     """
     r, square, diamond = np.hypot(x, y), np.maximum(abs(x), abs(y)), abs(x) + abs(y)
-
-    def bar(t: np.ndarray, width: float) -> np.ndarray:
-        """A band of half-width `width` about t = 0."""
-        return abs(t) - width
-
+    bar = lambda t, width: abs(t) - width  # a band about t = 0, of that half-width
     return np.stack(
         [
             r - 4.1,  # disc
@@ -54,21 +50,15 @@ def shapes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     )
 
 
-def draw_glyphs() -> np.ndarray:
-    """The ten classes with smooth edges: (10, 13, 13) in [0, 1]."""
-    y, x = np.mgrid[-6:7, -6:7].astype(np.float64)
-    return np.clip(0.5 - shapes(x, y), 0, 1)
-
-
 def clouds(colours: np.ndarray, side: int) -> np.ndarray:
-    """Grids of 5 x 5 colours stretched bilinearly: (..., 5, 5) -> (..., side, side)."""
+    """Stretch grids of 5 x 5 colours bilinearly: (..., 5, 5) -> (..., side, side)."""
     at = np.linspace(0, 4 - 1e-6, side)
     stretch = np.maximum(0, 1 - abs(at[:, None] - np.arange(5))).astype(np.float32)  # (side, 5)
     return 0.2 + 0.2 * (stretch @ colours @ stretch.T)
 
 
-def draw_chunk(indices: np.ndarray, glyphs: np.ndarray) -> np.ndarray:
-    """Images of some indices: (N,), (10, 13, 13) -> (N, 3, 64, 64) uint8."""
+def draw_images(indices: np.ndarray, glyphs: np.ndarray) -> np.ndarray:
+    """Draw the images of some indices: (N,), (10, 13, 13) -> (N, 3, 64, 64) uint8."""
     border, n = GLYPH_SIDE // 2, GLYPHS_PER_IMAGE
     u = np.stack(
         [np.random.default_rng(int(i)).random(75 + n * 5, dtype=np.float32) for i in indices]
@@ -102,9 +92,10 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
         chunk: images drawn at a time, which bounds the memory.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    glyphs = draw_glyphs().astype(np.float32)
-    parts = np.split(indices, range(chunk, len(indices), chunk))
-    images = np.concatenate([draw_chunk(part, glyphs) for part in parts])
+    y, x = np.mgrid[-6:7, -6:7].astype(np.float64)
+    glyphs = np.clip(0.5 - shapes(x, y), 0, 1).astype(np.float32)  # (10, 13, 13), smooth edges
+    chunks = np.split(indices, range(chunk, len(indices), chunk))
+    images = np.concatenate([draw_images(part, glyphs) for part in chunks])
     return torch.from_numpy(images), torch.from_numpy(indices % 10)
 
 
@@ -112,14 +103,9 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
 # Scenes
 # --------------------------------------------------------------------------------------------------
 
-CANDIDATES = 16  # glyphs of a scene, of which those that would touch others are left out
-KINDS = (
-    2  # that a scene draws, perhaps the same twice: as in photos, its parts have something common
-)
-
 
 def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """One scene: (3, 96, 96) uint8, and its boxes, labels and masks as `demo_scenes` gives them."""
+    """Draw a scene: (3, 96, 96) uint8, and its boxes, labels and masks as in `demo_scenes`."""
     generator = np.random.default_rng([int(index), 1])
     image = clouds(generator.random((3, 5, 5), dtype=np.float32), SCENE_SIDE)
     boxes, labels, masks, places = [], [], [], []
@@ -154,19 +140,17 @@ def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarr
 
 
 def demo_scenes(indices: Sequence[int], frame: float = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Scenes uint8 (N, 3, 96, 96) by index and, for each, what is in it.
+    """Scenes uint8 (N, 3, 96, 96) by index, and a dict of the objects in each.
 
     The same index always gives the same scene: about eight glyphs of 7 to 28 pixels on a cloudy
     background, of one or two classes and any colour, size and place.
 
-    Args:
-        frame: number of a frame of the scene's film, in which every glyph moves by its own velocity
-            of at most two pixels a frame and axis.
+    The dicts are those of torchvision's detectors: boxes (n, 4) float32 of left, top, right and
+    bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES), masks (n, 96, 96) uint8.
 
-    Returns:
-        The scenes, and a dict for each as torchvision's detectors take it: boxes (n, 4) float32 of
-        left, top, right and bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES), masks
-        (n, 96, 96) uint8.
+    Args:
+        frame: the number of a frame in the scene's film, in which each glyph has a velocity of at
+            most two pixels per frame along each axis.
     """
     drawn = [draw_scene(index, frame) for index in indices]
     images = torch.from_numpy(np.stack([image for image, _ in drawn]))
@@ -175,5 +159,5 @@ def demo_scenes(indices: Sequence[int], frame: float = 0) -> tuple[Tensor, list[
 
 
 def semantic_mask(target: dict[str, Tensor]) -> Tensor:
-    """What each pixel of a scene shows: (96, 96) uint8, 0 for the background."""
+    """The label of each pixel of a scene: (96, 96) uint8, 0 for the background."""
     return (target["masks"] * target["labels"][:, None, None]).amax(dim=0).to(torch.uint8)

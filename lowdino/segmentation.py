@@ -399,7 +399,10 @@ def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> d
     said = ""
     if isinstance(source.train, masks.MaskedImages):
         paths = source.train.images
-        as_read, said = data.with_value_range(args, backbone, source.name, paths, as_read)
+        known = getattr(backbone, "value_range", None)
+        images = data.ImageFiles(paths, pixel_format=as_read)
+        value_range, said = data.choose_value_range(images, source.name, args.value_range, known)
+        as_read = as_read._replace(value_range=value_range)
         source.train.pixels = source.test.pixels = as_read
     elif channels != 3:
         raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")

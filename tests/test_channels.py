@@ -49,8 +49,8 @@ def test_arrays_have_channels_last_or_first(tmp_path):
         assert torch.equal(read_image(path, None, PixelFormat(5)), expected)
         assert image_io.shorter_side(path, PixelFormat(5)) == 32
     np.save(path, bands(0, 40, 40, 40))  # could be both: channels are last
-    found = read_image(path, None, PixelFormat(40))
-    assert torch.equal(found, torch.from_numpy(bands(0, 40, 40, 40)).permute(2, 0, 1))
+    image = read_image(path, None, PixelFormat(40))
+    assert torch.equal(image, torch.from_numpy(bands(0, 40, 40, 40)).permute(2, 0, 1))
     np.save(path, last[..., 0])
     assert torch.equal(read_image(path, None, PixelFormat(1)), expected[:1])
     assert torch.equal(read_image(path), expected[:1].expand(3, -1, -1))  # grey becomes RGB
@@ -64,8 +64,8 @@ def test_arrays_have_channels_last_or_first(tmp_path):
 def test_pictures_of_other_channels(tmp_path):
     rgba, grey = bands(0, count=4), bands(1, count=4)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")  # no compositing: the fourth is a band
-    found = read_image(str(tmp_path / "rgba.png"), None, PixelFormat(4))
-    np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), rgba)
+    image = read_image(str(tmp_path / "rgba.png"), None, PixelFormat(4))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), rgba)
     Image.fromarray(rgba[..., :3]).save(tmp_path / "rgb.png")
     luma = np.asarray(Image.fromarray(rgba[..., :3]).convert("L"))
     np.testing.assert_array_equal(
@@ -73,28 +73,32 @@ def test_pictures_of_other_channels(tmp_path):
     )
     pages = [Image.fromarray(grey[..., i].astype(np.uint16) * 16) for i in range(4)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
-    found = read_image(str(tmp_path / "pages.tif"), None, PixelFormat(4, (0, 4095)))
+    image = read_image(str(tmp_path / "pages.tif"), None, PixelFormat(4, (0, 4095)))
     expected = (grey.astype(float) * 16 * 255 / 4095).round()
-    np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 def test_another_number_of_channels_is_one_sentence(tmp_path):
     np.save(tmp_path / "a.npy", bands(0))
     np.save(tmp_path / "objects.npy", np.array([[{}]]), allow_pickle=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
-    for name, channels, said in (
+    for name, channels, message in (
         ("a.npy", 4, r"a.npy: its shape \(40, 32, 5\) has no axis of 4 channels, first or last"),
         ("a.npy", 3, r"a.npy: its shape \(40, 32, 5\) has no axis of 3 channels"),
         ("objects.npy", 1, "objects.npy: "),
         ("rgb.png", 5, "rgb.png: it has 3 channels, and 5 are wanted"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read_image(str(tmp_path / name), None, PixelFormat(channels))
 
 
 # --------------------------------------------------------------------------------------------------
 # Range and statistics
 # --------------------------------------------------------------------------------------------------
+
+
+def sampled_range(source):
+    return image_io.find_value_range(source.pretrain.paths, source.pretrain.pixel_format)
 
 
 @pytest.mark.parametrize(
@@ -116,24 +120,25 @@ def test_another_number_of_channels_is_one_sentence(tmp_path):
 def test_the_range_is_that_of_the_values(tmp_path, dtype, low, high, expected):
     arrays = [np.full((8, 8), low, dtype), np.full((8, 8), high, dtype)]
     source = datasets.load(str(listing(tmp_path / "a", arrays)))
-    assert data.find_value_range(source.pretrain) == expected
+    assert sampled_range(source) == expected
 
 
 def test_the_range_is_found_over_an_even_sample_of_what_can_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "VALUE_SAMPLE", 3)
+    monkeypatch.setattr(image_io, "SAMPLE", 3)
     arrays = [np.full((8, 8), 100 * i, np.uint16) for i in range(7)]
     arrays[2][0, 0] = 60000  # not in the sample: 0, 3 and 6
     source = datasets.load(str(listing(tmp_path / "a", arrays)))
-    assert data.find_value_range(source.pretrain) == (0, 1023)
+    assert sampled_range(source) == (0, 1023)
     (tmp_path / "a" / "6.npy").write_text("no array")
-    assert data.find_value_range(source.pretrain) == (0, 511)
+    assert sampled_range(source) == (0, 511)
 
 
 def test_statistics_are_those_of_all_pixels(tmp_path):
     arrays = [bands(i, 40 + 8 * i) for i in range(4)]
     source = datasets.load(str(listing(tmp_path / "a", arrays)))
-    data.read_as(source, channels=5)
-    mean, std = data.channel_statistics(source.pretrain)
+    source.set_pixel_format(channels=5)
+    files = source.pretrain
+    mean, std = image_io.channel_statistics(files.paths, files.max_side, files.pixel_format)
     together = np.concatenate([a.reshape(-1, 5) for a in arrays]) / 255
     np.testing.assert_allclose(mean, together.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(std, together.std(axis=0), rtol=1e-6)
@@ -156,8 +161,8 @@ def test_grey_images_keep_their_features_in_any_number_of_channels(arch):
             adapted = copy.deepcopy(network)
             models.set_in_chans(adapted, channels)
             assert adapted.mean is None and network.mean is not None
-            found = adapted(grey.expand(-1, channels, -1, -1))
-            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+            features = adapted(grey.expand(-1, channels, -1, -1))
+            torch.testing.assert_close(features, expected, atol=1e-3, rtol=1e-3)
     weight = models.stem_of(network)[1].weight
     models.set_in_chans(network, 5)
     five = models.stem_of(network)[1].weight
@@ -193,8 +198,8 @@ def test_brightness_and_contrast_are_torchvisions_in_any_number_of_channels(chan
     order = torch.arange(4).expand(6, 4)  # brightness, contrast
     still = factors.clone()
     still[:, 2] = 1
-    found = augment.color_jitter(images, still, torch.zeros(6), order)
-    for image, (brightness, contrast, _), ours in zip(images, factors, found):
+    jittered = augment.color_jitter(images, still, torch.zeros(6), order)
+    for image, (brightness, contrast, _), ours in zip(images, factors, jittered):
         bright = (image * brightness).clamp(0, 1)
         mean = bright.mean()  # of one channel torchvision's own contrast
         expected = (contrast * bright + (1 - contrast) * mean).clamp(0, 1)
@@ -258,9 +263,9 @@ def test_twelve_bits_are_trained_and_evaluated_in_their_range(tmp_path, call_scr
     backbone = lowdino.load_backbone(str(weights))
     paths = datasets.load(str(tmp_path / "deep")).test.paths
     with torch.no_grad():
-        found = torch.cat([backbone(lowdino.open_image(path, backbone)) for path in paths])
+        ours = torch.cat([backbone(lowdino.open_image(path, backbone)) for path in paths])
     expected = torch.from_numpy(np.load(features)["test"])
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dino", "mvmr"])
@@ -280,14 +285,14 @@ def test_five_bands_are_trained_and_evaluated(tmp_path, call_script, method):
     call_script("eval_knn.py", *out, "--data_path", file)
     backbone = lowdino.load_backbone(str(weights))
     with torch.no_grad():
-        found = backbone(lowdino.open_image(tmp_path / "bands" / "3.npy", backbone))[0]
+        features = backbone(lowdino.open_image(tmp_path / "bands" / "3.npy", backbone))[0]
     expected = torch.from_numpy(np.load(tmp_path / "x.npz")["train"][3])
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
     other = listing(tmp_path / "others", [bands(i, count=4) for i in range(4)])
     done = call_script("eval_knn.py", *out, "--data_path", other, check=False)
     assert is_one_sentence(done, "has no axis of 5 channels, first or last")
     done = call_script("eval_knn.py", *out, "--data_path", "demo", check=False)
-    assert is_one_sentence(done, "demo images: it has 3 channels, and 5 are wanted")
+    assert is_one_sentence(done, "demo images: 3 channels, where 5 are needed")
 
 
 def test_weights_of_colours_start_a_network_of_grey(tmp_path, call_script, picture_folder):
@@ -313,9 +318,9 @@ def test_weights_of_colours_start_a_network_of_grey(tmp_path, call_script, pictu
 
 
 def test_absurd_flags_of_pixels_are_one_sentence(tmp_path, call_script, picture_folder):
-    for text, said in (
+    for text, message in (
         ("--in_chans 0", "--in_chans must lie between 1 and 16, not 0"),
-        ("--in_chans 1 --data_path demo", "demo images: it has 3 channels, and 1 are wanted"),
+        ("--in_chans 1 --data_path demo", "demo images: 3 channels, where 1 are needed"),
         ("--value_range 5 5", "--value_range needs LOW < HIGH, not 5 5"),
         ("--value_range 0 4095", "pictures.* has none in a sample: leave it out"),
         ("--jitter 3", "--jitter must lie between 0 and 2.5"),
@@ -324,7 +329,7 @@ def test_absurd_flags_of_pixels_are_one_sentence(tmp_path, call_script, picture_
     ):
         flags = small(SHORT, data_path=picture_folder, output_dir=tmp_path / "out")
         done = call_script("train.py", *flags, *text.split(), check=False)
-        assert is_one_sentence(done, said), (text, done.stderr)
+        assert is_one_sentence(done, message), (text, done.stderr)
 
 
 def test_colours_stay_where_strengths_are_0(tmp_path):
@@ -362,9 +367,9 @@ def test_open_image_is_what_an_evaluation_feeds(tmp_path, size, side):
     ranks = lowdino_ranks()
     fed, _ = compute_rank_features(network, files, side, ranks)
     for path, expected in zip(files.paths, fed):
-        found = lowdino.open_image(path, network, side)
-        assert found.shape == (1, 3, side, side)
-        torch.testing.assert_close(found.flatten(), expected, atol=0.02, rtol=0)
+        image = lowdino.open_image(path, network, side)
+        assert image.shape == (1, 3, side, side)
+        torch.testing.assert_close(image.flatten(), expected, atol=0.02, rtol=0)
 
 
 def lowdino_ranks():

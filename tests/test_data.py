@@ -1,4 +1,4 @@
-"""Reading any image, any folder; the order of batches; the copy to the device; demo images."""
+"""Data sets, the order of batches, loaders, the copy to the device; the demo images."""
 
 import numpy as np
 import pytest
@@ -167,15 +167,15 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
     files.replace_bad, files.max_side = True, 24
     cached = data.cached(files, "host", torch.device("cpu"), workers)
     indices = list(range(len(files)))
-    for expected, found in zip(
+    for expected, kept in zip(
         data.collate([files[i] for i in indices]),
         data.collate([cached[i] for i in indices]),
         strict=True,
     ):
         if isinstance(expected, torch.Tensor):
-            assert torch.equal(expected, found)
+            assert torch.equal(expected, kept)
         else:
-            assert expected == found
+            assert expected == kept
     for loader in (
         data.evaluation_loader(cached, 4, 2),
         data.training_loader(cached, [[0]], 2, False),
@@ -220,15 +220,15 @@ def device_batches(device, picture_folder):
     expected = list(data.training_loader(images, batches, 0, pin_memory=False))
     loader = data.training_loader(images, batches, 0, pin_memory=device.type == "cuda")
     work = torch.randn(2000, 2000, device=device) if device.type == "cuda" else torch.eye(2)
-    found = []
+    moved = []
     for batch in data.on_device(loader, device):
         assert batch.images.device.type == batch.sizes.device.type == device.type
         for _ in range(20):
             work = (work @ work).clamp(-1, 1)
         sums = batch.images.sum(dim=(1, 2, 3))
-        found.append((batch.images.clone(), sums, batch.sizes, batch.labels, batch.indices))
-    assert len(found) == len(expected) == 12
-    for ours, theirs in zip(found, expected):
+        moved.append((batch.images.clone(), sums, batch.sizes, batch.labels, batch.indices))
+    assert len(moved) == len(expected) == 12
+    for ours, theirs in zip(moved, expected):
         copy, sums, sizes, labels, indices = (tensor.cpu() for tensor in ours)
         assert torch.equal(copy, theirs.images) and torch.equal(sizes, theirs.sizes)
         assert torch.equal(sums, theirs.images.sum(dim=(1, 2, 3)))
@@ -242,7 +242,7 @@ def test_batches_reach_the_cpu_in_order(picture_folder):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_are_copied_ahead_to_cuda_in_order(picture_folder):
+def test_batches_reach_cuda_in_order(picture_folder):
     device_batches(torch.device("cuda", 0), picture_folder)
 
 

@@ -136,16 +136,16 @@ def test_large_pictures_come_through_pipes_where_shared_memory_is_short(tmp_path
     monkeypatch.setattr(data.os, "statvfs", lambda path: free)
     order = [[0, 1], [1]]
     options = dict(batch_sampler=order, collate_fn=segmentation.flat)
-    assert data.open_loader(source.train, 2, **options).collate_fn is segmentation.flat
+    assert data.open_loader(source.train, 2, **options).worker_init_fn is data.start_worker
     monkeypatch.setattr(source.train, "item_bytes", 300 * 2**20)
     large = data.open_loader(source.train, 2, **options)
-    assert isinstance(large.collate_fn, data.Piped)
+    assert large.worker_init_fn is data.start_worker_with_pipe
     for tensors, indices in zip(large, order, strict=True):
         expected = segmentation.flat([source.train[i] for i in indices])
         assert all(map(torch.equal, tensors, expected)) and not tensors[0].is_shared()
     # Five batches of two fit where 64 pictures each would not.
     monkeypatch.setattr(source.train, "item_bytes", 100 * 2**20)
-    assert data.open_loader(source.train, 2, **options).collate_fn is segmentation.flat
+    assert data.open_loader(source.train, 2, **options).worker_init_fn is data.start_worker
 
 
 def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
@@ -560,9 +560,9 @@ def test_deep_pictures_have_one_range_for_all_networks(tmp_path, call_script):
     seen = []
     read = image_io.read_image
 
-    def watched(path, max_side=None, pixels=image_io.RGB):
-        seen.append(pixels.value_range)
-        return read(path, max_side, pixels)
+    def watched(path, max_side=None, pixel_format=image_io.RGB):
+        seen.append(pixel_format.value_range)
+        return read(path, max_side, pixel_format)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_io, "read_image", watched)

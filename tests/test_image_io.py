@@ -1,4 +1,4 @@
-"""What one file becomes: upright, on white, scaled to 8 bits; a batch's canvas; shared memory."""
+"""Files become upright images on white, of 8 bits; the canvas of a batch; shared memory."""
 
 import os
 import struct
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,10 +58,10 @@ def test_plain_tiffs_are_upright(tmp_path, orientation, mode):
     picture = {"L": grey, "RGBA": grey.convert("RGBA"), "I;16": deep}[mode]
     picture.save(tmp_path / "plain.tif", exif=exif)
     grey.save(tmp_path / "turned.png", exif=exif)
-    found = read(tmp_path / "plain.tif", None, image_io.PixelFormat(1))
-    np.testing.assert_array_equal(
-        found, read(tmp_path / "turned.png", None, image_io.PixelFormat(1))
+    plain, turned = (
+        read(tmp_path / name, None, PixelFormat(1)) for name in ("plain.tif", "turned.png")
     )
+    np.testing.assert_array_equal(plain, turned)
 
 
 def test_a_turned_photograph_is_upright_when_it_is_reduced_on_decoding(tmp_path):
@@ -69,9 +70,9 @@ def test_a_turned_photograph_is_upright_when_it_is_reduced_on_decoding(tmp_path)
     image = np.zeros((400, 800, 3), np.uint8)
     image[:, :400] = 255  # the left half, which belongs to the top
     Image.fromarray(image).save(tmp_path / "phone.jpg", exif=exif)
-    found = read(tmp_path / "phone.jpg", 64)
-    assert found.shape == (128, 64, 3)
-    assert found[:60].min() > 240 and found[68:].max() < 15
+    image = read(tmp_path / "phone.jpg", 64)
+    assert image.shape == (128, 64, 3)
+    assert image[:60].min() > 240 and image[68:].max() < 15
 
 
 def test_damaged_exif_makes_no_bad_picture(tmp_path):
@@ -160,8 +161,8 @@ def test_colours_of_16_bits_keep_their_range(tmp_path, kind, top):
     else:
         tiff_of_16_bits(path, values, kind[0], kind.endswith("deflate"))
     np.testing.assert_array_equal(image_io.deep_values(str(path)), values)
-    found = read(path, None, PixelFormat(3, (0, top)))
-    np.testing.assert_array_equal(found, (values * 255 / top).round())
+    image = read(path, None, PixelFormat(3, (0, top)))
+    np.testing.assert_array_equal(image, (values * 255 / top).round())
 
 
 @pytest.mark.parametrize("bands", [2, 4])
@@ -173,8 +174,8 @@ def test_transparency_of_16_bits_is_laid_on_white(tmp_path, bands):
     np.testing.assert_array_equal(image_io.deep_values(path).squeeze(), values[..., :-1].squeeze())
     expected = (values[..., :-1] * 255 / 4095).round()
     expected[values[..., -1] == 0] = 255
-    found = read(path, None, PixelFormat(3, (0, 4095)))
-    np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
+    image = read(path, None, PixelFormat(3, (0, 4095)))
+    np.testing.assert_array_equal(image, np.broadcast_to(expected, image.shape))
 
 
 def test_a_deep_value_may_be_transparent_or_zero_be_white(tmp_path):
@@ -182,15 +183,15 @@ def test_a_deep_value_may_be_transparent_or_zero_be_white(tmp_path):
     values[:5] = 7
     scaled = (values / 4095 * 255).round()
     Image.fromarray(values).save(tmp_path / "hole.png", transparency=7)
-    found = read(tmp_path / "hole.png", None, PixelFormat(1, (0, 4095)))[..., 0]
-    np.testing.assert_array_equal(found, np.where(values == 7, 255, scaled))
+    image = read(tmp_path / "hole.png", None, PixelFormat(1, (0, 4095)))[..., 0]
+    np.testing.assert_array_equal(image, np.where(values == 7, 255, scaled))
     white = tmp_path / "white.tif"
     Image.fromarray(values).save(white)
     photometric = [struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0)]
     assert photometric[0] in white.read_bytes()
     white.write_bytes(white.read_bytes().replace(*photometric))
-    found = read(white, None, PixelFormat(1, (0, 4095)))[..., 0]
-    np.testing.assert_array_equal(found, 255 - scaled)
+    image = read(white, None, PixelFormat(1, (0, 4095)))[..., 0]
+    np.testing.assert_array_equal(image, 255 - scaled)
 
 
 def test_deep_grey_is_scaled_by_its_range(tmp_path):
@@ -200,15 +201,15 @@ def test_deep_grey_is_scaled_by_its_range(tmp_path):
         path = tmp_path / f"deep.{name}"
         Image.fromarray(values).save(path)
         top = 1 if "float" in name else 4095
-        found = read(path, None, PixelFormat(1, (0, top)))
-        np.testing.assert_array_equal(found[..., 0], (twelve / 4095 * 255).round())
+        image = read(path, None, PixelFormat(1, (0, top)))
+        np.testing.assert_array_equal(image[..., 0], (twelve / 4095 * 255).round())
         np.testing.assert_array_equal(image_io.deep_values(str(path))[..., 0], values)
-    found = read(tmp_path / "deep.png", None, PixelFormat(3, (1000, 2000)))
+    image = read(tmp_path / "deep.png", None, PixelFormat(3, (1000, 2000)))
     expected = ((twelve - 1000.0) * 255 / 1000).clip(0, 255).round()
-    np.testing.assert_array_equal(found, expected[..., None].repeat(3, 2))
+    np.testing.assert_array_equal(image, expected[..., None].repeat(3, 2))
     (tmp_path / "big_endian.tif").write_bytes(big_endian_tiff(twelve))
-    found = read(tmp_path / "big_endian.tif", None, PixelFormat(1, (0, 4095)))
-    np.testing.assert_array_equal(found[..., 0], (twelve / 4095 * 255).round())
+    image = read(tmp_path / "big_endian.tif", None, PixelFormat(1, (0, 4095)))
+    np.testing.assert_array_equal(image[..., 0], (twelve / 4095 * 255).round())
 
 
 def big_endian_tiff(values):
@@ -272,11 +273,11 @@ def test_a_canvas_is_bounded(monkeypatch):
 @pytest.mark.parametrize("side", [32, 128])
 def test_an_evaluation_sees_the_same_centre_of_an_elongated_image(size, side):
     images, items = batch_of(size)
-    batch = data.collate_centres(items)
+    batch = data.collate(items, data.central_part)
     assert max(batch.images.shape[2:]) <= min(size) + 1
-    whole = augment.central_view(images[0][None], torch.tensor([size]), side)
-    found = augment.central_view(batch.images, batch.sizes, side)
-    torch.testing.assert_close(found, whole, rtol=0, atol=0.04)  # 2 of 255 steps
+    expected = augment.central_view(images[0][None], torch.tensor([size]), side)
+    view = augment.central_view(batch.images, batch.sizes, side)
+    torch.testing.assert_close(view, expected, rtol=0, atol=0.04)  # 2 of 255 steps
 
 
 def test_a_text_line_keeps_its_height(tmp_path):
@@ -285,8 +286,8 @@ def test_a_text_line_keeps_its_height(tmp_path):
     np.testing.assert_array_equal(read(path, 64), colours(32, 600, 1)[..., None].repeat(3, 2))
 
 
-class Statvfs:
-    f_bavail, f_frsize = 2**14, 2**12  # 64 MiB
+def free(size):
+    return lambda path: SimpleNamespace(f_bavail=size, f_frsize=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -295,15 +296,16 @@ def test_images_come_through_pipes_where_shared_memory_is_short(
 ):
     files = data.ImageFiles(sorted(map(str, picture_folder.rglob("*.png"))))
     batches = data.TrainingBatches(len(files), 5, seed=0, start=0, stop=6)
-    plain = data.training_loader(files, batches, workers, pin_memory=False)
-    assert plain.collate_fn is data.collate
-    monkeypatch.setattr(os, "statvfs", lambda path: Statvfs)
+    monkeypatch.setattr(os, "statvfs", free(2**34))
+    shared = data.training_loader(files, batches, workers, pin_memory=False)
+    assert shared.worker_init_fn is data.start_worker
+    monkeypatch.setattr(os, "statvfs", free(2**26))
     piped = data.training_loader(files, batches, workers, pin_memory=False)
-    assert isinstance(piped.collate_fn, data.Piped) == bool(workers)
-    for one, other in zip(plain, piped, strict=True):
+    assert (piped.worker_init_fn is data.start_worker_with_pipe) == bool(workers)
+    for one, other in zip(shared, piped, strict=True):
         assert isinstance(other, data.Batch) and one.bad == other.bad
         for a, b in zip(one[:4], other[:4]):
-            assert torch.equal(a, b) and (not workers or not b.is_shared())
+            assert torch.equal(a, b) and a.is_shared() == bool(workers) and not b.is_shared()
     cached = data.cached(files, "host", torch.device("cpu"), workers)
     assert torch.equal(cached[3][0], files[3][0])
 

@@ -1,4 +1,4 @@
-"""Which files are images, which splits they have, and what is said of them."""
+"""Which files are images, which splits a folder has, and the notes on both; named data sets."""
 
 import os
 
@@ -36,8 +36,7 @@ LAYOUTS = {
     "stray picture": (
         classes("train", 3) + classes("val", 2) + ["train/sheet.png"],
         "folder {}/train, 7 images",
-        "no k-NN: {0}/train/sheet.png is beside the class sub-folders of {0}/train, not in one of "
-        "them",
+        "no k-NN: {0}/train/sheet.png is beside the class sub-folders of {0}/train, not in one",
         "not used: {0}/val",
     ),
     "valid": (
@@ -106,15 +105,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read_and_what_was_assumed_is_said(layout, tmp_path):
     names, name, *notes = LAYOUTS[layout]
-    found = datasets.load(str(draw(tmp_path, *names)))
-    assert f"{found.name}, {len(found.pretrain)} images" == name.format(tmp_path)
-    assert found.notes == [note.format(tmp_path) for note in notes]
-    assert (found.test is None) == notes[0].startswith("no k-NN: ")
-    assert found.no_labels == (notes[0].removeprefix("no k-NN: ").format(tmp_path)) * (
-        found.test is None
+    source = datasets.load(str(draw(tmp_path, *names)))
+    assert f"{source.name}, {len(source.pretrain)} images" == name.format(tmp_path)
+    assert source.notes == [note.format(tmp_path) for note in notes]
+    assert (source.test is None) == notes[0].startswith("no k-NN: ")
+    assert source.no_labels == (notes[0].removeprefix("no k-NN: ").format(tmp_path)) * (
+        source.test is None
     )
-    if found.test is not None:
-        assert len(found.train) == len(found.pretrain)
+    if source.test is not None:
+        assert len(source.train) == len(source.pretrain)
 
 
 @pytest.mark.parametrize("layout", ["detection", "stray picture", "flat val", "another case"])
@@ -123,13 +122,13 @@ def test_an_evaluation_refuses_for_the_same_reason(layout, tmp_path, call_script
     draw(tmp_path, *names)
     named = dict(data_path=tmp_path, output_dir=tmp_path / "o")
     reason = note.removeprefix("no k-NN: ").format(tmp_path)
-    said = f"folder {tmp_path}/train has no labels to test on: {reason}"
+    message = f"folder {tmp_path}/train has no labels to test on: {reason}"
     for script, flags in (
         ("eval_knn.py", ["--pixels", "--data_path", tmp_path]),
         ("eval_linear.py", ["pixels", *options(**named)]),
     ):
         done = call_script(script, *flags, check=False)
-        assert done.returncode == 2 and done.stderr == f"{script}: error: {said}\n"
+        assert done.returncode == 2 and done.stderr == f"{script}: error: {message}\n"
 
 
 def test_labels_that_cannot_be_had_are_one_line_of_a_training(
@@ -138,13 +137,13 @@ def test_labels_that_cannot_be_had_are_one_line_of_a_training(
     draw(picture_folder, "train/sheet.png")
     (picture_folder / "train" / "README").touch()
     flags = small("--epochs 1 --num_workers 0", data_path=picture_folder, output_dir=tmp_path / "o")
-    said = call_script("train.py", *flags).stdout.splitlines()
+    lines = call_script("train.py", *flags).stdout.splitlines()
     train = picture_folder / "train"
-    assert said[0].startswith(f"data: folder {train}, 25 images")
-    assert [line for line in said if "k-NN" in line] == [
-        f"no k-NN: {train}/sheet.png is beside the class sub-folders of {train}, not in one of them"
+    assert lines[0].startswith(f"data: folder {train}, 25 images")
+    assert [line for line in lines if "k-NN" in line] == [
+        f"no k-NN: {train}/sheet.png is beside the class sub-folders of {train}, not in one"
     ]
-    assert "left out: 1 without suffix" in said
+    assert "left out: 1 without suffix" in lines
     assert (tmp_path / "o" / "backbone.pth").exists()
 
 
@@ -157,11 +156,9 @@ def test_a_class_without_an_image_is_named(picture_folder, call_script):
     assert "24 training and 8 test images, 2 classes" in done.stdout
     draw(val, "grey/0.png")
     done = call_script("eval_knn.py", "--pixels", "--data_path", picture_folder, check=False)
-    assert is_one_sentence(
-        done, f"class folder {train}/grey has no image, and {val} has some of that class"
-    )
-    found = datasets.load(str(picture_folder))
-    assert len(found.pretrain) == 24 and found.no_labels in done.stderr
+    assert is_one_sentence(done, f"class folder {train}/grey has no image, but {val} has one")
+    source = datasets.load(str(picture_folder))
+    assert len(source.pretrain) == 24 and source.no_labels in done.stderr
     (train / "grey" / "notes.txt").unlink()
     (train / "grey").rmdir()
     done = call_script("eval_knn.py", "--pixels", "--data_path", picture_folder, check=False)
@@ -195,10 +192,10 @@ def test_all_that_pillow_reads_is_found_and_the_rest_counted(tmp_path):
     for name in others.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("no picture")
-    found = datasets.load(str(tmp_path))
-    assert [os.path.basename(path) for path in found.pretrain.paths] == [*images, "m.npy"]
-    assert all(Image.open(path).size == (32, 32) for path in found.pretrain.paths[:-1])
-    assert found.notes[1:] == [
+    source = datasets.load(str(tmp_path))
+    assert [os.path.basename(path) for path in source.pretrain.paths] == [*images, "m.npy"]
+    assert all(Image.open(path).size == (32, 32) for path in source.pretrain.paths[:-1])
+    assert source.notes[1:] == [
         "left out: 3 hidden, 2 .txt, 1 .db, 1 .eps, 1 .h5, 1 .ini, 1 .mpg, 1 .xml, 1 others"
     ]
 
@@ -217,14 +214,14 @@ def test_only_what_pillow_decodes_by_itself_counts_as_an_image():
         assert Image.registered_extensions()[suffix] in Image.OPEN
 
 
-def test_links_to_nothing_and_unreadable_folders(picture_folder, monkeypatch):
+def test_broken_links_and_unreadable_folders(picture_folder, monkeypatch):
     train = picture_folder / "train"
     (train / "dark" / "gone.png").symlink_to(picture_folder / "nowhere.png")
     (train / "dark" / "self.png").symlink_to(train / "dark" / "self.png")
     os.mkfifo(train / "dark" / "pipe.png")
-    found = datasets.load(str(picture_folder))
-    assert len(found.pretrain) == 24
-    assert "left out: 2 links to nothing, 1 special files" in found.notes
+    source = datasets.load(str(picture_folder))
+    assert len(source.pretrain) == 24
+    assert "left out: 2 broken links, 1 special files" in source.notes
     scandir = os.scandir
 
     def guarded(path):
@@ -263,9 +260,9 @@ def test_a_teachers_cache_is_no_image(tmp_path):
 
 
 def test_folders_with_and_without_classes(picture_folder):
-    found = datasets.load(str(picture_folder))
-    assert len(found.pretrain) == 24 and len(found.test) == 8 and found.classes == 2
-    assert found.train.labels == [0] * 12 + [1] * 12 and "/dark/" in found.train.paths[0]
+    source = datasets.load(str(picture_folder))
+    assert len(source.pretrain) == 24 and len(source.test) == 8 and source.classes == 2
+    assert source.train.labels == [0] * 12 + [1] * 12 and "/dark/" in source.train.paths[0]
     flat = datasets.load(str(picture_folder / "train"))
     assert len(flat.pretrain) == 24 and flat.test is None
 
@@ -275,8 +272,8 @@ def test_list_of_paths(picture_folder):
     listing.write_text(
         "train/dark/0.png\n\n" + str(picture_folder / "val" / "light" / "3.png") + "\n"
     )
-    found = datasets.load(str(listing))
-    assert len(found.pretrain) == 2 and found.pretrain[1][0].shape == (3, 40, 32)
+    source = datasets.load(str(listing))
+    assert len(source.pretrain) == 2 and source.pretrain[1][0].shape == (3, 40, 32)
     listing.write_text("train/dark/none.png\n")
     with pytest.raises(ValueError, match="some.txt names .*none.png, which does not exist"):
         datasets.load(str(listing))
@@ -300,8 +297,8 @@ def test_names_that_begin_with_a_dot_are_left_out(picture_folder):
     hidden.mkdir()
     for path in (hidden / "0.png", picture_folder / "train" / "dark" / "._0.png"):
         path.write_bytes((picture_folder / "train" / "dark" / "0.png").read_bytes())
-    found = datasets.load(str(picture_folder))
-    assert len(found.pretrain) == 24 and found.classes == 2
+    source = datasets.load(str(picture_folder))
+    assert len(source.pretrain) == 24 and source.classes == 2
     assert len(image_io.find_images(hidden)) == 1  # asked for by name
 
 
@@ -354,9 +351,9 @@ class FakeSet:
 )
 def test_torchvisions_sets(name, side, train_labels, monkeypatch):
     monkeypatch.setattr(datasets.torchvision_datasets, name.upper(), FakeSet)
-    found = datasets.load(name)
-    assert found.train.labels.tolist() == list(train_labels)
-    assert found.test.labels.tolist() == list(range(4))
-    assert found.names == ["cat", "dog"] and found.notes == []
-    assert len(found.pretrain) == 6 and found.pretrain.images.shape[1:] == (3, side, side)
-    assert found.pretrain.images[:, :, 5, 7].tolist() == [[i, 200, 5] for i in range(6)]
+    source = datasets.load(name)
+    assert source.train.labels.tolist() == list(train_labels)
+    assert source.test.labels.tolist() == list(range(4))
+    assert source.names == ["cat", "dog"] and source.notes == []
+    assert len(source.pretrain) == 6 and source.pretrain.images.shape[1:] == (3, side, side)
+    assert source.pretrain.images[:, :, 5, 7].tolist() == [[i, 200, 5] for i in range(6)]
