@@ -18,8 +18,18 @@ from pathlib import Path
 
 import torch
 
-from lowdino import budget, data, datasets, distributed, engine, evaluate, features, optim, settings
-from lowdino import distillation
+from lowdino import (
+    budget,
+    data,
+    datasets,
+    distillation,
+    distributed,
+    engine,
+    evaluate,
+    features,
+    optim,
+    settings,
+)
 from lowdino.distillation import Distillation, Teacher
 from lowdino.features import compute_features
 from lowdino.logger import Logger
@@ -82,7 +92,7 @@ def run(s: Settings, ranks: distributed.Ranks):
 
     # The student's backbone, and its views, which the teacher sees too.
     backbone = features.build_backbone(s)
-    values = data.fit_values(s, backbone, source, checkpointer.saved)
+    values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
     log.say(f"data: {source.name}, {len(source.pretrain)} images; {views.describe()}{values}")
     log.say(*source.notes)

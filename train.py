@@ -16,7 +16,7 @@ views too, --local_crops_number, and balance them by --alpha.
 
 import torch
 
-from lowdino import budget, data, datasets, distributed, engine, features, optim, settings
+from lowdino import budget, data, distributed, engine, features, optim, settings
 from lowdino.logger import Logger
 from lowdino.recipes import METHODS
 from lowdino.settings import Settings
@@ -37,7 +37,7 @@ def run(s: Settings, ranks: distributed.Ranks):
 
     # Backbone: random weights, or --init; its mean, std and range of values, or the images'.
     backbone = features.build_backbone(s)
-    values = data.fit_values(s, backbone, source, checkpointer.saved)
+    values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
     log.say(f"data: {source.name}, {len(source.pretrain)} images; {views.describe()}{values}")
     log.say(*source.notes)

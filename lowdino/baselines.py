@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowdino import augment, ema, health, losses
+from lowdino import augment, ema, health, losses, schedules
 from lowdino.heads import Projector, WeightNormLinear
 from lowdino.losses import autocast_off, balanced, own_rows, rows_of_all_ranks, variance_hinge
 from lowdino.methods import Flag, ProjectionMethod, check_pairs, shared, teacher_momentum
@@ -179,7 +179,7 @@ class MoCo(ProjectionMethod):
     def keys(self, view: Tensor, step: int) -> Tensor:
         """(B, 3, H, W) -> (B, E), in parts of an order that seed and step draw."""
         seed = getattr(self.args, "seed", 0)  # unknown in one's own loop
-        generator = augment.seeded_generator("cpu", augment.STREAMS["key order"], seed, step)
+        generator = augment.seeded_generator("cpu", schedules.Stream.KEY_ORDER, seed, step)
         order = torch.randperm(len(view), generator=generator).to(view.device)
         keys = [self.teacher([part])[1]["projector"] for part in self.parts(view[order])]
         return torch.cat(keys)[order.argsort()]

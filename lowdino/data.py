@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from lowdino import image_io
-from lowdino.augment import seeded_generator
+from lowdino.augment import BLUR, JITTER, MultiCrop, seeded_generator
 from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, ImageError, PixelFormat, read_image
+from lowdino.schedules import Stream
 
 # Random streams, see `augment.derived_seed`.
-ORDER_STREAM = 0  # the order of the images, by seed and epoch
-REPLACEMENT_STREAM = 4  # which images replace an unreadable one, by its index
 
 NO_LABEL = -1
 
@@ -128,7 +127,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> Item:
         candidates = [index]
         if self.replace_bad:
-            seed = np.random.SeedSequence([REPLACEMENT_STREAM, index])
+            seed = np.random.SeedSequence([Stream.REPLACEMENT, index])
             candidates += [int(draw) % len(self) for draw in seed.generate_state(self.ATTEMPTS)]
         bad: list[str] = []
         for i in candidates:
@@ -417,7 +416,7 @@ class TrainingBatches(Sampler[list[int]]):
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, self.steps_per_epoch)
             if epoch != shuffled:
-                generator = seeded_generator("cpu", ORDER_STREAM, self.seed, epoch)
+                generator = seeded_generator("cpu", Stream.ORDER, self.seed, epoch)
                 shuffled, order = epoch, torch.randperm(self.images, generator=generator)
             first = (i * self.world + self.rank) * self.batch_size
             yield order[first : first + self.batch_size].tolist()
@@ -527,3 +526,30 @@ def fit_images_to_backbone(args, backbone: nn.Module, source) -> str:
     source.set_pixel_format(value_range=chosen)
     backbone.value_range = chosen
     return remark
+
+
+# --------------------------------------------------------------------------------------------------
+# Views
+# --------------------------------------------------------------------------------------------------
+
+
+def build_views(s, backbone: nn.Module) -> MultiCrop:
+    """The views that settings ask for, normalised as the backbone expects."""
+    return MultiCrop(
+        s.global_crops_size,
+        s.local_crops_size,
+        s.local_crops_number,
+        s.global_crops_scale,
+        s.local_crops_scale,
+        s.vertical_flip,
+        # DINO blurs by up to 2 pixels at 224. Smaller views get less in proportion, or the blur
+        # would erase them.
+        blur_sigma=(0.1, 2 * s.global_crops_size / 224),
+        mean=backbone.mean,
+        std=backbone.std,
+        jitter=tuple(s.jitter * strength for strength in JITTER),
+        blur=tuple(s.blur * probability for probability in BLUR),
+        solarize=s.solarize,
+        global_number=s.global_crops_number,
+        grayscale=s.grayscale,
+    )

@@ -30,8 +30,7 @@ from torchvision import datasets as torchvision_datasets
 from lowdino import demo, image_io
 from lowdino.data import ImageArray, ImageFiles
 from lowdino.distributed import UserError, user_errors
-
-HELD_OUT_STREAM = 5  # random stream of the images held out, see `augment.derived_seed`
+from lowdino.schedules import Stream
 
 # Names of the splits, in any case. Of several test folders the first in this order is taken.
 TRAIN = ("train", "training")
@@ -441,7 +440,7 @@ def held_out_indices(paths: Sequence[str], labels: Labels, fraction: float, seed
     for number, label in enumerate(sorted(groups)):
         members = groups[label]
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        sequence = np.random.SeedSequence([HELD_OUT_STREAM, seed, number])
+        sequence = np.random.SeedSequence([Stream.HELD_OUT, seed, number])
         draws = sequence.generate_state(len(members))
         chosen += [members[i] for i in np.argsort(draws, kind="stable")[:count]]
     return sorted(chosen)

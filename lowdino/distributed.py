@@ -384,9 +384,7 @@ def print_error(script: str, sentence: str) -> None:
     print(f"{script}: error: {sentence}", file=sys.stderr)
 
 
-def launch(
-    script: str, parse: Callable[[], Any], work: Callable[[Any, Ranks], object]
-) -> None:
+def launch(script: str, parse: Callable[[], Any], work: Callable[[Any, Ranks], object]) -> None:
     """Run a script: `work` on what `parse` returns, and on this process's rank.
 
     An error that the user can fix is one line and exit status 2. Any other keeps its traceback.

@@ -2,12 +2,12 @@
 
 Why a resumed run is exact: it computes what the uninterrupted run computes, bit for bit on a CPU,
 because no random number comes from a generator that keeps a state. Each is a function of (stream,
-seed, step, rank); `augment.Stream` is the one table of streams, which every file uses. So the step
-alone says which images come, how they are cropped and which blocks are dropped, and schedules are
-functions of the step too. Everything else is in the checkpoint: the states of method, optimizer and
-gradient scaler, and the few numbers of `Progress`. Log records later than the checkpoint are cut
-off. What would change the numbers is compared at the start: settings, the weights of --init and of
-a teacher, the images' names, the number of ranks.
+seed, step, rank); `schedules.Stream` is the one table of streams, which every file uses. So the
+step alone says which images come, how they are cropped and which blocks are dropped, and schedules
+are functions of the step too. Everything else is in the checkpoint: the states of method, optimizer
+and gradient scaler, and the few numbers of `Progress`. Log records later than the checkpoint are
+cut off. What would change the numbers is compared at the start: settings, the weights of --init and
+of a teacher, the images' names, the number of ranks.
 """
 
 import itertools
@@ -93,6 +93,12 @@ class Progress:
         return self.step % self.epoch_steps == 0 or self.finished
 
 
+def run_length(s: settings.Settings, source: datasets.Source, ranks) -> tuple[float, int]:
+    """Steps of the run, infinity where --minutes are not planned yet, and steps per epoch."""
+    epoch_steps = len(source.pretrain) // (s.batch_size_per_gpu * ranks.world)
+    return (s.epochs * epoch_steps if s.epochs else math.inf), epoch_steps
+
+
 # ---------------------------------------------------------------------------------------------
 # A step
 # ---------------------------------------------------------------------------------------------
@@ -112,7 +118,7 @@ def set_schedules(t: Training, progress: Progress) -> None:
 
 def make_views(t: Training, batch: data.Batch, step: int) -> list[Tensor]:
     """The views of a batch, (B, C, S, S) each, drawn from the step alone."""
-    stream, device = augment.Stream.VIEWS, t.ranks.device
+    stream, device = schedules.Stream.VIEWS, t.ranks.device
     generator = augment.seeded_generator(device, stream, t.settings.seed, step, t.ranks.rank)
     views = t.views(batch.images, batch.sizes, generator)
     return [view.contiguous(memory_format=torch.channels_last) for view in views]
@@ -123,7 +129,7 @@ def forward(t: Training, model: nn.Module, views: list[Tensor], batch: data.Batc
     device, amp = t.ranks.device.type, t.settings.amp
     # On a CPU its generator alone: to look for every other kind takes half a millisecond.
     seed = torch.default_generator.manual_seed if device == "cpu" else torch.manual_seed
-    seed(augment.derived_seed(augment.Stream.DROP_PATH, t.settings.seed, step, t.ranks.rank))
+    seed(augment.derived_seed(schedules.Stream.DROP_PATH, t.settings.seed, step, t.ranks.rank))
     with torch.autocast(device, budget.AUTOCAST[amp], enabled=amp != "none"):
         return model(views, batch, step)
 
@@ -349,9 +355,9 @@ class Checkpointer:
     def load(self, t: Training) -> Progress:
         """The progress of the checkpoint, whose states `t` takes over; or that of a new run."""
         s, saved = t.settings, self.saved
-        steps = len(t.source.pretrain) // (s.batch_size_per_gpu * self.ranks.world)
-        total = s.epochs * steps if s.epochs else None
-        progress = Progress(steps, total, s.knn_freq * steps)
+        total, epoch_steps = run_length(s, t.source, self.ranks)
+        planned = None if total == math.inf else total
+        progress = Progress(epoch_steps, planned, s.knn_freq * epoch_steps)
         if saved:
             try:
                 for name, part in t.states().items():

@@ -92,6 +92,33 @@ def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
     return f"{backbone.arch} of {weights}{epoch}", backbone
 
 
+def build_backbone(s) -> nn.Module:
+    """The backbone to train, from random weights or from --init, the same on every rank.
+
+    Raises:
+        UserError: where --init does not fit the settings.
+    """
+    torch.manual_seed(s.seed)
+    is_vit = s.arch in lowdino.vit.ARCHS
+    if s.init:
+        backbone = lowdino.load_backbone(s.init, s.arch).train()
+        if is_vit and backbone.patch_size != s.patch_size:
+            size = backbone.patch_size
+            raise UserError(
+                f"--init {s.init} has patches of {size} pixels; give --patch_size {size}"
+            )
+    else:
+        shape = dict(patch_size=s.patch_size, image_size=s.global_crops_size)
+        backbone = lowdino.build_backbone(s.arch, **(shape if is_vit else {}))
+    try:
+        lowdino.models.set_in_chans(backbone, s.in_chans)
+    except ValueError as error:
+        raise UserError(f"--init {s.init}: {error} (--in_chans {s.in_chans})") from error
+    if is_vit:
+        backbone.set_drop_path_rate(s.drop_path_rate)
+    return backbone
+
+
 # --------------------------------------------------------------------------------------------------
 # Features
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What torch.optim lacks: parameter groups, clipping by parameter, LARS, Muon."""
+"""Optimizers by name, and parts that torch.optim lacks: groups, clipping, LARS, Muon."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -225,7 +225,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     def load_state_dict(self, state_dict):
-        """Of this run, and not of the saved one, are the factors of learning rates, `scale`."""
+        """Keep this run's learning-rate factors, `scale`."""
         own = [{"scale": g["scale"]} if "scale" in g else {} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, scale in zip(self.param_groups, own):
@@ -280,3 +280,25 @@ class Muon(torch.optim.Optimizer):
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in parameters]
+
+
+# AdamW's peak learning rate for biases, norms and heads beside Muon, as in the recipe "small".
+MUON_OTHERS = 2e-3
+
+
+def build(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer `name` for a model: "adamw", "muon", "sgd" or "lars".
+
+    A loop sets the learning rate of each group in every step, to its `scale` times the schedule's.
+
+    Args:
+        lr: the peak that the schedule has for Muon's matrices.
+    """
+    if name == "muon":
+        return Muon(muon_groups(model, MUON_OTHERS / lr if lr else 1.0))
+    groups = parameter_groups(model)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return LARS(groups)

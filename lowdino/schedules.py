@@ -1,6 +1,23 @@
-"""Schedules: pure functions of the step, so that a resumed run needs nothing but its step."""
+"""Schedules and random streams: functions of the step, so a resumed run needs nothing but its step.
+
+Each random number is a function of (stream, seed, step, rank), by `augment.derived_seed`.
+"""
 
 import math
+from enum import IntEnum
+
+
+class Stream(IntEnum):
+    """The random streams, and what beside the number decides a draw."""
+
+    ORDER = 0  # of the images in an epoch: seed, epoch
+    VIEWS = 1  # of a training without labels: seed, step, rank
+    LABELLED_VIEWS = 2  # of a training with labels: seed, step, rank
+    DROP_PATH = 3  # stochastic depth: seed, step, rank
+    REPLACEMENT = 4  # images in place of an unreadable one: its index
+    HELD_OUT = 5  # test images of --test_fraction: seed, class
+    PROPOSALS = 6  # anchors and proposals that a detector learns from: seed, step, rank
+    KEY_ORDER = 7  # MoCo's keys in a batch: seed, step
 
 
 def cosine(

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lowdino
@@ -516,7 +515,7 @@ def open_training_images(
         UserError: where there is nothing to read, or too little.
     """
     source = load_images(settings, ranks)
-    data.read_as(source, channels=settings.in_chans, max_megapixels=settings.max_megapixels)
+    source.set_pixel_format(channels=settings.in_chans, max_megapixels=settings.max_megapixels)
     images = source.pretrain
     side = settings.global_crops_size or data.suitable_size(images)
     try:
@@ -543,11 +542,11 @@ def open_evaluation_images(
     if labelled and source.test is None:
         raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
     channels = len(getattr(backbone, "mean", (0, 0, 0)))
-    data.read_as(source, channels=channels, max_megapixels=args.max_megapixels)
+    source.set_pixel_format(channels=channels, max_megapixels=args.max_megapixels)
     size = args.image_size or getattr(backbone, "image_size", None)
     size = size or data.suitable_size(source.pretrain)
     source.limit_side(2 * size)
-    values = data.fit_values_of_evaluation(args, backbone, source)
+    values = data.fit_images_to_backbone(args, backbone, source)
     if values and ranks.first:
         print(f"{source.name}{values}")
     return source, size, data.loader_processes(source.pretrain, args.num_workers)
@@ -555,6 +554,5 @@ def open_evaluation_images(
 
 def load_images(args, ranks: distributed.Ranks) -> datasets.Source:
     seed = args.seed if hasattr(args, "seed") else args.seeds[0]
-    return datasets.load(
-        args.data_path, args.data_root, args.download, args.labels, args.test_fraction, seed, ranks
-    )
+    where = args.data_path, args.data_root, args.download
+    return datasets.load(*where, args.labels, args.test_fraction, seed, ranks.rank)
