@@ -39,16 +39,16 @@ import lowdino
 import train
 from lowdino import (
     augment,
+    budget,
     data,
     demo,
     distributed,
     ema,
-    engine,
     evaluate,
+    features,
     logger,
     methods,
     optim,
-    parts,
     settings,
 )
 
@@ -141,19 +141,19 @@ class Step:
 
     def __init__(self, args: argparse.Namespace, images: Tensor, device: torch.device):
         self.args, self.device = args, device
-        backbone = engine.build_backbone(args)
-        self.crop = engine.build_views(args, backbone).to(device)
+        backbone = features.build_backbone(args)
+        self.crop = data.build_views(args, backbone).to(device)
         method = methods.DINO(backbone, args, args.epochs * 100, 100)
         ranks = distributed.Ranks(0, 1, device)
         self.method = distributed.on_device(method, ranks).train()
-        self.optimizer = engine.build_optimizer(args, self.method, device)
+        self.optimizer = optim.build(args.optimizer, self.method, args.lr, device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.generator = torch.Generator(device).manual_seed(0)
         self.batch = data.ImageArray(images).__getitems__(list(range(len(images))))
 
     def autocast(self) -> torch.autocast:
         amp = self.args.amp
-        return torch.autocast(self.device.type, parts.AUTOCAST[amp], enabled=amp != "none")
+        return torch.autocast(self.device.type, budget.AUTOCAST[amp], enabled=amp != "none")
 
     def make_views(self) -> None:
         batch = self.batch
@@ -197,7 +197,7 @@ def measure_step(
         "--local_crops_size 32 --momentum_teacher 0.99 --amp "
         f"{'bf16' if device.type == 'cuda' else 'none'}"
     )
-    args = settings.parse(train.get_parser(), flags.split())
+    args = settings.resolve(train.get_parser(), flags.split())
     step = Step(args, pictures(batch, size), device)
     bare = {"teacher": step.teacher, "forward": step.forward, "backward": step.backward}
     own = {

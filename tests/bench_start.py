@@ -90,7 +90,7 @@ def trained(make: Callable[[str], nn.Module], flags: list[str]) -> list[dict]:
     """Train from the backbone that `make` makes; the records of the log."""
     with tempfile.TemporaryDirectory() as output:
         flags = ["--preset", "small", "--device", "cpu", "--output_dir", output, *flags]
-        args = settings.parse(train.get_parser(), flags)
+        args = settings.resolve(train.get_parser(), flags)
         assert train.check(args) is None
         ranks = distributed.start("cpu")
 

@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT, restore_signals
 
 import train
-from lowdino import checkpoint, distributed, engine, methods, optim, settings
+from lowdino import checkpoint, distributed, optim, recipes, settings
 
 SMALL = (
-    "--arch mobilevit_xxs --batch_size_per_gpu 4 --local_crops_number 1 --out_dim 16 "
+    "--method dino --arch mobilevit_xxs --batch_size_per_gpu 4 --local_crops_number 1 --out_dim 16 "
     "--hidden_dim 32 --warmup_epochs 1 --log_freq 2 --device cpu --knn_freq 1 --infonce_weight 1 "
     "--cache none --amp none"
 ).split()
@@ -216,16 +216,21 @@ def train_here(flags, build=None, change=None):
     """As train.py, in this process and without `launch`: what the run raises comes out of it.
 
     Args:
-        build: of the method, in place of the one that --method names.
-        change: called with the flags once they are settled.
+        build: makes the method in place of the class that --method names.
+        change: takes and returns the settings that were fitted to the images.
     """
-    args = settings.parse(train.get_parser(), [str(flag) for flag in flags])
-    assert train.check(args) is None
-    ranks = distributed.start("cpu")
-    source = settings.settle(args, ranks)
-    if change:
-        change(args)
-    try:
-        return engine.train(args, ranks, source, build or methods.METHODS[args.method].build)
-    finally:
-        restore_signals()
+    s = settings.resolve(train.get_parser(), [str(flag) for flag in flags])
+    opened = settings.open_training_images
+
+    def open_and_change(s, ranks):
+        source, s = opened(s, ranks)
+        return source, change(s) if change else s
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "open_training_images", open_and_change)
+        if build:
+            patch.setitem(recipes.METHODS, s.method, build)
+        try:
+            return train.run(s, distributed.start("cpu"))
+        finally:
+            restore_signals()

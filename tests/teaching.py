@@ -10,7 +10,16 @@ from torch import nn
 
 import distill
 import lowdino
-from lowdino import checkpoint, data, datasets, demo, distillation, distributed, engine, settings
+from lowdino import (
+    checkpoint,
+    data,
+    datasets,
+    demo,
+    distillation,
+    distributed,
+    features,
+    settings,
+)
 from lowdino.distillation import Distillation
 from lowdino.features import cached_features
 
@@ -28,7 +37,7 @@ def student(text="", **named):
 
 def parse(*flags, teacher="a.pth"):
     """The flags of distill.py, parsed."""
-    return settings.parse(distill.get_parser(), ["--teacher", teacher, *map(str, flags)])
+    return settings.resolve(distill.get_parser(), ["--teacher", teacher, *map(str, flags)])
 
 
 def save_teacher(path, **more):
@@ -70,7 +79,7 @@ def distill_method(network, text="", **named):
         path, teacher.images = Path(args.cache_teacher), images
         teacher.features = cached_features(teacher, images, path, 0, RANKS)
     distillation.add_classifier(teacher, args, source, RANKS)
-    return Distillation(engine.build_backbone(args), args, teacher, total_steps=10)
+    return Distillation(features.build_backbone(args), args, teacher, total_steps=10)
 
 
 def batch_of_demo(indices):

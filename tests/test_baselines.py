@@ -12,8 +12,7 @@ import torch
 from runs import is_one_sentence, options, saved, saved_by_one_and_two_ranks
 from torch import nn
 
-from lowdino import baselines, health, losses, methods
-from lowdino.presets import PRESETS
+from lowdino import baselines, health, losses, methods, recipes
 
 NEW = ("byol", "moco", "swav", "simclr", "vicreg", "barlow")
 
@@ -36,8 +35,8 @@ SMALL = dict(projector=[12, 6], out_dim=7, queue_size=10, queue_epochs=0.0)
 
 def method_of(name, backbone=None, **given):
     torch.manual_seed(0)
-    args = methods.options(name, **SMALL | given)
-    return methods.METHODS[name].build(backbone or Tiny(), args, total_steps=20, epoch_steps=5)
+    args = recipes.options(name, **SMALL | given)
+    return recipes.METHODS[name](backbone or Tiny(), args, total_steps=20, epoch_steps=5)
 
 
 def views_of(count=2, images=4, seed=0):
@@ -323,7 +322,7 @@ class Counting(Tiny):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", recipes.METHODS)
 def test_passes_an_image(name, monkeypatch):
     """Those by which the papers' tables are given equal compute."""
     monkeypatch.setattr(Counting, "passes", 0)
@@ -356,11 +355,11 @@ RANKS = textwrap.dedent("""
         views = torch.randn(4, 3, 8, 3, 2, 2)  # steps, views, images
         for name in {names!r}:
             torch.manual_seed(1)
-            args = methods.options(
+            args = recipes.options(
                 name, projector=[6], out_dim=7, queue_size=16, queue_epochs=0.0, temperature=0.3,
                 freeze_last_layer=0, teacher_temp=0.1, alpha=0.4,
             )
-            method = methods.METHODS[name].build(Flat(), args, 4, 2)
+            method = recipes.METHODS[name](Flat(), args, 4, 2)
             if name == "byol":
                 method.predictor = nn.Linear(6, 6)
             wrapped = DistributedDataParallel(method) if world > 1 else method
@@ -400,7 +399,7 @@ def test_collapsed_embeddings_are_told_with_a_flag_of_the_method(name):
     found = health.Health(method.out_dim, method.remedy).symptoms(**method.metrics())
     assert "collapsed embeddings" in found and found["collapsed embeddings"].endswith(method.remedy)
     flags = [word.strip(",") for word in method.remedy.split() if word.startswith("--")]
-    known = vars(methods.options(name))
+    known = vars(recipes.options(name))
     assert flags and all(flag == "--lr" or flag[2:] in known for flag in flags)
 
 

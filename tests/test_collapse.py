@@ -46,7 +46,7 @@ class Tiny(nn.Module):
 
 
 def tiny_method(flags, **steps):
-    args = settings.parse(train.get_parser(), [*SMALL.split(), *flags.split()])
+    args = settings.resolve(train.get_parser(), [*SMALL.split(), *flags.split()])
     return methods.DINO(Tiny(), args, **steps)
 
 

@@ -229,7 +229,7 @@ def test_a_stopped_distillation_goes_on_to_the_same_end(
     call_script("distill.py", *flags, "--output_dir", whole)
     stopped_after_a_checkpoint("distill.py", *flags, "--output_dir", stopped)
     done = call_script("distill.py", *flags, "--output_dir", stopped)
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     ends = [saved(folder)["method"] for folder in (whole, stopped)]
     assert ends[0]["losses.similarity.queue"].abs().sum() > 0
     assert_equal(*ends, "method")

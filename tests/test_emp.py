@@ -10,7 +10,7 @@ from runs import saved_by_one_and_two_ranks
 from torch import nn
 
 import train
-from lowdino import augment, heads, methods, optim, settings, vit
+from lowdino import augment, heads, methods, optim, recipes, settings, vit
 from lowdino.losses import CodingRateLoss
 
 
@@ -250,7 +250,7 @@ def test_a_run_of_the_preset_resumes(
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, message):
-    assert train.check(settings.parse(train.get_parser(), flags)) == message
+    assert train.check(settings.resolve(train.get_parser(), flags)) == message
 
 
 def test_grayscale_has_the_probability_that_is_asked_for():
@@ -267,7 +267,7 @@ def test_grayscale_has_the_probability_that_is_asked_for():
 def test_options_are_enough_for_ones_own_loop():
     backbone = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone.embed_dim = 8
-    method = methods.EMP(backbone, methods.options("emp", projector=[16, 8]))
+    method = methods.EMP(backbone, recipes.options("emp", projector=[16, 8]))
     optimizer = optim.Muon(method.parameters(), lr=0.02)
     views, losses = [torch.randn(16, 3, 16, 16) for _ in range(4)], []
     for _ in range(10):

@@ -12,11 +12,11 @@ from runs import options
 
 import eval_knn
 import train
-from lowdino import distributed, engine, methods, settings
+from lowdino import data, distributed, recipes, settings
 
 
 def parsed(text="", **named):
-    return settings.parse(train.get_parser(), options(text, **named))
+    return settings.resolve(train.get_parser(), options(text, **named))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_teacher_momentum_follows_from_the_number_of_steps(picture_folder, tmp_p
 
 
 def test_views_are_those_that_the_flags_ask_for():
-    views = engine.build_views(
+    views = data.build_views(
         parsed(
             "--method dino --global_crops_size 64 --global_crops_scale 0.3 0.9 "
             "--local_crops_size 48 --local_crops_scale 0.1 0.2 --local_crops_number 3 "
@@ -161,9 +161,9 @@ def test_a_parser_of_ones_own_has_the_flags_of_a_method_alone():
     """A preset, and warm-ups, are cut to what the parser knows."""
     parser = argparse.ArgumentParser()
     settings.add_training_flags(parser)
-    args = settings.parse(parser, ["--preset", "sslight"])
+    args = settings.resolve(parser, ["--preset", "sslight"])
     assert args.lr == 0.48 and not hasattr(args, "out_dim")
-    assert methods.options("dino", out_dim=7).out_dim == 7
+    assert recipes.options("dino", out_dim=7).out_dim == 7
 
 
 # --------------------------------------------------------------------------------------------------

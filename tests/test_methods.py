@@ -17,7 +17,7 @@ from torch import nn
 import distill
 import lowdino
 import train
-from lowdino import augment, data, demo, distributed, evaluate, flags, heads, methods
+from lowdino import augment, data, demo, distributed, evaluate, flags, heads, methods, recipes
 from lowdino import distillation as teachers_file
 from lowdino.distillation import Distillation
 from lowdino.features import compute_features
@@ -74,17 +74,17 @@ def distillation(backbone, seed=0, **given):
 
 def mvmr(backbone, **given):
     few = dict(projector=[64, 64], descriptors=["augmented", "hog"], global_crops_size=32)
-    return methods.MVMR(backbone, methods.options("mvmr", **few | given), 40, 10)
+    return methods.MVMR(backbone, recipes.options("mvmr", **few | given), 40, 10)
 
 
 def dino(backbone, **given):
-    args = methods.options("dino", **dict(out_dim=64, hidden_dim=32) | given)
+    args = recipes.options("dino", **dict(out_dim=64, hidden_dim=32) | given)
     return methods.DINO(backbone, args, 40, 10)
 
 
 def baseline(name):
     few = dict(projector=[32, 16], out_dim=20, queue_size=32, queue_epochs=0.0)
-    return methods.METHODS[name].build(Small(), methods.options(name, **few), 40, 10)
+    return recipes.METHODS[name](Small(), recipes.options(name, **few), 40, 10)
 
 
 BUILD = {
@@ -136,7 +136,7 @@ def test_self_distillation_learns():
     unseen = demo_array(range(demo.TEST_START, demo.TEST_START + 500))
     epochs, epoch_steps = 6, 1000 // 64
     small = dict(hidden_dim=512, use_bn_in_head=True, momentum_teacher=None, freeze_last_layer=0)
-    args = methods.options("dino", **small)
+    args = recipes.options("dino", **small)
     method = methods.DINO(Small(), args, epochs * epoch_steps, epoch_steps)
 
     at_random = copy.deepcopy(method.teacher)
@@ -160,15 +160,15 @@ def test_self_distillation_learns():
 
 def test_options_are_the_defaults_of_the_flags():
     flag_defaults = vars(train.get_parser().parse_args([]))
-    for name in methods.METHODS:
-        found = vars(methods.options(name))
-        own = methods.METHODS[name].defaults
+    for name in recipes.METHODS:
+        found = vars(recipes.options(name))
+        own = recipes.METHODS[name].defaults
         assert found and all(v == own.get(k, flag_defaults[k]) for k, v in found.items())
-    given = methods.options("dino", out_dim=7, more="kept")
+    given = recipes.options("dino", out_dim=7, more="kept")
     assert (given.out_dim, given.more, given.student_temp) == (7, "kept", 0.1)
     assert given.projector is None  # of another method, which may share it
     with pytest.raises(ValueError, match="no method 'none'; there are dino, emp, mvmr, byol"):
-        methods.options("none")
+        recipes.options("none")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def check_simsiam(args: argparse.Namespace) -> str | None:
 @pytest.fixture
 def simsiam(monkeypatch):
     entry = methods.Entry(SimSiam, add_simsiam_flags, check_simsiam)
-    monkeypatch.setitem(methods.METHODS, "simsiam", entry)
+    monkeypatch.setitem(recipes.METHODS, "simsiam", entry)
 
 
 def test_a_new_method_trains_and_resumes(
@@ -306,7 +306,7 @@ def test_a_new_method_trains_and_resumes(
 
     stopped_after_a_checkpoint("train.py", *given, tmp_path / "stopped")
     again = call_script("train.py", *given, tmp_path / "stopped")
-    assert "going on from" in again.stdout
+    assert "resuming from" in again.stdout
     whole, resumed = (
         torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
         for name in ("whole", "stopped")

@@ -167,7 +167,7 @@ def test_scattering_averages_and_forgets_small_shifts():
 
 
 def parse(flags):
-    return settings.parse(train.get_parser(), flags.split())
+    return settings.resolve(train.get_parser(), flags.split())
 
 
 def test_the_papers_setting_is_a_preset():
@@ -232,5 +232,5 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert lowdino.load_backbone(str(whole / "backbone.pth")).epoch == 2
 
     stopped_after_a_checkpoint("train.py", *flags, "--output_dir", stopped)
-    assert "going on from" in call_script("train.py", *flags, "--output_dir", stopped).stdout
+    assert "resuming from" in call_script("train.py", *flags, "--output_dir", stopped).stdout
     assert_equal(*(saved(folder)["method"] for folder in (whole, stopped)), "method")

@@ -161,7 +161,7 @@ def parse(script, flags):
     module = importlib.import_module(name)
     parser = module.get_parser()
     if name in ("train", "distill"):
-        args = settings.parse(parser, flags)
+        args = settings.resolve(parser, flags)
     else:
         args = parser.parse_args(flags)
     if name in WITH_CHECK:

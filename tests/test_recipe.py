@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def parsed(text="", script=train, **named):
-    return settings.parse(script.get_parser(), options(text, **named))
+    return settings.resolve(script.get_parser(), options(text, **named))
 
 
 # --------------------------------------------------------------------------------------------------

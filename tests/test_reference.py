@@ -15,7 +15,18 @@ import torch.nn.functional as F
 from conftest import demo_array
 from torch import nn
 
-from lowdino import augment, data, descriptors, distillation, distributed, engine, heads, methods
+from lowdino import (
+    augment,
+    data,
+    descriptors,
+    distillation,
+    distributed,
+    engine,
+    features,
+    heads,
+    methods,
+    recipes,
+)
 from lowdino.datasets import Source
 from lowdino.distillation import Teacher
 
@@ -156,7 +167,7 @@ class Recorded(methods.DINO):
 
 def trained_by_engine(folder, **changes):
     """A method after engine.train(), with `start`, its state before, and what it saw."""
-    args = methods.options("dino", **SETTINGS, **changes, output_dir=str(folder))
+    args = recipes.options("dino", **SETTINGS, **changes, output_dir=str(folder))
 
     def build(backbone, args, **steps):
         method = Recorded(backbone, args, **steps).double()
@@ -170,7 +181,7 @@ def trained_by_engine(folder, **changes):
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     source = Source("few images", demo_array(range(BATCH * EPOCH)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "build_backbone", lambda args: Tiny())
+        patch.setattr(features, "build_backbone", lambda args: Tiny())
         return engine.train(args, ranks, source, build)
 
 
@@ -412,7 +423,7 @@ def test_mvmr(batch, plain, in_float64, monkeypatch):
     monkeypatch.setattr(descriptors, "hog", lambda x: x[:, 0, ::4].flatten(1))
     names = ["augmented", "pixels", "local_std", "hog", "scattering"]
     weights = dict(zip(methods.MVMR_WEIGHTS, (0.5, 2.0, 0.7, 0.3)))
-    args = methods.options("mvmr", projector=[9, 7], descriptors=names, global_crops_size=32)
+    args = recipes.options("mvmr", projector=[9, 7], descriptors=names, global_crops_size=32)
     vars(args).update(weights)
     method = methods.MVMR(Tiny(), args).double()
     views = [torch.randn(6, 3, 32, 32, dtype=torch.float64) for _ in range(2)]

@@ -23,7 +23,7 @@ from runs import (
 
 import lowdino
 import train
-from lowdino import augment, data, datasets, distributed, engine, methods, settings
+from lowdino import augment, data, datasets, distributed, methods, settings
 from lowdino.features import open_network
 
 # --------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, call_script):
 def test_bad_output_folder_is_one_sentence(picture_folder, tmp_path):
     (tmp_path / "file").touch()
     flags = small(data_path=picture_folder, output_dir=tmp_path / "file")
-    args = settings.parse(train.get_parser(), flags)
+    args = settings.resolve(train.get_parser(), flags)
     with pytest.raises(
         distributed.UserError, match="--output_dir .*/file cannot be made: File exi"
     ):
@@ -276,13 +276,13 @@ def test_a_backbone_keeps_its_normalisation(
         backbone.mean, backbone.std = own
         file = tmp_path / "own.pth"
         lowdino.checkpoint.save_backbone(file, backbone, "mobilevit_xxs", 32, 1)
-    made, build = [], engine.build_views
+    made, build = [], data.build_views
 
     def noted(*args):
         made.append(build(*args))
         return made[-1]
 
-    monkeypatch.setattr(engine, "build_views", noted)
+    monkeypatch.setattr(data, "build_views", noted)
     flags = small(STILL, data_path=picture_folder, init=file, output_dir=tmp_path / "out")
     call_script("train.py", *flags)
     views, kept = made[0], torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)

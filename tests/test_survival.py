@@ -68,7 +68,7 @@ def test_a_signalled_run_saves_stops_and_goes_on_exactly(
     assert done.stdout.count(f"stopped by a signal after step {step}, which is saved") == 1
     assert saved_step(tmp_path) == step
     done = call_script("train.py", *flags)
-    assert f"going on from {tmp_path} after step {step}" in done.stdout
+    assert f"resuming from {tmp_path} after step {step}" in done.stdout
     assert_same_run(unhurt, tmp_path)
     assert records(tmp_path, "knn") == records(unhurt, "knn")
 
@@ -163,7 +163,7 @@ def test_torchrun_restarts_after_the_death_of_a_rank(picture_folder, tmp_path, r
     wait_for((out / "checkpoint.prev.pth").exists, process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 0
-    assert log.read_text().count("going on from") == 1
+    assert log.read_text().count("resuming from") == 1
     run_script("train.py", *flags, "--output_dir", tmp_path / "unhurt", ranks=2)
     assert_same_run(tmp_path / "unhurt", out)
 
@@ -316,7 +316,7 @@ def test_killed_run_goes_on_to_the_same_end(
     assert saved_step(out) < saved_step(unhurt)
     done = run_script("train.py", *flags, ranks=ranks)
     assert "Warning" not in done.stderr  # no deprecated call, on this torch
-    assert f"going on from {out} after step" in done.stdout
+    assert f"resuming from {out} after step" in done.stdout
     assert_same_run(unhurt, out)
 
 
