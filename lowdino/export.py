@@ -206,6 +206,8 @@ class Exported(NamedTuple):
     difference: float  # the largest to PyTorch's features, relative to their root mean square
     ms: float  # milliseconds of processor time per image
     torch_ms: float  # the same of the network itself
+    side: int  # of the image that it was run on, in pixels
+    takes: str  # its input in words
 
 
 def problem(path: str, normalise: bool) -> str | None:
@@ -223,10 +225,6 @@ def problem(path: str, normalise: bool) -> str | None:
     if not os.access(folder, os.W_OK):
         return f"{path}: no folder {folder} that can be written to"
     return None
-
-
-def size_of(backbone: nn.Module, image_size: int | None) -> int:
-    return image_size or getattr(backbone, "image_size", 224)
 
 
 def relative_difference(features: Tensor, expected: Tensor) -> float:
@@ -273,7 +271,8 @@ def export(
     """
     if sentence := problem(path, normalise):
         raise UserError(sentence)
-    side, unit = size_of(backbone, image_size), getattr(backbone, "patch_size", 32)
+    side = image_size or getattr(backbone, "image_size", 224)
+    unit = getattr(backbone, "patch_size", 32)
     if side < unit or side % unit:
         near = max(round(side / unit), 1) * unit
         raise UserError(f"image size {side} is not in whole {unit}s: give --image_size {near}")
@@ -291,7 +290,8 @@ def export(
         )
     with user_errors(), checkpoint.atomic(path) as file:
         file.write(content)
-    return Exported(len(content) / 1e6, by, difference, *milliseconds([function, network], x))
+    times, takes = milliseconds([function, network], x), input_of(backbone, side, normalise)
+    return Exported(len(content) / 1e6, by, difference, *times, side, takes)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -315,11 +315,10 @@ def run(args: argparse.Namespace) -> None:
     named = arch in lowdino.ARCHS and file
     backbone = lowdino.load_backbone(file, arch) if named else lowdino.load_backbone(args.backbone)
     exported = export(backbone, args.out, args.image_size, args.normalise)
-    side = size_of(backbone, args.image_size)
-    megabytes = f"{exported.megabytes:.1f} MB"
+    side, megabytes = exported.side, f"{exported.megabytes:.1f} MB"
     print(f"{args.out}: {backbone.arch}, {backbone.embed_dim} features, {megabytes}")
     if not args.out.lower().endswith(".safetensors"):
-        print(f"takes {input_of(backbone, side, args.normalise)}")
+        print(f"takes {exported.takes}")
     print(
         f"run by {exported.by} at 1 x {side} x {side} pixels, one thread: {exported.ms:.1f} ms, "
         f"PyTorch {exported.torch_ms:.1f} ms; largest difference {exported.difference:.1e} of the "

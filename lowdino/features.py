@@ -190,8 +190,8 @@ def compute_features(
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache of a teacher's features. PATH is an .npy array (N, D) float16. PATH.json says which
-# weights and images it belongs to and how many rows are done, so that a stopped run can resume.
+# The cache of a teacher's features. PATH is an .npy array (N, D) float16. PATH.json holds its key
+# (weights, images and size) and the number of rows that are done, so that a stopped run can resume.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 8192  # images per step of computing, checking and writing
@@ -288,7 +288,9 @@ def rows_fit(path: Path, done: object, total: int) -> bool:
     """Whether a cache of `total` rows has its first `done` rows."""
     if type(done) is not int or not 0 <= done <= total:
         return False
-    stored = np.load(path, mmap_mode="r") if done else np.zeros((total, 0), np.float16)
+    if done == 0:
+        return True
+    stored = np.load(path, mmap_mode="r")
     shape_fits = stored.ndim == 2 and len(stored) == total and stored.dtype == np.float16
     return shape_fits and bool(np.isfinite(stored[:done]).all())
 
@@ -313,7 +315,7 @@ def write_rows(path: Path, key: dict, start: int, total: int, rows: np.ndarray) 
             file.write(json.dumps(key | {"done": done}).encode())
 
     if start == 0:
-        note(0)  # before the array, which would be a stranger's without it
+        note(0)  # first, because an array without its notes is refused
     mode, shape = "r+" if start else "w+", (total, rows.shape[1])
     array = np.lib.format.open_memmap(path, mode, np.float16, shape)
     stop = start + len(rows)

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 import lowdino
-from lowdino import checkpoint, datasets, distributed, evaluate, health, logger
+from lowdino import checkpoint, datasets, distributed, health, logger
 from lowdino.distributed import UserError, user_errors
 from lowdino.pictures import COLOURS, Curve, draw_curves, save_all, thinned
 
@@ -471,14 +471,9 @@ class Reporter:
         return time.perf_counter() >= self.next
 
     def write(
-        self,
-        backbone: nn.Module,
-        source: datasets.Source,
-        features: tuple[evaluate.Features, evaluate.Features] | None = None,
-        pictures: bool = True,
-        page: bool = True,
+        self, backbone: nn.Module, source: datasets.Source, features=None, pictures=True, page=True
     ) -> None:
-        """Write the pictures, see `lowdino.pictures.save_all`, and the page that shows them."""
+        """Write the pictures, as `lowdino.pictures.save_all` does, and the page with them."""
         start = time.perf_counter()
         if pictures:
             save_all(self.folder, backbone, source, self.size, self.device, features)
