@@ -7,17 +7,17 @@
     python eval_knn.py --pixels                  no network at all: the other floor
 """
 
-import argparse
 import os
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import lowdino
-from lowdino import demo, distributed, evaluate, flags, pictures, segmentation, settings
+from lowdino import demo, distributed, evaluate, pictures, segmentation, settings
 from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
 from lowdino.features import compute_features, normalisation, open_network
+from lowdino.methods import Flag
 
 # Flags that do not go with another one.
 FOREIGN = {
@@ -28,47 +28,35 @@ FOREIGN = {
 }
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = flags.parser_of(__doc__)
-    add = parser.add_argument
-    help = (
-        "backbone.pth of train.py, or a state dict of DINO's or DINOv2's ViT; with --arch, also of "
-        "timm's MobileViT or torchvision's networks"
-    )
-    add("--weights", metavar="FILE", help=help)
-    help = f"backbone: {', '.join(lowdino.ARCHS)}; without --weights at random initialisation"
-    add("--arch", help=help)
-    add("--pixels", action="store_true", help="classify by raw pixels instead of a backbone")
-    help = "classify by an .npz of features, as --features writes, instead of a backbone"
-    add("--from_features", metavar="FILE", help=help)
-    help = "also write the features, labels and file names to this .npz"
-    add("--features", metavar="FILE", help=help)
-    help = "also write a picture of some test images and their nearest training images"
-    add("--neighbours", metavar="FILE", help=help)
-    help = "only write a picture of some images and their last feature maps, as PCA colours"
-    add("--maps", metavar="FILE", help=help)
-    help = (
-        "also print the mean average precision of retrieval: test images rank the training images, "
-        "and those of the same class are relevant"
-    )
-    add("--map", action="store_true", help=help)
-    help = (
-        "only print the mean IoU of label propagation in films of demo scenes: labels are carried "
-        "from the first frame to the others, by nearest neighbours among the cells of the map of "
-        "stride 8, or a ViT's"
-    )
-    add("--propagate", action="store_true", help=help)
-    settings.add_evaluation_flags(add)
-    k = [10, 20, 100, 200]
-    add("--nb_knn", type=int, nargs="+", default=k, help="numbers of neighbours")
-    help = "temperature of the votes, exp(cosine / temperature)"
-    add("--temperature", type=float, default=0.07, help=help)
-    add("--batch_size_per_gpu", type=int, default=256, help="batch size per process")
-    add("--seed", type=int, default=0, help="of a random initialisation, and of --test_fraction")
-    return parser
+FLAGS = {
+    "the model": (
+        Flag("weights", "backbone.pth, or another file that load_backbone reads", metavar="FILE"),
+        Flag("arch", f"{', '.join(lowdino.ARCHS)}; without --weights at random initialisation"),
+        Flag("pixels", "classify by raw pixels instead of a backbone", bool),
+        Flag("from_features", "classify by an .npz that --features wrote", metavar="FILE"),
+    ),
+    "what is measured": (
+        Flag("nb_knn", "numbers of neighbours", int, ">= 1", [10, 20, 100, 200], nargs="+"),
+        Flag("temperature", "of the votes, exp(cosine / temperature)", float, default=0.07),
+        Flag("map", "also the mean average precision of retrieval by class", bool),
+        Flag("features", "also write features, labels and names to this .npz", metavar="FILE"),
+        Flag("neighbours", "also write a picture of nearest training images", metavar="FILE"),
+        Flag("maps", "only write a picture of last feature maps, as PCA colours", metavar="FILE"),
+        Flag("propagate", "only label propagation in films of demo scenes: mean IoU", bool),
+    ),
+    "data": (
+        *settings.EVALUATION_FLAGS,
+        Flag("batch_size_per_gpu", "batch size per process", int, ">= 1", 256),
+        Flag("seed", "seed of a random initialisation and of --test_fraction", int, ">= 0", 0),
+    ),
+}
 
 
-def check(args: argparse.Namespace) -> str | None:
+def get_parser() -> settings.Parser:
+    return settings.Parser("eval_knn.py", __doc__, FLAGS)
+
+
+def check(args: settings.Settings) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
     if args.pixels + bool(args.weights or args.arch) + bool(args.from_features) != 1:
         return (
@@ -78,11 +66,9 @@ def check(args: argparse.Namespace) -> str | None:
     for mode, done in (("maps", "written"), ("propagate", "measured")):
         if getattr(args, mode) and (args.pixels or args.from_features):
             return f"--{mode} needs a backbone, --weights or --arch, and is {done} alone"
-    parser = get_parser()
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     for mode, foreign in FOREIGN.items():
         for name in foreign:
-            if {mode, name} <= given:
+            if {mode, name} <= args.typed:
                 return f"--{name} is not for --{mode}: leave it out"
     if args.propagate and args.data_path != "demo_scenes":
         return "--propagate is measured on the films of --data_path demo_scenes"
@@ -95,23 +81,18 @@ def check(args: argparse.Namespace) -> str | None:
         folder = os.path.dirname(path) or "."
         if path and not os.access(folder, os.W_OK):
             return f"--{flag} {path}: no folder {folder} that can be written to"
-    if args.arch and args.arch not in lowdino.ARCHS:
-        return f"--arch {args.arch} is unknown; choose from {', '.join(lowdino.ARCHS)}"
-    if min(args.nb_knn) < 1:
-        return f"--nb_knn must be at least 1, not {min(args.nb_knn)}"
     if not 0.013 <= args.temperature < float("inf"):
         return (
             "--temperature must be at least 0.013 (below, sums of exp(1 / temperature) overflow), "
             f"not {args.temperature}"
         )
-    if not 0 <= args.seed < 2**63:
-        return f"--seed must lie between 0 and 2^63, not {args.seed}"
-    return settings.check_evaluation(args) or flags.out_of_range(
-        args, at_least_one=("batch_size_per_gpu",)
-    )
+    if args.seed >= 2**63:
+        return f"--seed must be below 2^63, not {args.seed}"
+    arch = settings.check_arch(args.arch) if args.arch else None
+    return arch or settings.check_evaluation(args)
 
 
-def open_model(args: argparse.Namespace) -> tuple[str, torch.nn.Module]:
+def open_model(args: settings.Settings) -> tuple[str, torch.nn.Module]:
     """The title and the network of the model that the flags name."""
     name = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
     return open_network(name, args.seed)
@@ -135,7 +116,7 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
     """
     title, backbone = open_model(args)
     labelled = bool(args.neighbours or args.map) or not (args.features or args.maps)
-    source, size, workers = settings.open_data(args, backbone, ranks, labelled)
+    source, size, workers = settings.open_evaluation_images(args, backbone, ranks, labelled)
     if ranks.first and source.notes and not args.maps:  # which needs no labels
         print("\n".join(source.notes), flush=True)
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
@@ -194,7 +175,7 @@ def propagate(args, ranks: distributed.Ranks) -> None:
     print(f"label propagation: mean IoU {iou:.4f}, of labels that stay {still:.4f}")
 
 
-def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+def run(args: settings.Settings, ranks: distributed.Ranks) -> None:
     if args.propagate:
         return propagate(args, ranks)
     splits = (read_features if args.from_features else features_of_images)(args, ranks)
@@ -216,8 +197,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 
 def main() -> None:
-    args = get_parser().parse_args()
-    distributed.launch("eval_knn.py", check(args), args.device, lambda ranks: run(args, ranks))
+    distributed.launch("eval_knn.py", lambda: get_parser().parse(None, check), run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The file is run, and refused where its features differ by more than 1e-4 of thei
 configuration says mean 0 and std 1, so normalise by the file's mean and std.
 """
 
-import argparse
 import copy
 import importlib.util
 import io
@@ -32,8 +31,9 @@ import torch.fx.experimental._config as symbols
 from torch import Tensor, nn
 
 import lowdino
-from lowdino import checkpoint, distributed, flags, vit
+from lowdino import checkpoint, distributed, settings, vit
 from lowdino.distributed import UserError, user_errors
+from lowdino.methods import Flag
 
 # Largest difference to PyTorch's features, relative to their root mean square. Rounding in another
 # order gives a few 1e-6.
@@ -294,23 +294,17 @@ def export(
     return Exported(len(content) / 1e6, by, difference, *times, side, takes)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = flags.parser_of(__doc__)
-    add = parser.add_argument
-    help = "backbone.pth, or another file of load_backbone; ARCH=FILE for a plain state dict"
-    add("backbone", help=help)
-    add("out", metavar="OUT", help=f"file to write, ending in {' or '.join(FORMATS)}")
-    help = "apply mean and std in the file, which then takes pixels in [0, 1]"
-    add("--normalise", action="store_true", help=help)
-    help = (
-        "side in pixels at which the file is run and, for a Vision Transformer, its only input "
-        "size; default: the backbone's own, or 224"
+def get_parser() -> settings.Parser:
+    file = Flag("backbone", "a file that load_backbone reads; ARCH=FILE for a plain state dict")
+    out = Flag("out", f"file to write, ending in {' or '.join(FORMATS)}")
+    flags = (
+        Flag("normalise", "the file takes pixels in [0, 1]: mean and std are in it", bool),
+        Flag("image_size", "side in pixels to run it at, a ViT's only one; default: its own", int),
     )
-    add("--image_size", type=int, help=help)
-    return parser
+    return settings.Parser("python -m lowdino.export", __doc__, {"flags": flags}, (file, out))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: settings.Settings) -> None:
     arch, _, file = args.backbone.partition("=")
     named = arch in lowdino.ARCHS and file
     backbone = lowdino.load_backbone(file, arch) if named else lowdino.load_backbone(args.backbone)
@@ -327,9 +321,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = get_parser().parse_args()
-    wrong = problem(args.out, args.normalise)
-    distributed.launch("lowdino.export", wrong, "cpu", lambda ranks: run(args))
+    check = lambda args: problem(args.out, args.normalise)
+    parse = lambda: get_parser().parse(None, check)
+    distributed.launch("lowdino.export", parse, lambda args, ranks: run(args))
 
 
 if __name__ == "__main__":

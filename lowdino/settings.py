@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ TRAINING_FLAGS = {
         Flag("compile", "torch.compile: a slow start, faster steps", bool),
     ),
 }
-PRESET = Flag("preset", "recipe of a paper, or ours", choices=tuple(RECIPES))
+PRESETS = tuple(name for name in RECIPES if name != "distill")
+PRESET = Flag("preset", f"recipe of a paper or ours: {', '.join(PRESETS)}", choices=PRESETS)
 EVALUATION_FLAGS = (
     *DATA_FLAGS,
     Flag("image_size", "side of the network's input; default: fits file or images", int, ">= 32"),
@@ -167,28 +168,40 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         script: its name. doc: its docstring: the first paragraph describes it, the third follows
-            the flags. groups: flags by heading.
+            the flags. groups: flags by heading. positional: arguments without a flag.
     """
 
-    def __init__(self, script: str, doc: str, groups: dict[str, Iterable[Flag]]):
+    def __init__(
+        self,
+        script: str,
+        doc: str,
+        groups: dict[str, Iterable[Flag]],
+        positional: Iterable[Flag] = (),
+    ):
         description, *rest = (" ".join(part.split()) for part in doc.strip().split("\n\n"))
         super().__init__(
             prog=script,
             description=description,
             epilog=rest[1] if len(rest) > 1 else None,
-            usage="%(prog)s [flags]",
+            usage=" ".join(["%(prog)s", *(flag.name.upper() for flag in positional), "[flags]"]),
             allow_abbrev=False,
             add_help=False,
             argument_default=argparse.SUPPRESS,
         )
         self.flags = {flag.name: flag for flags in groups.values() for flag in flags}
+        self.positional = {flag.name: flag for flag in positional}
+        for flag in positional:
+            name = flag.name.upper()
+            self.add_argument(flag.name, nargs=flag.nargs or "?", help=flag.help, metavar=name)
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for flag in flags:
                 if flag.type is bool:
                     group.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
                     continue
-                shown = f"{{{','.join(flag.choices)}}}" if 0 < len(flag.choices) < 8 else None
+                shown = {int: "N", float: "X", str: "NAME"}.get(flag.type, "X")
+                if 0 < len(flag.choices) < 8:
+                    shown = f"{{{','.join(flag.choices)}}}"
                 group.add_argument(
                     f"--{flag.name}",
                     type=flag.type,
@@ -212,7 +225,31 @@ class Parser(argparse.ArgumentParser):
         return typed
 
     def defaults(self) -> dict[str, Any]:
-        return {f.name: False if f.type is bool else f.default for f in self.flags.values()}
+        values = {f.name: False if f.type is bool else f.default for f in self.flags.values()}
+        return self.positional | values
+
+    def parse(
+        self, argv: Sequence[str] | None, check: Callable[[Settings], str | None]
+    ) -> Settings:
+        """What is typed over the defaults, for a script without recipes.
+
+        Args:
+            check: the first thing wrong with the flags by themselves, in one sentence, or None.
+
+        Raises:
+            UserError: with that sentence.
+        """
+        typed = self.typed(argv)
+        everyday, every = typed.pop("help", False), typed.pop("help_all", False)
+        settings = Settings(self.defaults() | typed, frozenset(typed))
+        if everyday or every:
+            self.show_help(settings.values, everyday=False)
+        for flag in self.positional.values():
+            if flag.nargs is None and flag.name not in typed:
+                raise UserError(f"{flag.name.upper()} is missing: {flag.help}")
+        if wrong := check(settings):
+            raise UserError(wrong)
+        return settings
 
     def error(self, message: str) -> None:
         unknown = next((w for w in message.split() if w.startswith("--")), "")
@@ -247,8 +284,8 @@ def training_parser(script: str, doc: str) -> Parser:
         first = {"distillation": (*METHODS["distillation"].flags, PRESET)}
     else:
         names = tuple(name for name in METHODS if name != "distillation")
-        text = "what is learned, see below; default: the preset's, or emp"
-        first = {"method": (Flag("method", text, choices=names), PRESET)}
+        method = Flag("method", f"{', '.join(names)}; default: the preset's, or emp", choices=names)
+        first = {"method": (method, PRESET)}
         own = {flag.name: flag for name in names for flag in METHODS[name].flags}
         for flag in own.values():
             owners = ", ".join(name for name in names if flag in METHODS[name].flags)
@@ -266,8 +303,10 @@ def resolve(parser: Parser, argv: Sequence[str] | None = None) -> Settings:
     help, help_all = typed.pop("help", False), typed.pop("help_all", False)
     defaults, preset = parser.defaults(), typed.get("preset")
     if "method" in defaults:
-        row = preset and RECIPES[preset]["method"].name
-        method = typed.get("method") or row or next(iter(RECIPES.values()))["method"].name
+        of_preset = preset and RECIPES[preset]["method"].name
+        method = typed.get("method") or of_preset or next(iter(METHODS))
+        if preset and method != of_preset:
+            raise UserError(f"--preset {preset} is a recipe of {of_preset}, not of {method}")
         recipe = preset_for(preset, typed.get("arch", "")) if preset else default_recipe(method)
         row = RECIPES[recipe] | {"method": method}
     else:  # distill.py takes of a preset what both know but the stochastic depth, see `distill`
@@ -290,9 +329,13 @@ def resolve(parser: Parser, argv: Sequence[str] | None = None) -> Settings:
         parser.show_help(values, everyday=not help_all)
     foreign = foreign_flags(method)
     if mistaken := sorted(typed.keys() & foreign):
-        name = mistaken[0]
-        owners = ", ".join(m for m in METHODS if name in {f.name for f in METHODS[m].flags})
-        raise UserError(f"--{name} is a flag of {owners}, not of {method}: give --method")
+        owners = ", ".join(
+            name
+            for name, other in METHODS.items()
+            if name != "distillation" and mistaken[0] in {flag.name for flag in other.flags}
+        )
+        chosen = f", not of {method}" if {"method", "preset"} & typed.keys() else ""
+        raise UserError(f"--{mistaken[0]} is a flag of {owners}{chosen}: give --method")
     values = {name: value for name, value in values.items() if name not in foreign}
     settings = Settings(values, frozenset(typed), row, recipe, started=started)
     if wrong := check(settings) or METHODS[method].check(settings):
