@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import lowdino
-from lowdino import demo, distributed, evaluate, pictures, segmentation, settings
+from lowdino import demo, distributed, evaluate, features, pictures, segmentation, settings
 from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
 from lowdino.features import compute_features, normalisation, open_network
@@ -116,7 +116,7 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
     """
     title, backbone = open_model(args)
     labelled = bool(args.neighbours or args.map) or not (args.features or args.maps)
-    source, size, workers = settings.open_evaluation_images(args, backbone, ranks, labelled)
+    source, size, workers = features.open_images(args, backbone, ranks, labelled)
     if ranks.first and source.notes and not args.maps:  # which needs no labels
         print("\n".join(source.notes), flush=True)
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last)

@@ -554,3 +554,10 @@ def load(
     if rows:
         apply_table(splits, rows, file)
     return source_of(splits, test_fraction, seed)
+
+
+def open_source(args, rank: int) -> Source:
+    """The data set that the flags about data name, labels and held-out images included."""
+    seed = args.seed if hasattr(args, "seed") else args.seeds[0]
+    where = args.data_path, args.data_root, args.download
+    return load(*where, args.labels, args.test_fraction, seed, rank)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import lowdino
-from lowdino import augment, checkpoint, data, distributed, evaluate
+from lowdino import augment, checkpoint, data, datasets, distributed, evaluate
 from lowdino.distributed import Ranks, UserError, user_errors
 
 Images = data.ImageArray | data.ImageFiles
@@ -131,6 +131,31 @@ def check_finite(outputs: Tensor, name: str) -> None:
             f"the network gives {name} that are not finite numbers: its weights are damaged, or "
             "diverged"
         )
+
+
+def open_images(
+    args, backbone: nn.Module, ranks: Ranks, labelled: bool = True
+) -> tuple[datasets.Source, int, int]:
+    """The images of an evaluation, the side of the network's input, and the number of workers.
+
+    Args:
+        args: of `settings.EVALUATION_FLAGS`.
+
+    Raises:
+        UserError: where `labelled` and there are no labels to test on.
+    """
+    source = datasets.open_source(args, ranks.rank)
+    if labelled and source.test is None:
+        raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
+    channels = len(normalisation(backbone)[0])
+    source.set_pixel_format(channels=channels, max_megapixels=args.max_megapixels)
+    size = args.image_size or getattr(backbone, "image_size", None)
+    size = size or data.suitable_size(source.pretrain)
+    source.limit_side(2 * size)
+    remark = data.fit_images_to_backbone(args, backbone, source)
+    if remark and ranks.first:
+        print(f"{source.name}{remark}")
+    return source, size, data.loader_processes(source.pretrain, args.num_workers)
 
 
 def compute_rank_features(

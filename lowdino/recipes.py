@@ -24,7 +24,7 @@ RECIPES = {
     # few images. Chosen by runs of equal compute on held-out training images of CIFAR-10: more
     # views, the coding rate, Muon and the rarer grey each gained.
     "emp": dict(
-        method=EMP, epochs=30, batch_size_per_gpu=64,
+        method=EMP, epochs=30, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=8, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -36,7 +36,7 @@ RECIPES = {
     # with batch norm, and InfoNCE beside DINO's loss, fading. Chosen by runs of minutes on the demo
     # and CIFAR-10. AdamW's rate suits batches of 64 to 256.
     "small": dict(
-        method=DINO, epochs=30, batch_size_per_gpu=64,
+        method=DINO, epochs=30, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="adamw", lr=2e-3, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -50,7 +50,7 @@ RECIPES = {
     ),
     # MV-MR likewise: the optimizer of "small" and a smaller projector.
     "mvmr_small": dict(
-        method=MVMR, epochs=30, batch_size_per_gpu=64,
+        method=MVMR, epochs=30, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="adamw", lr=2e-3, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -63,7 +63,7 @@ RECIPES = {
     # queues for thousands of images. Each rate is the best of a few for mobilevit_xxs on the demo
     # in 155 steps: Muon's 0.12 is too fast for keys and targets that move with the student.
     "byol_small": dict(
-        method=BYOL, epochs=30, batch_size_per_gpu=128,
+        method=BYOL, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.02, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -72,7 +72,7 @@ RECIPES = {
         projector=[512, 256], momentum_teacher=None, alpha=None,
     ),
     "moco_small": dict(
-        method=MoCo, epochs=30, batch_size_per_gpu=128,
+        method=MoCo, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="adamw", lr=2e-3, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -81,7 +81,7 @@ RECIPES = {
         projector=[512, 128], queue_size=4096, temperature=0.2, momentum_teacher=0.99, alpha=None,
     ),
     "swav_small": dict(
-        method=SwAV, epochs=30, batch_size_per_gpu=128,
+        method=SwAV, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -91,7 +91,7 @@ RECIPES = {
         freeze_last_layer=1, queue_size=3840, queue_epochs=15, alpha=None,
     ),
     "simclr_small": dict(
-        method=SimCLR, epochs=30, batch_size_per_gpu=128,
+        method=SimCLR, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -100,7 +100,7 @@ RECIPES = {
         projector=[512, 128], temperature=0.2,
     ),
     "vicreg_small": dict(
-        method=VICReg, epochs=30, batch_size_per_gpu=128,
+        method=VICReg, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -109,7 +109,7 @@ RECIPES = {
         projector=[1024] * 3, invariance_weight=25.0, variance_weight=25.0, covariance_weight=1.0,
     ),
     "barlow_small": dict(
-        method=BarlowTwins, epochs=30, batch_size_per_gpu=128,
+        method=BarlowTwins, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.02, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -120,7 +120,7 @@ RECIPES = {
     # Distillation of a teacher's similarities, chosen as "emp" was, for a mobilevit_xxs taught by a
     # resnet5m: Muon, and one view of many images.
     "distill": dict(
-        method=Distillation, epochs=30, batch_size_per_gpu=128,
+        method=Distillation, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.0,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
         global_crops_number=1, global_crops_size=None, global_crops_scale=[0.2, 1.0],
@@ -132,7 +132,7 @@ RECIPES = {
     ),
     # Caron et al. (2021): the defaults of the authors' main_dino.py.
     "dino": dict(
-        method=DINO, epochs=100, batch_size_per_gpu=64,
+        method=DINO, epochs=100, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="adamw", lr=5e-4, lr_reference_batch=256, min_lr=1e-6, warmup_epochs=10,
         weight_decay=0.04, weight_decay_end=0.4, clip_grad=3.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.4, 1.0],
@@ -148,7 +148,7 @@ RECIPES = {
     # one of the authors' code, the flip's probability ours. Blur, solarisation and a warm-up from 0
     # are DINO's; the paper blurs local views by up to 0.5 pixels and warms up from min_lr.
     "lowdino": dict(
-        method=DINO, epochs=100, batch_size_per_gpu=64,
+        method=DINO, epochs=100, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="sgd", lr=5e-4, lr_reference_batch=64, min_lr=1e-6, warmup_epochs=10,
         weight_decay=0.04, weight_decay_end=0.4, clip_grad=2.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.4, 1.0],
@@ -162,7 +162,7 @@ RECIPES = {
     ),
     # The same with the ten crops that the paper gives resnet5m.
     "lowdino_resnet5m": dict(
-        method=DINO, epochs=100, batch_size_per_gpu=64,
+        method=DINO, epochs=100, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="sgd", lr=5e-4, lr_reference_batch=64, min_lr=1e-6, warmup_epochs=10,
         weight_decay=0.04, weight_decay_end=0.4, clip_grad=2.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.4, 1.0],
@@ -176,7 +176,7 @@ RECIPES = {
     ),
     # Tan et al. (2023), DINO with balanced views: the authors' configuration for ConvNets.
     "sslight": dict(
-        method=DINO, epochs=200, batch_size_per_gpu=128,
+        method=DINO, epochs=200, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="lars", lr=0.48, lr_reference_batch=256, min_lr=4.8e-3, warmup_epochs=10,
         weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.3, 1.0],
@@ -189,7 +189,7 @@ RECIPES = {
     ),
     # Their configuration for ViTs.
     "sslight_vit": dict(
-        method=DINO, epochs=200, batch_size_per_gpu=128,
+        method=DINO, epochs=200, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="adamw", lr=5e-4, lr_reference_batch=256, min_lr=1e-5, warmup_epochs=10,
         weight_decay=0.04, weight_decay_end=0.4, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.3, 1.0],
@@ -204,7 +204,7 @@ RECIPES = {
     # configuration, epochs of the paper; AdamW for Adam, a warm-up from 0, and DINO's augmentation
     # of both views.
     "mvmr": dict(
-        method=MVMR, epochs=1000, batch_size_per_gpu=64,
+        method=MVMR, epochs=1000, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="adamw", lr=1e-4, lr_reference_batch=0, min_lr=0.0, warmup_epochs=10,
         weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.08, 1.0],
@@ -220,7 +220,7 @@ RECIPES = {
     # norms neither decay nor get LARS's rates; MoCo's code decays them, that of SwAV does both.
     # Grill et al. (2020), with 1,000 epochs.
     "byol": dict(
-        method=BYOL, epochs=1000, batch_size_per_gpu=64,
+        method=BYOL, epochs=1000, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="lars", lr=0.2, lr_reference_batch=256, min_lr=0.0, warmup_epochs=10,
         weight_decay=1.5e-6, weight_decay_end=1.5e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.08, 1.0],
@@ -230,7 +230,7 @@ RECIPES = {
     ),
     # Chen, Fan, Girshick and He (2020), MoCo v2 with 200 epochs.
     "moco": dict(
-        method=MoCo, epochs=200, batch_size_per_gpu=32,
+        method=MoCo, epochs=200, batch_size_per_gpu=32, drop_path_rate=0.1,
         optimizer="sgd", lr=0.03, lr_reference_batch=256, min_lr=0.0, warmup_epochs=0,
         weight_decay=1e-4, weight_decay_end=1e-4, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.2, 1.0],
@@ -241,7 +241,7 @@ RECIPES = {
     ),
     # Caron et al. (2020), SwAV with batches of 256 and 200 epochs.
     "swav": dict(
-        method=SwAV, epochs=200, batch_size_per_gpu=64,
+        method=SwAV, epochs=200, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="lars", lr=0.6, lr_reference_batch=256, min_lr=6e-4, warmup_epochs=0,
         weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.14, 1.0],
@@ -253,7 +253,7 @@ RECIPES = {
     # Chen et al. (2020), SimCLR with batches of 4,096 and 100 epochs, as in the paper and its first
     # code; SimCLR v2 has a weight decay of 1e-4 and a projector of three layers.
     "simclr": dict(
-        method=SimCLR, epochs=100, batch_size_per_gpu=64,
+        method=SimCLR, epochs=100, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="lars", lr=0.3, lr_reference_batch=256, min_lr=0.0, warmup_epochs=10,
         weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.08, 1.0],
@@ -263,7 +263,7 @@ RECIPES = {
     ),
     # Bardes et al. (2022), with 1,000 epochs.
     "vicreg": dict(
-        method=VICReg, epochs=1000, batch_size_per_gpu=64,
+        method=VICReg, epochs=1000, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="lars", lr=0.2, lr_reference_batch=256, min_lr=1.6e-3, warmup_epochs=10,
         weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.08, 1.0],
@@ -273,7 +273,7 @@ RECIPES = {
     ),
     # Zbontar et al. (2021), with 1,000 epochs; their biases have a smaller rate.
     "barlow": dict(
-        method=BarlowTwins, epochs=1000, batch_size_per_gpu=64,
+        method=BarlowTwins, epochs=1000, batch_size_per_gpu=64, drop_path_rate=0.1,
         optimizer="lars", lr=0.2, lr_reference_batch=256, min_lr=1.6e-3, warmup_epochs=10,
         weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0,
         global_crops_number=2, global_crops_size=224, global_crops_scale=[0.08, 1.0],

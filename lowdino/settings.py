@@ -225,8 +225,8 @@ class Parser(argparse.ArgumentParser):
         return typed
 
     def defaults(self) -> dict[str, Any]:
-        values = {f.name: False if f.type is bool else f.default for f in self.flags.values()}
-        return self.positional | values
+        flags = [*self.positional.values(), *self.flags.values()]
+        return {flag.name: False if flag.type is bool else flag.default for flag in flags}
 
     def parse(
         self, argv: Sequence[str] | None, check: Callable[[Settings], str | None]
@@ -557,7 +557,7 @@ def open_training_images(
     Raises:
         UserError: where there is nothing to read, or too little.
     """
-    source = load_images(settings, ranks)
+    source = datasets.open_source(settings, ranks.rank)
     source.set_pixel_format(channels=settings.in_chans, max_megapixels=settings.max_megapixels)
     images = source.pretrain
     side = settings.global_crops_size or data.suitable_size(images)
@@ -571,31 +571,3 @@ def open_training_images(
     make_output_folder(settings.output_dir)
     workers = data.loader_processes(images, settings.num_workers)
     return source, settings.replace(num_workers=workers)
-
-
-def open_evaluation_images(
-    args, backbone, ranks: distributed.Ranks, labelled: bool = True
-) -> tuple[datasets.Source, int, int]:
-    """The images of an evaluation, the side of the network's input, and the number of workers.
-
-    Raises:
-        UserError: where `labelled` and there are no labels to test on.
-    """
-    source = load_images(args, ranks)
-    if labelled and source.test is None:
-        raise UserError(f"{source.name} has no labels to test on: {source.no_labels}")
-    channels = len(getattr(backbone, "mean", (0, 0, 0)))
-    source.set_pixel_format(channels=channels, max_megapixels=args.max_megapixels)
-    size = args.image_size or getattr(backbone, "image_size", None)
-    size = size or data.suitable_size(source.pretrain)
-    source.limit_side(2 * size)
-    values = data.fit_images_to_backbone(args, backbone, source)
-    if values and ranks.first:
-        print(f"{source.name}{values}")
-    return source, size, data.loader_processes(source.pretrain, args.num_workers)
-
-
-def load_images(args, ranks: distributed.Ranks) -> datasets.Source:
-    seed = args.seed if hasattr(args, "seed") else args.seeds[0]
-    where = args.data_path, args.data_root, args.download
-    return datasets.load(*where, args.labels, args.test_fraction, seed, ranks.rank)
