@@ -32,7 +32,7 @@ import torch.fx.experimental._config as symbols
 from torch import Tensor, nn
 
 import lowdino
-from lowdino import checkpoint, distributed, flags, vit
+from lowdino import checkpoint, distributed, vit
 from lowdino.distributed import UserError, user_errors
 
 # Largest difference to PyTorch's features, relative to their root mean square. Rounding in another
@@ -295,7 +295,10 @@ def export(
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = flags.parser_of(__doc__)
+    description, _, formats, _ = (" ".join(part.split()) for part in __doc__.split("\n\n"))
+    parser = argparse.ArgumentParser(
+        "python -m lowdino.export", description=description, epilog=formats, allow_abbrev=False
+    )
     add = parser.add_argument
     help = "backbone.pth, or another file of load_backbone; ARCH=FILE for a plain state dict"
     add("backbone", help=help)
