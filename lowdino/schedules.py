@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, so that a resumed run needs nothing but its step."""
+"""Schedules: pure functions of the step, so that a resumed run needs only its step."""
 
 import math
 
@@ -13,14 +13,14 @@ def cosine(
 ) -> float:
     """Linear warm-up from `warmup_start` to `start`, then half a cosine down (or up) towards `end`.
 
-    The values are those of DINO's `cosine_scheduler`. The last warm-up step has `start`, and so has
-    the first step after it. The last step of all is one cosine step short of `end`. A warm-up of a
-    single step has `warmup_start`.
+    The values are those of DINO's `cosine_scheduler`. The last warm-up step and the first step
+    after it have `start`. The last step is one cosine step short of `end`. A warm-up of a single
+    step has `warmup_start`.
 
     Args:
         step: from 0; from `total_steps` on the value is `end`.
         total_steps: infinity holds the value at `start`.
-        warmup_steps: how many of `total_steps` warm up.
+        warmup_steps: number of warm-up steps, which are part of `total_steps`.
     """
     if step < warmup_steps:
         return warmup_start + (start - warmup_start) * step / max(warmup_steps - 1, 1)
