@@ -1,13 +1,13 @@
-"""Multi-crop augmentation of whole uint8 batches, on whatever device they are on.
+"""Multi-crop augmentation of uint8 batches, on the device where they lie.
 
-A crop, an antialiased resize and a flip are one linear map along each axis. Each image has its own
-map, of a few taps. It is Pillow's BICUBIC within rounding, and differentiable. A GPU applies it as
-two batched matrix products. A CPU applies it as weighted sums of rows, and leaves large views of
-uint8 images to torch's resize. Blur is such a map too. Colour operations are arithmetic without a
-comparison per element, because a CPU is slow at those. The data loader only decodes.
+A crop, an antialiased resize and a flip are together one linear map along each axis, with a few
+taps and different for each image. It is differentiable, and equals Pillow's BICUBIC within
+rounding. A GPU applies it as two batched matrix products. A CPU applies it as weighted sums of
+rows, and leaves large views of uint8 images to torch's resize. Blur is such a map too. Colour
+operations compare no elements, because a CPU is slow at that. The data loader only decodes.
 
-Images are (B, C, H, W) with values in [0, 1] unless said otherwise. Every parameter is a tensor of
-one value per image. Hue, saturation and grayscale are for RGB alone.
+Images are (B, C, H, W) with values in [0, 1] unless a docstring differs. Every parameter is a
+tensor of one value per image. Hue, saturation and grayscale apply to RGB only.
 """
 
 import math
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# DINO's strengths of brightness, contrast, saturation and hue, and its probabilities of blur for
-# the first global view, for each other global view and for a local view.
+# DINO's strengths of brightness, contrast, saturation and hue; DINO's probabilities of blur for the
+# first global view, each other global view and each local view.
 JITTER, BLUR = (0.4, 0.4, 0.2, 0.1), (1.0, 0.1, 0.5)
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed of 63 bits that depends on the numbers (seed, step, rank) and on nothing else.
+    """A seed of 63 bits, a function of the numbers (such as stream, seed, step, rank) alone.
 
-    Negative numbers are a ValueError.
+    Raises ValueError for negative numbers.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
@@ -48,10 +48,10 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 def interpolation(
     start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which pixels of an axis to read, and with which weights, to resize a part of the axis.
+    """Pixels to read along an axis, and their weights, to resize a part of the axis.
 
-    Cubic kernel with a = -0.5 (Keys, 1981). It is widened by the scale where the part shrinks
-    (antialiasing), and cut at the part's edges: Pillow's definition.
+    The kernel is cubic with a = -0.5 (Keys, 1981). As Pillow defines it, the kernel is widened by
+    the scale where the part shrinks (antialiasing), and cut at the part's edges.
 
     Keys' two cubics at distance x are one sum, v * v * (v - 1) / 2 + u * u * (1 - 2 * u), with
     v = max(2 - x, 0) and u = max(1 - x, 0). The code takes twice that, because the weights are
@@ -59,7 +59,7 @@ def interpolation(
 
     Args:
         start, length: (N,) the part, in pixels.
-        out_size, in_size: pixels of the resized part, and of the whole axis.
+        out_size, in_size: pixels of the resized part, and of the complete axis.
         flip: (N,) bool, reverses the result.
 
     Returns:
@@ -89,8 +89,8 @@ def interpolation(
 def resample(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of rows: x (B, L, K), indices and weights (N, n, taps) -> (N, n, K).
 
-    N is a multiple of B: one map for each x, then another for each, and so on. A CPU uses torch's
-    fused look-up and sum of embeddings, a GPU the product with a matrix that is mostly zeros.
+    N is a multiple of B, and map i belongs to x[i % B]. A CPU uses torch's fused look-up and sum of
+    embeddings, a GPU the product with a matrix of mostly zeros.
     """
     B, L, K = x.shape
     N, n, _ = indices.shape
@@ -132,20 +132,20 @@ def resized_crop(
     flip: Tensor | None = None,
     vertical_flip: Tensor | None = None,
 ) -> Tensor:
-    """Crop a box, or several, from each image; resize to a square (antialiased bicubic); flip.
+    """Crop one box or several from each image, resize to a square (antialiased bicubic), and flip.
 
-    Values are clipped between the passes along the two axes. So the order of the passes matters, by
-    some levels of 255 at sharp edges. Pillow goes along the width first. Since version 13 it goes
-    along the height first where a box loses more than twice as much in height as in width. A CPU
-    does so too, for each image. A GPU always goes along the width first, as Pillow 12 does: to
-    choose per image it would have to resample every image twice, or wait for the host.
+    Values are clipped between the passes along the two axes, so the order of the passes changes
+    sharp edges by some levels of 255. Pillow resizes along the width first; since version 13, along
+    the height first where a box loses more than twice as much height as width. On a CPU this code
+    does the same for each image. On a GPU it always resizes along the width first, as Pillow 12
+    does: a choice per image would need two resamplings of every image, or a wait for the host.
 
     Args:
         images: (B, C, H, W), uint8, or float in [0, 1].
-        boxes: (N, 4) top, left, height, width in pixels, inside the image; N a multiple of B: one
-            of each image, then another of each, and so on.
+        boxes: (N, 4) top, left, height, width in pixels, inside the image; N is a multiple of B,
+            and box i belongs to image i % B.
         out_size: side of the result in pixels.
-        flip, vertical_flip: (N,) bool, mirror left-right and top-bottom; None for none.
+        flip, vertical_flip: (N,) bool, mirror left-right and top-bottom; None for no flip.
 
     Returns:
         (N, C, out_size, out_size) float32 in [0, 1].
@@ -171,16 +171,13 @@ def resized_crop(
 
 
 def height_first(boxes: Tensor, out_size: int) -> Tensor:
-    """Which boxes (N, 4) Pillow 13 and later resizes along the height first: (N,) bool."""
+    """Whether Pillow 13 and later resizes a box along the height first: (N, 4) -> (N,) bool."""
     lost_height, lost_width = (boxes[:, 2:] - out_size).unbind(dim=1)
     return (lost_height > 0) & (lost_height > 2 * lost_width)
 
 
 def goes_one_by_one(images: Tensor, out_size: int) -> bool:
-    """Whether torch's resize of uint8 is faster: for large views or images, on a CPU.
-
-    The limit was measured.
-    """
+    """Whether torch's resize of uint8 is faster: measured for large views or images on a CPU."""
     large = out_size + max(images.shape[2:]) > 192
     return images.dtype == torch.uint8 and on_cpu(images) and large
 
@@ -217,9 +214,8 @@ def random_boxes(
 ) -> Tensor:
     """Boxes of torchvision's RandomResizedCrop, drawn on the generator's device.
 
-    The area is uniform in `scale` of the image's, the logarithm of the aspect ratio uniform in
-    `ratio`. The first of the draws that fits is taken, else the central box that is as large as the
-    ratio allows.
+    The area is uniform in `scale`, the logarithm of the aspect ratio uniform in `ratio`. The first
+    draw that fits is taken; where none fits, the largest central box that the ratio allows.
 
     Args:
         sizes: (B, 2) height and width of each image in pixels.
@@ -228,7 +224,7 @@ def random_boxes(
         attempts: draws per image.
 
     Returns:
-        (B, 4) top, left, height, width: whole pixels, float32.
+        (B, 4) top, left, height, width: float32, integers.
     """
     height, width = sizes.float()[:, None].unbind(dim=2)  # (B, 1) each
     u = torch.rand(len(sizes), attempts, 2, generator=generator, device=sizes.device)
@@ -237,7 +233,7 @@ def random_boxes(
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, attempts)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
-    # Where no draw fits: the whole image, cut to the nearest allowed ratio.
+    # Where no draw fits: the complete image, cut to the nearest allowed ratio.
     full_w = torch.minimum(width, (height * ratio[1]).round())
     full_h = torch.minimum(height, (width / ratio[0]).round())
     found = fits.any(dim=1, keepdim=True)
@@ -253,14 +249,14 @@ def random_boxes(
 
 
 def windows(sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A part at random of each image, of at most twice its shorter side: corners, sizes (B, 2).
+    """A random part of each image, at most twice its shorter side long: corners, sizes (B, 2).
 
-    Boxes are nearly square, and of a line of text all would be its centre. A part is the whole of
-    most images. These keep their views, for the generator is left as it is.
+    Crops are nearly square, so all crops of a line of text would lie at its centre. The part of
+    most images is the image itself. Their views stay the same, since `generator` is not advanced.
     """
     part = torch.minimum(sizes, 2 * sizes.amin(dim=1, keepdim=True))
     own = None
-    if generator is not None:  # a stream of its own: that seed with the last bit flipped
+    if generator is not None:  # a separate stream: its seed with the last bit flipped
         own = torch.Generator(sizes.device).manual_seed(generator.initial_seed() ^ 1)
     u = torch.rand(sizes.shape, generator=own, device=sizes.device)
     return (u * (sizes - part + 1)).floor().minimum(sizes - part), part
@@ -269,7 +265,7 @@ def windows(sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
     """The central square with `fraction` of the shorter side.
 
-    (B, 2) heights and widths -> (B, 4) top, left, height, width, all in whole pixels.
+    (B, 2) heights and widths -> (B, 4) top, left, height, width, integers in pixels.
     """
     side = (sizes.amin(dim=1) * fraction).round().clamp(min=1)
     top, left = ((sizes - side[:, None]) / 2).floor().unbind(dim=1)
@@ -282,9 +278,10 @@ def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
 
 
 def on_cpu(images: Tensor) -> bool:
-    """Whether to work only on the images that need it: on a CPU.
+    """Whether to compute only the images that need an operation.
 
-    A GPU works on all of them and discards, because the host would have to wait for their number.
+    A GPU computes all of them and discards some, because the host would have to wait for the number
+    of those that need it.
     """
     return images.device.type == "cpu"
 
@@ -292,7 +289,7 @@ def on_cpu(images: Tensor) -> bool:
 def grayscale(images: Tensor) -> Tensor:
     """Luma of ITU-R BT.601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W).
 
-    Of another number of channels it is their mean.
+    For another number of channels it is their mean.
     """
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
@@ -301,12 +298,12 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> None:
-    """Turn the hue by `shift` (B,) of a full circle, in HSV. Value and chroma stay. In place.
+    """Turn the hue by `shift` (B,) of a full circle, in HSV, in place. Value and chroma stay.
 
-    Subtract the lowest channel and divide by the chroma: the channels reach from 0 to 1. Then the
-    hue is 1 + g + b - r sixths of the circle away from red, on the side of the greater of g and b.
-    A channel is 2 - (the hue's distance from it), clipped to [0, 1]. So there is no table of six
-    cases, and nothing to choose.
+    Subtract the lowest channel and divide by the chroma, so that the channels reach from 0 to 1.
+    Then the hue lies 1 + g + b - r sixths of the circle away from red, on the side of the greater
+    of g and b. A channel is 2 - (the hue's distance from it), clipped to [0, 1]. This needs no
+    table of six cases.
     """
     r, g, b = images.unbind(dim=1)  # (B, H, W)
     low, high = torch.minimum(g, b), torch.maximum(g, b)
@@ -318,25 +315,25 @@ def shift_hue(images: Tensor, shift: Tensor) -> None:
     torch.clamp(chroma, min=1e-8, out=side)
     hue.div_(side).add_(6 * shift[:, None, None])
     hue.sub_(torch.div(hue, 6, out=side).floor_(), alpha=6)  # in [0, 6)
-    # Green is at 2 and blue at 4: each is 1 minus (its distance - 1). Red is at both 0 and 6, so
-    # that it is the distance from 3, minus 1.
+    # Green is at 2 and blue at 4: each is 1 minus (its distance - 1). Red is at 0 and at 6: it is
+    # the distance from 3, minus 1.
     for channel, position, start, sign in ((r, 3, low, 1), (g, 2, high, -1), (b, 4, high, -1)):
         torch.sub(hue, position, out=channel).abs_().sub_(1).clamp_(0, 1)
         torch.addcmul(start, channel, chroma, value=sign, out=channel)
 
 
 def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
-    """torchvision's brightness, contrast, saturation and hue, in an order of each image's own.
+    """torchvision's brightness, contrast, saturation and hue, in a different order for each image.
 
-    Three of the four have one form, f * image + (1 - f) * grey, with grey = 0, the mean luma or the
-    luma. So three slots of that form before the hue and three after it, used or left at f = 1, give
-    every order with a single turn of the hue. On a CPU the images are sorted by the hue's position,
-    and a slot works only on the images that use it.
+    Three of the four are blends, f * image + (1 - f) * grey, with grey = 0, the mean luma or the
+    luma. Three blends before the hue and three after it, used or left at f = 1, give every order
+    with a single turn of the hue. On a CPU the images are sorted by the hue's position, and a blend
+    is computed only for the images that use it.
 
     Args:
-        images: (B, C, H, W) in [0, 1], left as they are; the result is like them.
+        images: (B, C, H, W) in [0, 1], not changed; the result has their shape.
         factors: (B, 3) of brightness, contrast and saturation; 1 changes nothing.
-        hue: (B,) shift in [-0.5, 0.5] of a full circle; 0 changes nothing, nor does C other than 3.
+        hue: (B,) shift in [-0.5, 0.5] of a full circle; 0 changes nothing. Only RGB has a hue.
         order: (B, 4) a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue, first to last.
     """
     position = order.argsort(dim=1)  # (B, 4) of each operation in its image's order
@@ -374,15 +371,15 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, reach: int = 4) -> Tensor:
-    """Blur each image with its own standard deviation: (B, C, H, W) -> (B, C, H, W).
+    """Blur each image by a standard deviation per image: (B, C, H, W) -> (B, C, H, W).
 
-    torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as in DINOv2: sampled, cut,
-    normalised, and reflected at the edge pixels.
+    It is torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as in DINOv2: the kernel is
+    sampled, cut and normalised, and images are reflected at their edge pixels.
 
     Args:
         images: sides above `reach`.
         sigma: (B,) in pixels; 0 changes nothing.
-        reach: pixels of the kernel on either side of its centre.
+        reach: pixels of the kernel on each side of its centre.
     """
     distance = torch.arange(-reach, reach + 1, device=sigma.device)
     sigma = sigma.float().clamp(min=1e-4)[:, None]  # 0 becomes the identity
@@ -405,7 +402,7 @@ def solarize(images: Tensor) -> Tensor:
 def apply_where(
     mask: Tensor, images: Tensor, operation: Callable[..., Tensor], *values: Tensor
 ) -> Tensor:
-    """operation(images, *values) where `mask` (B,) is true, the other images as they are.
+    """operation(images, *values) where `mask` (B,) is true; the other images do not change.
 
     `values` have one entry per image. On a CPU the images are changed in place.
     """
@@ -422,15 +419,15 @@ def apply_where(
 # --------------------------------------------------------------------------------------------------
 
 
-BLOCK = 2**23  # bytes of float views that a CPU works on at once; measured at 32 to 224 pixels
+BLOCK = 2**23  # bytes of float views that a CPU computes at once; measured at 32 to 224 pixels
 
 
 def blocks(images: Tensor, crops: int, size: int) -> list[tuple[slice, slice]]:
-    """Slices of the images (B, ...), and of their `crops`, that are worked on together.
+    """Slices of the images (B, ...), and of their `crops`, that are computed together.
 
-    The crops, of side `size`, are a multiple of B: one of each image, then another of each, and so
-    on. On a CPU a slice is within BLOCK: part of the images once, or all of them one or more times.
-    On a GPU there is one slice.
+    The number of crops, of side `size`, is a multiple of B, and crop i is of image i % B. On a CPU
+    the crops of a slice fit BLOCK: one crop of some images, or one or more of all images. On a GPU
+    there is one slice.
     """
     B = len(images)
     most = max(BLOCK // (12 * size * size), 1) if on_cpu(images) else crops
@@ -451,14 +448,14 @@ SMALLEST_BLUR = 0.3
 
 
 class MultiCrop(nn.Module):
-    """Global and local views of each image, drawn for each image by itself (DINO's augmentation).
+    """Global and local views of each image, with random numbers per image (DINO's augmentation).
 
     forward(images, sizes, generator): images (B, C, H, W) uint8, each in the top left corner of its
     canvas, with height and width `sizes` (B, 2) in pixels; a generator on the same device. Returns
     a list of normalised float32 tensors: `global_number` of (B, C, global_size, global_size), then
     `local_number` of (B, C, local_size, local_size). C is the number of `mean`'s channels.
 
-    The defaults are those of DINO's official code, and the blur is DINOv2's, of 9 x 9 pixels.
+    The defaults are those of DINO's official code; the blur of 9 x 9 pixels is DINOv2's.
 
     Args:
         global_size, local_size: sides in pixels.
@@ -468,9 +465,9 @@ class MultiCrop(nn.Module):
         jitter: strengths, see JITTER, applied with probability 0.8. blur: probabilities, see BLUR.
         blur_sigma: range of the blur's standard deviation in pixels. There is no blur where it ends
             at SMALLEST_BLUR or below.
-        solarize: probability for each global view but the first.
+        solarize: probability for each global view except the first.
         mean, std: of the normalisation, by channel.
-        global_number: global views per image. grayscale: probability of it.
+        global_number: global views per image. grayscale: its probability.
 
     Raises:
         ValueError: where there is no global view.
@@ -507,7 +504,7 @@ class MultiCrop(nn.Module):
         self.register_buffer("jitter", torch.tensor(jitter), persistent=False)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        # The views of one size: the size, the crops' scale, and the probabilities of blur and of
+        # Per size of views: the size, the crops' scale, and the probabilities of blur and of
         # solarisation, one per view.
         first, others, local = blur
         of_blur = (first,) + (others,) * (global_number - 1)
@@ -518,13 +515,14 @@ class MultiCrop(nn.Module):
             self.groups += [(local_size, local_scale, (local,) * local_number, never)]
 
     def describe(self) -> str:
-        """For the log: the sizes of the views, and whether they are too small for blur."""
-        number = len(self.groups[0][2])
-        text = f"{number} " * (number != 2) + f"global views {self.global_size} px"
-        text += f", {self.local_number} local views {self.local_size} px"
-        if not self.blurs:
-            text += f"; no blur: its largest sigma is {self.blur_sigma[1]:.2g} pixels at this size"
-        return text
+        """The number and size of the views, and whether they are too small for blur."""
+        number, local = len(self.groups[0][2]), self.local_number
+        text = f"{number} global view{'s' * (number != 1)} of {self.global_size} px, "
+        if local:
+            text += f"{local} local view{'s' * (local != 1)} of {self.local_size} px"
+        else:
+            text += "no local views"
+        return text if self.blurs else f"{text}; blur is off below {SMALLEST_BLUR} px"
 
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -534,7 +532,7 @@ class MultiCrop(nn.Module):
     def draw(
         self, images: Tensor, corners: Tensor, sizes: Tensor, generator: torch.Generator, group
     ) -> Sequence[Tensor]:
-        """The views of one size, N in all, view by view: first every draw, then the pixels."""
+        """The N views of one size, view by view: first all random numbers, then the pixels."""
         size, scale, blur, solar = group
         device, views = images.device, len(blur)
         N = views * len(images)
@@ -551,7 +549,7 @@ class MultiCrop(nn.Module):
         flip, vertical_flip = uniform(N) < 0.5, uniform(N) < self.vertical_flip
         amounts = (2 * uniform(N, 4) - 1) * self.jitter * (uniform(N, 1) < 0.8)
         order = uniform(N, 4).argsort(dim=1)
-        # Each with its mask and its values.
+        # A mask, an operation, and its values.
         operations = [(uniform(N) < self.grayscale, lambda x: grayscale(x).expand_as(x))]
         low, high = self.blur_sigma
         if self.blurs and any(blur):
@@ -586,15 +584,15 @@ def central_view(
     std: tuple[float, ...] = IMAGENET_STD,
     fraction: float | None = None,
 ) -> Tensor:
-    """The view for evaluation: the central square, resized and normalised, (B, C, size, size).
+    """The view of an evaluation: the central square, resized and normalised, (B, C, size, size).
 
     Args:
         images: (B, C, H, W) uint8, or float in [0, 1], each in the top left corner of its canvas.
         sizes: (B, 2) height and width of each in pixels.
         size: side of the result in pixels.
         mean, std: of the normalisation, by channel; ImageNet's by default.
-        fraction: of the shorter side. None takes the usual 0.875 (resize to 256, crop 224) from 128
-            pixels on, and the whole side below, where images have no margin to spare.
+        fraction: of the shorter side. None means the usual 0.875 (resize to 256, crop 224) from 128
+            pixels on, and 1 below, where images have no margin to spare.
     """
     fraction = fraction or (0.875 if size >= 128 else 1.0)
     return normalize(resized_crop(images, central_boxes(sizes, fraction), size), mean, std)

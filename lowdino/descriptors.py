@@ -1,6 +1,6 @@
 """Fixed image descriptors, the representations of MV-MR (Kinakh et al.), without gradient.
 
-Each is a function or module of images (B, C, H, W), on any device, to flat descriptors (B, D):
+Each is a function or module from images (B, C, H, W), on any device, to descriptors (B, D) with D:
     pixels          C H W                       the image itself
     local_std       C H W                       standard deviation in 3 x 3 pixels
     hog             C 24 (H // 8) (W // 8)      histograms of oriented gradients
@@ -31,9 +31,9 @@ def local_std(x: Tensor) -> Tensor:
 def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
     """Histograms of oriented gradients (Dalal and Triggs, 2005) by channel, not block-normalised.
 
-    Gradients are central differences, edges replicated. `bins` orientations divide [0, pi). A pixel
-    shares its gradient's length between the two orientations next to its own, in proportion to
-    nearness. The shares are averaged over cells of `cell` x `cell` pixels.
+    Gradients are central differences with replicated edges. `bins` orientations divide [0, pi). A
+    pixel shares the length of its gradient between the two nearest orientations, the nearer the
+    more. The shares are averaged over cells of `cell` x `cell` pixels.
     """
     B, C, H, W = x.shape
     x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
@@ -58,9 +58,9 @@ def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
 def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
     """A Gaussian envelope times a wave exp(i xi u), made periodic: (height, width) complex128.
 
-    u is the coordinate along direction `theta`, v the one across. The envelope
+    u is the coordinate along the direction `theta`, v the coordinate across. The envelope
     exp(-(u^2 + (slant v)^2) / (2 sigma^2)) is scaled to a sum of about 1. The origin is the corner;
-    five periods each way are added up.
+    five periods are added up along each axis.
     """
     y, x = (torch.arange(-2 * n, 3 * n, dtype=torch.float64) for n in (height, width))
     y, x = y[:, None], x[None, :]
@@ -78,7 +78,7 @@ def morlet(height: int, width: int, sigma: float, theta: float, xi: float, slant
 
 
 def cut(spectrum: Tensor, level: int) -> Tensor:
-    """A filter's spectrum for maps of 1 / 2^level the side, without frequencies that these lack."""
+    """A filter's spectrum for maps of 1 / 2^level the side, without the frequencies they lack."""
     for dim in (-2, -1):
         side = spectrum.shape[dim]
         start, length = side >> (level + 1), side - (side >> level)
@@ -91,7 +91,7 @@ def cut(spectrum: Tensor, level: int) -> Tensor:
 
 
 def subsample(spectrum: Tensor, level: int) -> Tensor:
-    """Spectrum of every 2^level-th pixel of a map: the mean over the frequencies that alias."""
+    """The spectrum of every 2^level-th pixel of a map: the mean over aliased frequencies."""
     for dim in (-2, -1):
         side = spectrum.shape[dim]
         spectrum = spectrum.unflatten(dim, (1 << level, side >> level)).mean(dim=dim - 1)
@@ -108,11 +108,11 @@ class Scattering(nn.Module):
         x * phi,  |x * psi_{j1,l1}| * phi,  ||x * psi_{j1,l1}| * psi_{j2,l2}| * phi,  j1 < j2 < J,
     1 + J L + L^2 J (J - 1) / 2 of them, sampled at every 2^J-th pixel. Convolutions are products of
     spectra of the image with a reflected border. Maps are subsampled as soon as their bandwidth
-    allows. Wavelets, padding and order of the channels are those of the kymatio package's
-    Scattering2D (Andreux et al., 2020).
+    allows. Wavelets, padding and order of the channels are those of Scattering2D in the package
+    kymatio (Andreux et al., 2020).
 
     Args:
-        height, width: of the images; 2^(J + 1) pixels at least.
+        height, width: of the images; at least 2^(J + 1) pixels.
         scales: J.
         directions: L.
 
@@ -150,7 +150,7 @@ class Scattering(nn.Module):
                 )
                 for l in range(directions)
             ]
-            for level in range(j + 1):  # (L, h, w), for maps that were subsampled by 2^level
+            for level in range(j + 1):  # (L, h, w), for maps subsampled by 2^level
                 self.register_buffer(
                     f"psi_{j}_{level}",
                     torch.stack([spectrum(w, level) for w in waves]),
@@ -158,7 +158,7 @@ class Scattering(nn.Module):
                 )
 
     def averaged(self, spectrum: Tensor, level: int) -> Tensor:
-        """A map of that level, averaged by phi, sampled at 2^J and without its padding."""
+        """A map of the level, averaged by phi, sampled at every 2^J-th pixel, without padding."""
         spectrum = subsample(spectrum * getattr(self, f"phi_{level}"), self.scales - level)
         return torch.fft.ifft2(spectrum).real[..., 1:-1, 1:-1]
 
@@ -180,6 +180,6 @@ class Scattering(nn.Module):
             deeper = [
                 self.averaged(self.modulus(u1, j2, j1), j2) for j2 in range(j1 + 1, self.scales)
             ]  # (B, C, L, L, ...)
-            if deeper:  # all second wavelets of a first one side by side
+            if deeper:  # the second wavelets of a first one are neighbours
                 second.append(torch.cat(deeper, dim=3).flatten(2, 3))
         return torch.cat([self.averaged(x, 0)[:, :, None], *first, *second], dim=2).flatten(1)

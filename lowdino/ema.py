@@ -1,9 +1,9 @@
 """The momentum teacher: an exponential moving average (EMA) of the student's parameters.
 
 He et al., 2020; Caron et al., 2021. Only parameters are averaged. Buffers, such as the running
-statistics of batch norm, are the teacher's own, from its own forward passes in training mode:
-averaged statistics would describe the activations of no network. A teacher without such passes
-has no other ones, see `paired_buffers`.
+statistics of batch norm, come from the teacher's forward passes in training mode: averaged
+statistics would describe the activations of no network. Only a teacher without such passes
+averages its buffers too, see `paired_buffers`.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy of the student with its own storage, without gradients and stochastic depth."""
+    """A deep copy of the student, without gradients and stochastic depth."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
         if isinstance(module, StochasticDepth):
@@ -43,7 +43,7 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tens
 def paired_buffers(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The floating-point buffers of both, for `update`.
 
-    For an average that runs no forward pass in training mode, so has no statistics of its own.
+    They are for a teacher that runs no forward pass in training mode, so that it has no statistics.
     """
     pairs = [(a, b) for a, b in zip(teacher.buffers(), student.buffers()) if a.is_floating_point()]
     return [a for a, _ in pairs], [b for _, b in pairs]

@@ -1,4 +1,4 @@
-"""Heads, and the networks that run a backbone and its heads over a list of views."""
+"""Heads, and networks that apply a backbone and its heads to a list of views."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,17 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias: its rows are unit vectors, each times its gain.
+    """Linear layer without bias, whose rows are unit vectors times a gain per row.
 
     (..., in_dim) -> (..., out_dim), in the type of the weights whatever autocast says: the softmax
-    of a loss divides logits by a small temperature, which multiplies their rounding.
+    of a loss divides logits by a small temperature, which multiplies their rounding errors.
 
-    Weight normalisation (Salimans and Kingma, 2016), computed inside `forward`: torch's own keeps
+    This is weight normalisation (Salimans and Kingma, 2016), computed inside `forward`. torch keeps
     the normalised weight beside the parameter, which breaks when the module is copied or wrapped.
 
     Args:
-        learn_gain: learn the gain of each row, (out_dim, 1) as DINO's `weight_g`, so that it decays
-            as weights do. Otherwise every gain is 1, and for unit inputs the outputs are cosines.
+        learn_gain: learn the gains, (out_dim, 1) as DINO's `weight_g`, so that they decay as
+            weights do. Otherwise every gain is 1, and the outputs for unit inputs are cosines.
     """
 
     def __init__(self, in_dim: int, out_dim: int, learn_gain: bool):
@@ -43,11 +43,11 @@ class DINOHead(nn.Module):
         in_dim: the backbone's width.
         out_dim: number of prototypes, K.
         use_bn: batch norm after each hidden layer.
-        norm_last_layer: fix the length of every prototype at 1. Training is more stable, and a
-            little worse where it is stable without.
+        norm_last_layer: fix the length of every prototype at 1. Training is more stable; where it
+            is stable without, the result is a little worse.
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the unit vectors that are compared with the prototypes.
-        nlayers: linear layers in the MLP, 1 or more.
+        nlayers: linear layers of the MLP, at least 1.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, learn_gain=not norm_last_layer)
 
     def embed(self, x: Tensor) -> Tensor:
-        """The unit vectors for the prototypes: (B, in_dim) -> (B, bottleneck_dim)."""
+        """Unit vectors to compare with the prototypes: (B, in_dim) -> (B, bottleneck_dim)."""
         return F.normalize(self.mlp(x).to(self.last_layer.weight.dtype), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Projector(nn.Sequential):
     (B, widths[0]) -> (B, widths[-1])
 
     The last layer has a bias and no batch norm, as in SwAV. The authors' code of BYOL, VICReg and
-    Barlow Twins leaves out the bias, on which the losses of the last two do not depend; that of
+    Barlow Twins has no such bias; the losses of the last two do not depend on it. The code of
     SimCLR ends with batch norm.
     """
 
@@ -106,10 +106,10 @@ class Projector(nn.Sequential):
 
 
 def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
-    """Features of V views, one forward pass for each resolution.
+    """Features of V views, by one forward pass per resolution.
 
-    V views (B, 3, H, W) -> (V * B, embed_dim), view by view. Views of one size must be neighbours
-    in the list.
+    V views (B, 3, H, W) -> (V * B, embed_dim), view by view. Views of the same size must be
+    neighbours in the list.
     """
     groups: list[list[Tensor]] = []
     for view in views:
@@ -121,7 +121,7 @@ def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
 
 
 class MultiViewNetwork(nn.Module):
-    """Backbone and head over a list of views, see `features_of_views`.
+    """A backbone and a head, applied to a list of views; see `features_of_views`.
 
     forward(views) -> `(features, embeddings, logits)`, view by view: the backbone's features
     (V * B, embed_dim), the head's unit vectors (V * B, bottleneck_dim) and logits (V * B, out_dim).
@@ -139,9 +139,9 @@ class MultiViewNetwork(nn.Module):
 
 
 class ManyHeads(nn.Module):
-    """Backbone and several heads by name, see `features_of_views`.
+    """A backbone and several heads by name, applied to a list of views; see `features_of_views`.
 
-    forward(views) -> the features (V * B, embed_dim), and each head's output for them by name.
+    forward(views) -> the features (V * B, embed_dim), and the outputs of the heads by name.
     """
 
     def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]):

@@ -1,7 +1,7 @@
 """Losses of self-distillation and of distillation.
 
-All of them work in float32, whatever autocast says. They are right across ranks: two ranks with B
-images each get the centre, and through DDP's averaging the gradients, of one rank with 2B.
+All of them compute in float32, whatever autocast says. They are exact across ranks: two ranks with
+B images each have the centre and, once DDP has averaged them, the gradients of one rank with 2B.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager:
-    """No autocast on the device of x. On MPS torch 2.4 has none, and refuses to turn it off."""
+    """Turn autocast off on the device of x. MPS in torch 2.4 has none, and refuses the request."""
     kind = x.device.type
     if not torch.amp.autocast_mode.is_autocast_available(kind):
         return nullcontext()
@@ -46,7 +46,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
     Sinkhorn and Knopp's alternating normalisation of exp(logits / temperature), as in SwAV
     (Caron et al., 2020) and DINOv2 (Oquab et al., 2023): columns to equal sums, rows to sum 1.
-    It works on logarithms, so that no temperature overflows.
+    It computes with logarithms, so that no temperature overflows.
     """
     log_q = logits.float() / temperature
     for _ in range(iterations):
@@ -58,11 +58,11 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def balanced(
     loss_g: Tensor, loss_l: Tensor | float, pairs_g: int, pairs_l: int, alpha: float | None
 ) -> Tensor:
-    """Mean of two sums of losses, over P_gg pairs of global views and P_gl pairs with a local one.
+    """Mean of two sums of losses: over P_gg pairs of global views and P_gl pairs with a local view.
 
         L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl     (Tan et al., 2023, SSLight)
 
-    alpha None is the mean over all pairs, the same as alpha = P_gg / (P_gg + P_gl).
+    alpha None means the mean over all pairs, as does alpha = P_gg / (P_gg + P_gl).
     """
     if alpha is None:
         return (loss_g + loss_l) / (pairs_g + pairs_l)
@@ -82,7 +82,7 @@ def mean_over_pairs(
     """Mean of loss(s_j, t_i) over all views j and the two global views i != j, see `balanced`.
 
     Args:
-        loss: linear in its second argument, so that a local view meets both targets at once.
+        loss: linear in its second argument, so that a local view takes the sum of both targets.
         student: of the V views, global views first. targets: of the two global views.
 
     Raises:
@@ -107,10 +107,11 @@ class DINOLoss(nn.Module):
         P_t = softmax((t - c) / T_t),  P_s = softmax(s / T_s),  H(t, s) = - sum_k P_t[k] log P_s[k]
         L = mean of H(t_i, s_j) over i in {0, 1}, j in {0 .. V-1}, j != i                    (eq. 3)
         c <- m c + (1 - m) mean of t over the batch of all ranks                             (eq. 4)
-    (Caron et al., 2021). These are `targets`, `pairs` and `update_center`; `forward` is all three.
+    (Caron et al., 2021). The methods are `targets`, `pairs` and `update_center`; `forward` calls
+    all three.
 
-    `centering="sinkhorn"` takes P_t from Sinkhorn-Knopp instead and leaves c alone. `alpha`
-    balances the pairs of global views against those with a local view, see `balanced`.
+    `centering="sinkhorn"` computes P_t by Sinkhorn-Knopp instead, without c. `alpha` balances the
+    pairs of global views against those with a local view, see `balanced`.
 
     Args:
         out_dim: number of prototypes, K.
@@ -145,7 +146,7 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], teacher_temp: float) -> Tensor:
-        """The loss, a scalar. In training mode the centre then moves.
+        """The loss, a scalar. In training mode the centre is updated afterwards.
 
         Args:
             student: (B, K) logits of the V views, global views first.
@@ -161,7 +162,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def targets(self, logits: Tensor, teacher_temp: float) -> Tensor:
-        """P_t, centred and sharpened, of both global views in one batch: (2 B, K) -> (2 B, K)."""
+        """P_t, centred and sharpened, for both global views in one batch: (2 B, K) -> (2 B, K)."""
         with autocast_off(logits):
             if self.centering == "sinkhorn":
                 return sinkhorn_knopp(logits, teacher_temp)
@@ -178,7 +179,7 @@ class DINOLoss(nn.Module):
             return mean_over_pairs(self.cross_entropy, student, targets, self.alpha)
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over the batch of - target . log softmax(logits / T_s), for targets of any sum."""
+        """Mean over the batch of - target . log softmax(logits / T_s); targets have any sum."""
         return F.cross_entropy(logits.float() / self.student_temp, target)
 
     @torch.no_grad()
@@ -198,23 +199,23 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        x = x.contiguous()  # as NCCL wants both what it sends and what it fills
+        x = x.contiguous()  # NCCL needs contiguous tensors to send and to fill
         gathered = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(gathered, x)
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # A copy, because autograd may give the same tensor to another function: of a + b to both.
+        # A copy, because autograd may pass the same tensor to another function, as a + b does.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks, of which all of them then compute the same loss.
+    """The sum of a tensor over all ranks, from which every rank computes the same loss.
 
-    DDP averages the gradients, so each rank's own part of them counts as often as there are ranks.
+    DDP averages the gradients, so the gradient of each rank is multiplied by the number of ranks.
     """
 
     @staticmethod
@@ -229,7 +230,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def rows_of_all_ranks(x: Tensor) -> Tensor:
-    """`GatherRows` where there are several: (n, D) -> (ranks * n, D)."""
+    """`GatherRows` where there are several ranks: (n, D) -> (ranks * n, D)."""
     return GatherRows.apply(x) if world_size() > 1 else x
 
 
@@ -239,14 +240,14 @@ def own_rows(x: Tensor) -> Tensor:
 
 
 class KoLeoLoss(nn.Module):
-    """Spreads features evenly over the sphere: minus the Kozachenko-Leonenko estimate of entropy.
+    """Spread features evenly over the sphere: minus the Kozachenko-Leonenko estimate of entropy.
 
         L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features
 
-    (Sablayrolles et al., 2019), as in DINOv2, on the features of one view of each image. DINOv2
-    looks for neighbours in the batch of one rank, this in the batch of all ranks. The nearest
-    neighbour has the largest inner product, for |z_i - z_j|^2 = 2 - 2 z_i . z_j; only the distance
-    to it is differentiated.
+    (Sablayrolles et al., 2019), as in DINOv2, on the features of one view per image. DINOv2 looks
+    for neighbours in the batch of one rank, this loss in the batch of all ranks. The nearest
+    neighbour has the largest inner product, since |z_i - z_j|^2 = 2 - 2 z_i . z_j. Only the
+    distance to it is differentiated.
 
     forward(features): (n, D). Returns a scalar. ValueError for fewer than two rows over all ranks.
     """
@@ -270,8 +271,8 @@ class InfoNCELoss(nn.Module):
 
         L = - 1/2n sum_i [ log softmax_j(a_i . b_j / T)[i] + log softmax_j(b_i . a_j / T)[i] ]
 
-    over the n images of all ranks, a and b being the unit embeddings of the two global views. It is
-    symmetric as in MoCo v3 (Chen, Xie and He, 2021), but without a momentum encoder. It needs no
+    over the n images of all ranks, where a and b are the unit embeddings of the two global views.
+    It is symmetric as in MoCo v3 (Chen, Xie and He, 2021), but has no momentum encoder. It needs no
     teacher, so it learns from the first step.
 
     forward(a, b): (n, D) unit vectors each. Returns a scalar.
@@ -292,14 +293,14 @@ class InfoNCELoss(nn.Module):
 
 
 class CodingRateLoss(nn.Module):
-    """Views close to their image's mean, and a batch that fills space (EMP-SSL, Tong et al., 2023).
+    """Views agree with their image's mean, and a batch fills space (EMP-SSL, Tong et al., 2023).
 
     With unit embeddings z of V views of the n images of all ranks, Z_v (n, d) those of view v:
         C = mean over views v and images i of cos(z_vi, mean_v z_vi)
         R = mean over v of 1/2 log det(I + d / (n eps) Z_v^T Z_v)             the total coding rate
         L = - weight C - R
-    The rate stands where other losses have negatives. It needs no large batch, and of the ranks
-    only the sums Z_v^T Z_v (d, d).
+    The rate takes the place of negatives. It needs no large batch, and the ranks exchange only the
+    sums Z_v^T Z_v (d, d).
 
     forward(z): embeddings (V, B, d) of this rank, of any length. Returns C and R, scalars, and
     `total(C, R)` is L.
@@ -323,10 +324,10 @@ class CodingRateLoss(nn.Module):
         n, d = z.shape[1] * world_size(), z.shape[2]
         if world_size() > 1:
             gram = SumOverRanks.apply(z.mT @ z)  # (V, d, d)
-        else:  # of the two products, which have the same determinant, the smaller
+        else:  # the smaller of two products that have the same determinant
             gram = z @ z.mT if n < d else z.mT @ z
         eye = torch.eye(gram.shape[-1], device=z.device)
-        # Not checked at once, for which a GPU would have to wait. NaN embeddings give NaN.
+        # Not checked at once, because that would make a GPU wait. NaN embeddings give NaN.
         factor, info = torch.linalg.cholesky_ex(eye + gram * (d / (n * self.eps)))
         rate = factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
         return rate.where(info == 0, torch.nan)
@@ -340,10 +341,10 @@ class KDLoss(nn.Module):
 
         L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k])
 
-    averaged over the rows. T^2 keeps the gradient's size whatever T is. t and s are logits of a
-    classifier or, without labels, features of the same width.
+    averaged over the rows. T^2 keeps the size of the gradient independent of T. t and s are the
+    logits of a classifier or, without labels, features of the same width.
 
-    forward(student, teacher): (n, K) each. Returns a scalar; gradient to the student alone.
+    forward(student, teacher): (n, K) each. Returns a scalar; only the student has a gradient.
     """
 
     def __init__(self, temperature: float = 3.0):
@@ -364,10 +365,10 @@ class SimKDLoss(nn.Module):
 
         L = |s - t|^2 / D,   mean over the rows
 
-    so that the teacher's own classifier works on them. SimKD compares feature maps by a
-    projector of convolutions; here both are pooled first.
+    so that the teacher's classifier can be applied to them. SimKD projects feature maps by
+    convolutions and compares maps; here both are pooled first.
 
-    forward(student, teacher): (n, D) each. Returns a scalar; gradient to the student alone.
+    forward(student, teacher): (n, D) each. Returns a scalar; only the student has a gradient.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -383,17 +384,18 @@ class SimilarityLoss(nn.Module):
         L = - mean_i sum_j p_t[j] log p_s[j]
 
     with unit vectors s_i, t_i and q_j. The q_j are the teacher's vectors of the batch of all
-    ranks, t_i among them, and the last `queue_size` ones before it. SEED's code uses of the
-    batch only t_i itself, and a queue of 65,536.
+    ranks, which includes t_i, and the last `queue_size` vectors before that batch. SEED's code
+    uses only t_i of the batch, and a queue of 65,536.
 
-    forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D): V
-    views of the n images that the teacher saw once, one view after the other. Returns a scalar;
-    gradient to the student alone. In training mode the teacher's vectors then enter the queue.
+    forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D). The
+    student's rows are V views of the n images, view by view; the teacher saw each image once.
+    Returns a scalar; only the student has a gradient. In training mode the teacher's vectors enter
+    the queue afterwards.
 
     Args:
         dim: D.
-        queue_size: number of vectors kept; 0 for the batch alone.
-        student_temp, teacher_temp: T_s and T_t; SEED's 0.2 and 0.01 by default.
+        queue_size: number of vectors in the queue; 0 uses the batch alone.
+        student_temp, teacher_temp: T_s and T_t; by default SEED's 0.2 and 0.01.
     """
 
     queue: Tensor
@@ -417,7 +419,7 @@ class SimilarityLoss(nn.Module):
             with torch.no_grad():
                 batch = rows_of_all_ranks(t)  # (N, D)
                 anchors = torch.cat([batch, self.queue])  # (N + queue, D), newest first
-                # Rows of the queue that are not filled yet take no part.
+                # Rows of the queue that are still empty do not count.
                 empty = torch.arange(len(anchors), device=t.device) >= len(batch) + self.filled
                 target = t @ anchors.T / self.teacher_temp  # (n, N + queue)
                 target = target.masked_fill(empty, -torch.inf).softmax(dim=1)
@@ -433,19 +435,19 @@ class SimilarityLoss(nn.Module):
 
 def centred_distances(x: Tensor) -> Tensor:
     """Distances of rows, minus the means of row and column, plus the mean: (n, D) -> (n, n)."""
-    # Not by inner products: rounding would spoil small distances and their gradients.
+    # Not from inner products: their rounding spoils small distances and their gradients.
     d = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist")
     return d - d.mean(dim=0, keepdim=True) - d.mean(dim=1, keepdim=True) + d.mean()
 
 
 class DistanceCorrelation(nn.Module):
-    """How much two sets of features of the same images depend on each other (Szekely et al., 2007).
+    """The dependence of two sets of features of the same images (Szekely et al., 2007).
 
         dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances of the rows of x and y
 
-    It is 0 for independent features and 1 where distances are proportional; widths and scales
-    may differ. `correlation` is MV-MR's equation 2, `centred_distances` the A of its equation 3,
-    with the biased (V-statistic) mean, over the rows of all ranks.
+    It is 0 for independent features and 1 for proportional distances; widths and scales may differ.
+    `correlation` is MV-MR's equation 2, `centred_distances` is A of its equation 3, with the biased
+    (V-statistic) mean, over the rows of all ranks.
 
     forward(x, y): (n, D) and (n, E). Returns dCor, a scalar; 0, without gradient, where all rows
     of x or all rows of y are equal.
@@ -464,7 +466,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def variance_hinge(z: Tensor, margin: float = 1.0, eps: float = 1e-4) -> Tensor:
-    """v(z), how far the standard deviations of the columns are below the margin."""
+    """v(z): the mean shortfall of the columns' standard deviations below the margin."""
     return F.relu(margin - (z.var(dim=0) + eps).sqrt()).mean()
 
 
@@ -478,11 +480,11 @@ class MVMRLoss(nn.Module):
         L2 = dependence * (1 - dCor(z, z'))                                               (eq. 8)
         L3 = representation * sum_m (1 - dCor(z', r_m))                                   (eq. 9)
         L = L1 + L2 + L3                                                                  (eq. 10)
-    The authors' code adds dCor(z', r_m) where their paper and this file add one minus it.
-    Minimised, that unlearns what the paper learns.
+    The authors' code adds dCor(z', r_m) where their paper and this file add 1 - dCor(z', r_m). To
+    minimise the former is to unlearn what the paper learns.
 
-    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m). Returns
-    L1, L2 and L3. The rows are gathered, so every rank has the loss of all ranks.
+    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m). Returns L1,
+    L2 and L3. Rows are gathered, so every rank has the loss of all ranks.
 
     Args:
         invariance, variance, dependence, representation: weights; 1 each, as in the authors' code.

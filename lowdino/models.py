@@ -5,12 +5,12 @@ Every backbone keeps one contract:
     mean, std                             the normalisation that its weights expect, by channel
     forward((B, 3, H, W))                 -> (B, embed_dim), the mean over the last feature map
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the last feature map
-    forward_pyramid((B, 3, H, W))         -> the maps that detectors want, the finest first: of
-                                          pyramid_strides, 4 to 32 or, of ResNet5M, 4 to 16, and
+    forward_pyramid((B, 3, H, W))         -> the feature maps for detectors, the finest first. They
+                                          have pyramid_strides (4 to 32; ResNet5M 4 to 16) and
                                           pyramid_dims channels; the last is forward_features'
 for any H, W >= 32, odd and non-square sizes included. `mean` and `std` are ImageNet's by default;
-weights that expect others set their own on the network. `set_in_chans` gives any of them, and ViTs,
-another number of channels.
+weights that expect others set them on the network. `set_in_chans` changes the number of channels of
+any of these networks and of ViTs.
 
     arch                  parameters  embed_dim
     mobilevit_xxs            951,024        320
@@ -30,21 +30,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def stem_of(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The convolution that sees the image, and its name."""
+    """The name of the first convolution, and the convolution itself."""
     modules = backbone.named_modules()
     return next((name, module) for name, module in modules if isinstance(module, nn.Conv2d))
 
 
 @torch.no_grad()
 def set_in_chans(backbone: nn.Module, channels: int) -> None:
-    """Let a network of RGB images see images of `channels` channels.
+    """Adapt a network for RGB images to images of `channels` channels, in place.
 
-    Its weights are adapted as timm does: summed over RGB for one channel, else R, G, B, R, ... in
-    turn, times 3 / channels, so that grey images give the features that they gave. `mean` and `std`
-    become None, for the images tell them. Nothing happens where the number is the network's own.
+    The weights are adapted as in timm: summed over RGB for one channel, else R, G, B, R, ... in
+    turn, times 3 / channels, so that grey images keep their features. `mean` and `std` become None,
+    because they follow from the images. A network of `channels` channels does not change.
 
     Raises:
-        ValueError: where the network is of neither RGB nor `channels` channels.
+        ValueError: where the network has neither 3 nor `channels` channels.
     """
     _, stem = stem_of(backbone)
     if stem.in_channels == channels:
@@ -69,7 +69,7 @@ def set_in_chans(backbone: nn.Module, channels: int) -> None:
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, batch norm and SiLU; no SiLU at the end of a residual branch."""
+    """Convolution without bias, batch norm and, except at the end of a residual branch, SiLU."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         q, k, v = (
             self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         )
-        # A single token, as in a view of 32 pixels, can attend to itself only.
+        # A single token, as in a view of 32 pixels, attends only to itself.
         alone = not isinstance(N, torch.SymInt) and N == 1  # a symbol in a program for any size
         x = v if alone else F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
@@ -157,12 +157,12 @@ class TransformerLayer(nn.Module):
 
 
 class MobileViTBlock(nn.Module):
-    """Local features by convolution, global ones by attention, fused with the input.
+    """Local features by convolution and global features by attention, fused with the input.
 
-    Section 3.1 of the paper. The map is cut into 2x2 patches. Attention joins the pixels at the
-    same position of their patches. Each of the four sequences sees the whole image, at a quarter
-    of the cost. The 3x3 convolutions before and after it join the four. A map of odd side is
-    resized bilinearly to whole patches, and back afterwards.
+    Section 3.1 of the paper. The map is cut into 2x2 patches. Attention joins the pixels that have
+    the same position in their patches. Each of the four sequences covers the image, at a quarter
+    of the cost. The 3x3 convolutions before and after attention join the four. A map of odd side
+    is resized bilinearly to an even side, and back afterwards.
     """
 
     def __init__(self, dim: int, transformer_dim: int, depth: int, num_heads: int = 4):
@@ -182,7 +182,7 @@ class MobileViTBlock(nn.Module):
         x = self.conv_1x1(self.conv_kxk(x))
         B, C, H, W = x.shape
         h, w = (H + 1) // 2, (W + 1) // 2
-        # A program for any size has no branch here: it resizes even sides too, to themselves.
+        # A program exported for any size has no branch: it also resizes even sides, to themselves.
         odd = any(isinstance(side, torch.SymInt) or side % 2 for side in (H, W))
         if odd:
             x = F.interpolate(x, size=(2 * h, 2 * w), mode="bilinear", align_corners=False)
@@ -198,13 +198,13 @@ class MobileViTBlock(nn.Module):
 
 
 class MobileViT(nn.Module):
-    """MobileViT without classifier. The map has 1/32 of the input's side.
+    """MobileViT without classifier. The side of the feature map is 1/32 of the input's.
 
     Args:
         dims: channels of the five stages.
         transformer_dims: token widths of the attention blocks in the last three stages.
         embed_dim: channels of the final 1x1 convolution.
-        expansion: how much wider the middle of an inverted residual block is than its input.
+        expansion: width of the middle of an inverted residual block, relative to its input.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
@@ -239,17 +239,16 @@ class MobileViT(nn.Module):
 
     @torch.no_grad()
     def init_to_agree(self) -> None:
-        """Start as a network that gives two views of an image similar features.
+        """Initialise so that two views of an image have similar features.
 
-        Self-distillation bootstraps: the teacher's output for one view is the student's target
-        for another. Where the random features of two views do not correlate, the target is noise,
-        and the uniform distribution is the best prediction. With He's initialisation alone they
-        do not correlate, because a stride-2 depthwise filter of random signs hashes its input.
-        So here
-          - depthwise filters start as a mean with some noise, an antialiased subsampling;
+        In self-distillation the teacher's output for one view is the student's target for another.
+        Where the features of two views do not correlate at the start, the target is noise, and the
+        uniform distribution is the best prediction. With He's initialisation alone they do not
+        correlate, because a stride-2 depthwise filter of random signs hashes its input. Therefore
+          - depthwise filters start as a mean plus noise, which is antialiased subsampling;
           - residual branches start at zero (Goyal et al., 2017);
-          - most of what attention adds starts at zero too: the fusion convolution is the identity
-            on its shortcut, plus a tenth of its noise.
+          - attention starts near zero: the fusion convolution is the identity on its shortcut, plus
+            a tenth of its usual noise.
         """
         for block in self.modules():
             if isinstance(block, InvertedResidual):
@@ -277,7 +276,7 @@ class MobileViT(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """He's normal for convolutions, by fan-out as in ResNets; DINO's for linear layers.
+    """He's normal by fan-out for convolutions, as in ResNets; DINO's for linear layers.
 
     DINO's is a truncated normal of std 0.02 for weights and zero for biases.
     """
@@ -289,15 +288,15 @@ def init_weights(module: nn.Module) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# ResNet5M, the LowDINO paper's plain ConvNet (Prathapaneni and Shashank, 2023): torchvision's names
-# in another shape.
+# ResNet5M, the plain ConvNet of the LowDINO paper (Prathapaneni and Shashank, 2023), with the
+# parameter names of torchvision's ResNets.
 # --------------------------------------------------------------------------------------------------
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016).
 
-    The shortcut has a 1x1 convolution where the shape changes.
+    The shortcut is a 1x1 convolution where the shape changes.
     """
 
     def __init__(self, in_dim: int, out_dim: int, stride: int = 1):
@@ -321,7 +320,7 @@ class BasicBlock(nn.Module):
 class ResNet5M(nn.Module):
     """Stem 7x7/2 of 64, max-pool 3x3/2, basic blocks 64 x3, 128 x6 (/2), 512 x1 (/2).
 
-    The map has 1/16 of the input's side.
+    The side of the feature map is 1/16 of the input's.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
@@ -357,7 +356,7 @@ class ResNet5M(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# torchvision's networks under the same contract, with torchvision's parameter names.
+# Networks of torchvision under the same contract, with torchvision's parameter names.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -385,7 +384,7 @@ class ResNet(torchvision.models.ResNet):
 
 
 class MobileNet(nn.Module):
-    """torchvision's `features`; `ends` are the last layers of each stride from 4 on."""
+    """torchvision's `features`; `ends` are the indices of the last layers at strides 4 to 32."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
@@ -412,7 +411,7 @@ class MobileNet(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Factories: one for each architecture, all at random initialisation.
+# Factories: one per architecture, with random weights.
 # --------------------------------------------------------------------------------------------------
 
 ARCHS = (

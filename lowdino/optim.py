@@ -11,14 +11,14 @@ from torch import Tensor, nn
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Two groups: weights, which decay, and biases and norms, which do not.
 
-    Weights have two dimensions or more (the gain of `WeightNormLinear` too), the others one. The
-    groups are marked `decays` True and False; the second has `weight_decay` 0.
+    Weights have at least two dimensions (so has the gain of `WeightNormLinear`), the others one.
+    The groups are marked `decays` True and False; the second has `weight_decay` 0.
     """
     return decay_groups([p for p in model.parameters() if p.requires_grad])
 
 
 def decay_groups(parameters: list[Tensor]) -> list[dict]:
-    """The two groups of `parameter_groups`, of these parameters."""
+    """The two groups of `parameter_groups` for a list of parameters."""
     return [
         {"params": [p for p in parameters if p.ndim > 1], "decays": True},
         {"params": [p for p in parameters if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
@@ -29,13 +29,13 @@ EMBEDDINGS = ("cls_token", "pos_embed", "register_tokens", "patch_embed")
 
 
 def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list[dict]:
-    """Groups whose learning rates fall by a factor of `decay` a block, from the head down.
+    """Groups whose learning rates fall by a factor of `decay` per block, from the head down.
 
-    As in BEiT (Bao et al., 2021). A block is a child of the backbone, or a child of a child that is
-    a sequence, in the order of definition. Of a ViT, the final `norm` goes with the head, and all
-    embeddings are one block, the lowest: block i of n has depth n - i, the embeddings n + 1.
+    As in BEiT (Bao et al., 2021). A block is a child of the backbone, or each child of a child that
+    is a sequence, in the order of definition. In a ViT the final `norm` belongs to the head, and
+    all embeddings form the lowest block: block i of n has depth n - i, the embeddings n + 1.
 
-    Each group is one of `parameter_groups`, of one block, and has its factor in `scale`.
+    Each group is one of the `parameter_groups` of a block, and has its factor in `scale`.
     """
     top, blocks = [*head.parameters()], {}  # blocks: name -> parameters
     for name, parameter in backbone.named_parameters():
@@ -61,19 +61,19 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
 def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale each parameter's gradient down to a Euclidean norm of at most `max_norm`, in place.
 
-    DINO's clipping has a limit for each tensor; `torch.nn.utils.clip_grad_norm_` has one for all
-    together. On a GPU nothing here waits for the device.
+    DINO clips each tensor by itself; `torch.nn.utils.clip_grad_norm_` clips all together. On a GPU
+    nothing here waits for the device.
 
     Args:
-        max_norm: 0 is no limit.
+        max_norm: 0 for no limit.
 
     Returns:
-        The norms before clipping, one for each parameter that has a gradient.
+        The norms before clipping, one per parameter that has a gradient.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm:
-        # On a CPU looking at the norms costs nothing, and mostly none is too large.
+        # On a CPU a look at the norms costs nothing, and mostly none is too large.
         if norms.device.type != "cpu" or not norms.max() < max_norm:
             scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, list(scales.unbind()))
@@ -88,7 +88,7 @@ class LARS(torch.optim.Optimizer):
         d <- d * trust * |w| / |d|
         v <- momentum * v + d
         w <- w - lr * v
-    Biases and norms (one dimension or none) take the plain momentum step without decay, as in BYOL.
+    Biases and norms (at most one dimension) take the plain momentum step without decay, as in BYOL.
 
     Args:
         lr: learning rate.
@@ -123,7 +123,7 @@ class LARS(torch.optim.Optimizer):
                 if p.ndim > 1:
                     d = d.add(p, alpha=group["weight_decay"])
                     w_norm, d_norm = p.norm(), d.norm()
-                    # A zero weight or gradient has no ratio of norms; its rate is not scaled.
+                    # Without a ratio of norms, for a zero weight or gradient, the rate stays.
                     rate = torch.where(
                         (w_norm > 0) & (d_norm > 0), group["trust"] * w_norm / d_norm, 1.0
                     )
@@ -137,14 +137,14 @@ class LARS(torch.optim.Optimizer):
 
 
 def is_matrix(p: Tensor) -> bool:
-    """Whether Muon takes a weight as a matrix: of two dimensions, or a convolution's."""
+    """Whether Muon treats a weight as a matrix: two dimensions, or a convolution's four."""
     return p.ndim in (2, 4) and p.numel() > len(p)
 
 
 def muon_groups(model: nn.Module, scale: float) -> list[dict]:
-    """Groups for `Muon`: matrices, and the two of `parameter_groups` of the others.
+    """Groups for `Muon`: the matrices, and two `parameter_groups` for the other parameters.
 
-    The others, which take AdamW's step, have `scale`, the factor of their learning rate.
+    The others take AdamW's step; `scale` is the factor of their learning rate.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if is_matrix(p)]
@@ -154,10 +154,10 @@ def muon_groups(model: nn.Module, scale: float) -> list[dict]:
 
 @contextmanager
 def exact_matmul():
-    """Products of float32 matrices are not rounded to TF32 or bf16, for the time of a `with`.
+    """Do not round products of float32 matrices to TF32 or bf16 inside a `with`.
 
-    torch 2.9 brought a precision of each backend. A program that sets one of these may not ask for
-    the older one of all, which is an error, but any program may ask for these.
+    torch 2.9 has a precision per backend besides the older global one. In a program that sets the
+    former, a query of the latter is an error; the former can always be queried.
     """
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
@@ -177,15 +177,14 @@ def exact_matmul():
 
 
 def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
-    """Matrices near the nearest semi-orthogonal ones: (k, m, n) -> (k, m, n) float32.
+    """Approximate the nearest semi-orthogonal matrices: (k, m, n) -> (k, m, n) float32.
 
     Newton and Schulz's iteration X <- (a + b X X^T + c (X X^T)^2) X with Muon's coefficients brings
-    singular values of 0.01 to 1 near 1, between 0.7 and 1.2. Each factor is a polynomial of
-    S = X X^T. So only S (m, m) is iterated, m being the shorter side, and X is multiplied once.
-    Factors are not rounded to bf16 or TF32, where the device would gain by it: that can push an
-    eigenvalue of S, which is 0 or more, below 0, where the five steps multiply it by up to
-    a^10 = 235,000. Gradients of low rank, as embeddings near collapse have, became updates a
-    thousand times too long.
+    singular values from [0.01, 1] near 1, to [0.7, 1.2]. Each factor is a polynomial of S = X X^T,
+    so only S (m, m) is iterated, where m is the shorter side, and X is multiplied once. Factors are
+    not rounded to bf16 or TF32, though that would be faster: rounding can push an eigenvalue of S
+    below 0, where the five steps multiply it by up to a^10 = 235,000. Gradients of low rank, which
+    occur near collapse, then gave updates a thousand times too long.
     """
     if gradients.shape[1] > gradients.shape[2]:
         return orthogonalized(gradients.mT, steps).mT
@@ -204,16 +203,16 @@ def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, each matrix of it replaced by a nearly orthogonal one (Jordan et al., 2024).
+    """Momentum whose matrices are replaced by nearly orthogonal ones (Jordan et al., 2024).
 
-    A weight W is a matrix (out, rest), with gradient G and rate lr:
+    For a weight W, a matrix (out, rest), with gradient G and learning rate lr:
         M <- momentum M + G,   O = orthogonalized(G + momentum M)           (Nesterov's momentum)
         W <- (1 - lr weight_decay) W - lr max(1, out / rest)^0.5 O
-    What is no matrix (see `is_matrix`: biases, norms, gains, a ViT's tokens and positions) takes
-    AdamW's step at `lr`, with decay where the group has it.
+    All other parameters (biases, norms, gains, a ViT's tokens and positions; see `is_matrix`) take
+    AdamW's step at `lr`, with the decay of their group.
 
-    torch 2.9 brought a Muon for weights of two dimensions. Convolutions have four, and most of what
-    is trained here is convolutions, so this one serves every version of torch.
+    The Muon of torch 2.9 is for weights of two dimensions. Convolutions have four, and most weights
+    here are convolutions.
 
     Args:
         lr: learning rate. weight_decay: of matrices, decoupled. momentum: of M.
@@ -250,7 +249,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def step_matrices(self, group: dict, weights: list[Tensor]) -> None:
-        """Weights of one shape: a few batched products in place of many small ones."""
+        """Update weights of one shape by a few batched products in place of many small ones."""
         gradients, momentum = [p.grad for p in weights], self.buffers(weights, "momentum")
         torch._foreach_mul_(momentum, group["momentum"])
         torch._foreach_add_(momentum, gradients)
@@ -275,7 +274,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_(others, mean, root, -group["lr"] / (1 - b1**t))
 
     def buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
-        """A state of every parameter, zeros at first."""
+        """The state `name` of every parameter, zeros at the start."""
         for p in parameters:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)

@@ -1,4 +1,4 @@
-"""Schedules and random streams: functions of the step, so a resumed run needs nothing but its step.
+"""Schedules and random streams: functions of the step, so that a resumed run needs only its step.
 
 Each random number is a function of (stream, seed, step, rank), by `augment.derived_seed`.
 """
@@ -8,7 +8,7 @@ from enum import IntEnum
 
 
 class Stream(IntEnum):
-    """The random streams, and what beside the number decides a draw."""
+    """The one table of random streams, with the numbers that decide a draw of each."""
 
     ORDER = 0  # of the images in an epoch: seed, epoch
     VIEWS = 1  # of a training without labels: seed, step, rank
@@ -30,14 +30,14 @@ def cosine(
 ) -> float:
     """Linear warm-up from `warmup_start` to `start`, then half a cosine down (or up) towards `end`.
 
-    The values are those of DINO's `cosine_scheduler`. The last warm-up step has `start`, and so has
-    the first step after it. The last step of all is one cosine step short of `end`. A warm-up of a
-    single step has `warmup_start`.
+    The values are those of DINO's `cosine_scheduler`. The last warm-up step and the first step
+    after it have `start`. The last step is one cosine step short of `end`. A warm-up of a single
+    step has `warmup_start`.
 
     Args:
         step: from 0; from `total_steps` on the value is `end`.
         total_steps: infinity holds the value at `start`.
-        warmup_steps: how many of `total_steps` warm up.
+        warmup_steps: number of warm-up steps, which are part of `total_steps`.
     """
     if step < warmup_steps:
         return warmup_start + (start - warmup_start) * step / max(warmup_steps - 1, 1)

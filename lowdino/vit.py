@@ -2,17 +2,17 @@
 
 Parameters have the names and shapes of the official files of DINO (`dino_deitsmall16_pretrain.pth`
 and the like) and DINOv2 (`dinov2_vits14_pretrain.pth`, `dinov2_vits14_reg4_pretrain.pth` and the
-like). These load with strict=True, and the features are those of the official code at every size.
-`like(state_dict)` builds the network that fits a file.
+like). These load with strict=True, and the features equal those of the official code at every size.
+`like(state_dict)` builds the network for a file.
 
 The contract is that of the ConvNets:
     embed_dim                             width of the features
     mean, std                             the normalisation that its weights expect
     forward((B, 3, H, W))                 -> (B, embed_dim), the class token
     forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the patch tokens as a map
-    forward_tokens((B, 3, H, W))          -> both of them, from one pass
-    forward_pyramid((B, 3, H, W))         -> its one map in a list, of pyramid_strides and _dims
-for any H, W of at least one patch. Pixels beyond the last whole patch are ignored.
+    forward_tokens((B, 3, H, W))          -> class token and map, from one pass
+    forward_pyramid((B, 3, H, W))         -> the map in a list, see pyramid_strides and pyramid_dims
+for any H, W of at least one patch. Pixels beyond the last complete patch are ignored.
 
     arch         parameters (patch 16, 224 px)    embed_dim    heads
     vit_tiny                         5,524,416          192        3
@@ -31,7 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into patches and maps each to a token: (B, 3, H, W) -> (B, dim, h, w)."""
+    """Cut an image into patches and map each to a token: (B, 3, H, W) -> (B, dim, h, w)."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
-        """Attention of each token: (B, N, C) -> (B, heads, N, N), rows that sum to one."""
+        """Attention of each token: (B, N, C) -> (B, heads, N, N), with rows that sum to one."""
         q, k, _ = self.split(x)
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
@@ -76,7 +76,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain for each channel (Touvron et al., 2021), small at first."""
+    """A learned gain per channel (Touvron et al., 2021), 1e-5 at the start."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -89,7 +89,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    Stochastic depth (Huang et al., 2016) can drop each branch for some images of the batch.
+    Stochastic depth (Huang et al., 2016) drops a branch for some images of the batch.
     """
 
     def __init__(self, dim: int, num_heads: int, layer_scale: bool):
@@ -110,16 +110,16 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT without classifier.
 
-    The position embedding belongs to a square image of `image_size` pixels. At other sizes it is
-    resized as the official code does, see `positions`. That code differs with registers and
-    without, so `antialias` follows from them, and a state dict is enough to know the way.
+    The position embedding is that of a square image of `image_size` pixels. For other sizes it is
+    resized as in the official code, see `positions`. That code differs with and without registers,
+    so `antialias` follows from `registers`, and a state dict is enough to build the network.
 
     Args:
         patch_size: side of a patch in pixels.
-        image_size: side in pixels of the images that the position embedding belongs to.
-        dim, depth, num_heads: width of the tokens, number of blocks, heads of each block.
+        image_size: side in pixels of the images that the position embedding is for.
+        dim, depth, num_heads: width of the tokens, number of blocks, heads per block.
         registers: number of register tokens (Darcet et al., 2024).
-        layer_scale: a learned gain for each branch, as in DINOv2.
+        layer_scale: a learned gain per channel of each branch, as in DINOv2.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
@@ -151,25 +151,25 @@ class VisionTransformer(nn.Module):
         self.apply(init_weights)
 
     def set_drop_path_rate(self, rate: float) -> None:
-        """In training, drop a branch of the last block at this rate; it falls to 0 at the first."""
+        """Set the rate of stochastic depth: 0 in the first block, rising linearly to `rate`."""
         for block, p in zip(self.blocks, torch.linspace(0, rate, len(self.blocks)).tolist()):
             block.drop_path.p = p
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As any module's, without `mask_token`: DINOv2's files have it for training only."""
+        """As in nn.Module, but without `mask_token`, which DINOv2's files have for training."""
         kept = {name: value for name, value in state_dict.items() if name != "mask_token"}
         return super().load_state_dict(kept, strict, assign)
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embedding of an image of height x width pixels: (1, 1 + h * w, C).
 
-        DINO, and DINOv2 without registers, resize without antialiasing, by a scale factor for
-        0.1 patches more than there are. The 0.1 was meant to save the size from rounding, but it
-        shifts where the embedding is sampled, so features differ without it. DINOv2 with
-        registers resizes to the exact size, antialiased.
+        DINO, and DINOv2 without registers, resize without antialiasing, by the scale factor of 0.1
+        patches more than there are. The 0.1 was meant to protect the size from rounding. But it
+        also shifts where the embedding is sampled, so features differ without it. DINOv2 with
+        registers resizes to the exact size, with antialiasing.
         """
         h, w, grid = height // self.patch_size, width // self.patch_size, self.grid
-        # The official test compares pixels: 224 x 230 has as many patches, but is resized.
+        # The official code compares pixels: 224 x 230 has the same number of patches, but resizes.
         if h * w == grid**2 and height == width:
             return self.pos_embed
         own, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """What enters the first block: (B, 1 + registers + h * w, C), h and w."""
+        """The input of the first block: (B, 1 + registers + h * w, C), h and w."""
         B, _, H, W = x.shape
         if min(H, W) < self.patch_size:
             p = self.patch_size
@@ -214,7 +214,7 @@ class VisionTransformer(nn.Module):
         return self.forward_tokens(x)[0]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, row 0 the class token's.
+        """Attention of the last block; row 0 is the class token's.
 
         (B, 3, H, W) -> (B, heads, N, N) with N = 1 + registers + h * w.
         """
@@ -226,7 +226,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """DINO's: truncated normal of std 0.02 for linear weights, zero for their biases.
+    """DINO's initialisation: truncated normal of std 0.02 for linear weights, zero for biases.
 
     The patch embedding keeps torch's own initialisation.
     """
@@ -236,7 +236,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
-    """The network, at random weights, that a state dict fits; its heads are 64 wide.
+    """A network with random weights that fits a state dict; its heads are 64 wide.
 
     Raises:
         ValueError: where the state dict is not a Vision Transformer's.
@@ -265,8 +265,8 @@ def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
 
 
 # --------------------------------------------------------------------------------------------------
-# Factories: DINO's architectures. DINOv2's are the same with patch_size=14, image_size=518 and
-# layer_scale=True. `options` are those of VisionTransformer.
+# Factories of DINO's architectures. DINOv2's are the same with patch_size=14, image_size=518 and
+# layer_scale=True. `options` are arguments of VisionTransformer.
 # --------------------------------------------------------------------------------------------------
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base")

@@ -413,12 +413,12 @@ def test_the_views_describe_themselves():
     def describe(*sizes, sigma=2.0):
         return augment.MultiCrop(*sizes, blur_sigma=(0.1, sigma)).describe()
 
-    assert describe(224, 96, 8) == "global views 224 px, 8 local views 96 px"
-    assert describe(64, 32, 0) == "global views 64 px, 0 local views 32 px"
-    off = "; no blur: its largest sigma is {} pixels at this size"
-    start = "global views 32 px, 1 local views 32 px"
-    assert describe(32, 32, 1, sigma=2 * 32 / 224) == start + off.format(0.29)
-    assert describe(32, 32, 1, sigma=0.3) == start + off.format(0.3)
+    assert describe(224, 96, 8) == "2 global views of 224 px, 8 local views of 96 px"
+    assert describe(64, 32, 0) == "2 global views of 64 px, no local views"
+    off = "; blur is off below 0.3 px"
+    start = "2 global views of 32 px, 1 local view of 32 px"
+    assert describe(32, 32, 1, sigma=2 * 32 / 224) == start + off
+    assert describe(32, 32, 1, sigma=0.3) == start + off
     assert describe(32, 32, 1, sigma=0.301) == start
 
 
@@ -428,7 +428,7 @@ def test_views_are_blurred_where_the_description_says_so(high, blurred, photos, 
     monkeypatch.setattr(augment, "gaussian_blur", lambda *args: (calls.append(1), blur(*args))[1])
     crop = augment.MultiCrop(32, 16, 0, blur_sigma=(0.1, high))
     crop(photos, torch.full((len(photos), 2), 48), augment.seeded_generator("cpu", 0))
-    assert bool(calls) == blurred == ("no blur" not in crop.describe())
+    assert bool(calls) == blurred == ("blur is off" not in crop.describe())
 
 
 def test_solarisation_and_grey_reach_the_views_they_belong_to(photos):

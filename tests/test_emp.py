@@ -221,7 +221,7 @@ def test_a_run_of_the_preset_resumes(
     flags += ["--device", "cpu", "--num_workers", 0, "--save_every_steps", 2, "--log_freq", 1]
     flags += ["--amp", "bf16"]
     done = call_script("train.py", *flags, "--output_dir", tmp_path / "whole")
-    assert "3 global views 32 px" in done.stdout and " cosine " in done.stdout
+    assert "3 global views of 32 px" in done.stdout and " cosine " in done.stdout
     assert "of the student" in done.stdout and " coding_rate " in done.stdout
     stopped_after_a_checkpoint("train.py", *flags, "--output_dir", tmp_path / "stopped")
     call_script("train.py", *flags, "--output_dir", tmp_path / "stopped")

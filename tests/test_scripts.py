@@ -58,7 +58,7 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, d
     flags = small(WRITING, data_path=picture_folder, output_dir=out)
     done = call_script("train.py", *flags)
     assert set(os.listdir(out)) == set(FILES)
-    views = "24 images; global views 32 px, 1 local views 32 px"
+    views = "24 images; 2 global views of 32 px, 1 local view of 32 px"
     assert views in done.stdout.splitlines()[0]
     header = "step epoch loss lr images/s wait memory left loss_over_lnk entropy"
     lines = done.stdout.splitlines()
@@ -197,7 +197,7 @@ def test_training_on_cifar10(cifar10, tmp_path, call_script):
                 shutil.copy(cifar10 / split / name / file, few / split / name)
     text = "--epochs 1 --centering sinkhorn --optimizer sgd --amp bf16"
     done = call_script("train.py", *small(text, data_path=few, output_dir=out))
-    assert "80 images; global views 32 px" in done.stdout and "accuracy" in done.stdout
+    assert "80 images; 2 global views of 32 px" in done.stdout and "accuracy" in done.stdout
     for text in ("--pixels", "--arch resnet5m", f"--weights {out / 'backbone.pth'}"):
         shown = call_script("eval_knn.py", *options(text, data_path=few)).stdout
         assert "(k=80) top-1" in shown and "top-5" in shown  # 200 neighbours of 80
