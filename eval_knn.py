@@ -31,7 +31,7 @@ FOREIGN = {
 FLAGS = {
     "the model": (
         Flag("weights", "backbone.pth, or another file that load_backbone reads", metavar="FILE"),
-        Flag("arch", f"{', '.join(lowdino.ARCHS)}; without --weights at random initialisation"),
+        Flag("arch", "backbone; without --weights at random values", choices=lowdino.ARCHS),
         Flag("pixels", "classify by raw pixels instead of a backbone", bool),
         Flag("from_features", "classify by an .npz that --features wrote", metavar="FILE"),
     ),
@@ -88,8 +88,7 @@ def check(args: settings.Settings) -> str | None:
         )
     if args.seed >= 2**63:
         return f"--seed must be below 2^63, not {args.seed}"
-    arch = settings.check_arch(args.arch) if args.arch else None
-    return arch or settings.check_evaluation(args)
+    return settings.check_evaluation(args)
 
 
 def open_model(args: settings.Settings) -> tuple[str, torch.nn.Module]:

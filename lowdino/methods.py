@@ -54,8 +54,9 @@ class Flag(NamedTuple):
         for item in value if isinstance(value, list | tuple) else [value]:
             if self.choices and item not in self.choices:
                 near = difflib.get_close_matches(str(item), self.choices, 1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                return f"--{self.name} {item}: {hint}there are {', '.join(self.choices)}"
+                hint = f": did you mean {near[0]}?" if near else ";"
+                known = ", ".join(self.choices)
+                return f"--{self.name} {item} is unknown{hint} choose from {known}"
             if self.range and item is not None and not in_range(item, self.range):
                 return f"--{self.name} {in_words(self.range)}, not {value}"
         return None
@@ -188,7 +189,9 @@ def check_pairs(method: type[Method], args) -> str | None:
     if args.global_crops_number != 2:
         given = args.global_crops_number
         return f"--method {method.name} takes --global_crops_number 2, not {given}"
-    if getattr(args, "alpha", None) is not None and not args.local_crops_number:
+    # Where neither says how many local views there are, there are some, see `fit_to_data`.
+    known = {"local_crops_number", "preset"} & args.typed
+    if getattr(args, "alpha", None) is not None and not args.local_crops_number and known:
         return "--alpha balances global against local views, and --local_crops_number is 0"
     return None
 

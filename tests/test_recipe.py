@@ -23,13 +23,17 @@ from torch import nn
 
 import distill
 import train
-from lowdino import budget, data, datasets, distributed, settings
+from lowdino import budget, datasets, distributed, settings
 
 CPU = torch.device("cpu")
 
 
 def parsed(text="", script=train, **named):
     return settings.resolve(script.get_parser(), options(text, **named))
+
+
+def fitted(text="", images=45_000, side=32, world=1, script=train):
+    return settings.fit_to_data(parsed(text, script), images, side, world)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,16 +45,15 @@ def parsed(text="", script=train, **named):
     "flags, expected",
     [
         ("", dict(method="emp", optimizer="muon", lr=0.12, global_crops_number=8)),
-        # Images and views make up 512 views a step.
+        # Images and views make up 512 views per step.
         ("--global_crops_number 4", dict(method="emp", batch_size_per_gpu=128)),
         ("--global_crops_number 32", dict(method="emp", batch_size_per_gpu=16)),
         ("--global_crops_number 4 --batch_size_per_gpu 8", dict(batch_size_per_gpu=8)),
         ("--preset emp --global_crops_number 4", dict(batch_size_per_gpu=64)),
-        # A flag of one method alone asks for it.
-        ("--out_dim 512", dict(method="dino", optimizer="adamw", lr=2e-3, out_dim=512)),
-        ("--alpha 0.4", dict(method="dino", local_crops_number=6)),
-        ("--alpha 0.4 --local_crops_number 2", dict(local_crops_number=2)),
-        ("--descriptors hog", dict(method="mvmr", projector=[512, 512, 512])),
+        ("--method dino", dict(optimizer="adamw", lr=2e-3, out_dim=1024)),
+        ("--method dino --alpha 0.4", dict(local_crops_number=6)),
+        ("--method dino --alpha 0.4 --local_crops_number 2", dict(local_crops_number=2)),
+        ("--method mvmr --descriptors hog", dict(projector=[512, 512, 512])),
         ("--projector 64 64", dict(method="emp", projector=[64, 64])),
         ("--method mvmr --projector 64 64", dict(method="mvmr", projector=[64, 64])),
         ("--preset mvmr", dict(method="mvmr", lr=1e-4)),
@@ -63,10 +66,9 @@ def parsed(text="", script=train, **named):
         ("--method dino --optimizer muon", dict(lr=0.12, lr_reference_batch=0)),
     ],
 )
-def test_settings_follow_from_the_flags_by_hand(flags, expected):
-    args = parsed(flags)
-    assert train.check(args) is None
-    assert {name: getattr(args, name) for name in expected} == expected
+def test_settings_follow_from_the_typed_flags(flags, expected):
+    s = fitted(flags)
+    assert {name: getattr(s, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -78,44 +80,33 @@ def test_settings_follow_from_the_flags_by_hand(flags, expected):
         ("--teacher t.npy", dict(global_crops_scale=[0.9, 1.0])),
         ("--cache_teacher t.npy --preset small", dict(global_crops_scale=[0.2, 1.0])),
         ("--objective dino", dict(global_crops_number=2, batch_size_per_gpu=128)),
-        ("--teacher_head train", dict(objective=["kd"])),
-        ("--temperature 4", dict(objective=["kd"])),
+        ("--objective kd --teacher_head train", dict(temperature=3.0)),
         ("--objective simkd --teacher_head train", dict(objective=["simkd"])),
         ("--preset small", dict(optimizer="adamw", lr=2e-3, objective=["similarity"])),
-        ("--preset small --temperature 4", dict(optimizer="adamw", objective=["kd"])),
+        ("--preset small --objective kd --temperature 4", dict(lr=2e-3, temperature=4.0)),
         ("--optimizer adamw", dict(optimizer="adamw", lr=2e-3)),
     ],
 )
 def test_distillation_has_a_recipe_too(flags, expected):
-    args = parsed(f"--teacher some:network {flags}", distill)
-    assert distill.check(args) is None
-    assert {name: getattr(args, name) for name in expected} == expected
+    s = fitted(f"--teacher some:network {flags}", script=distill)
+    assert {name: getattr(s, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--method emp --out_dim 9", "--out_dim is a flag of --method dino, not of emp"),
-        ("--preset dino --rate_eps 1", "--rate_eps is a flag of --method emp, not of dino"),
-        ("--preset emp --descriptors hog", "--descriptors is a flag of --method mvmr, not of emp"),
-        ("--out_dim 9 --rate_eps 1", "--out_dim is a flag of --method dino, not of emp"),
+        ("--method emp --out_dim 9", "--out_dim is a flag of dino, swav, not of emp"),
+        ("--preset dino --rate_eps 1", "--rate_eps is a flag of emp, not of dino"),
+        ("--preset emp --descriptors hog", "--descriptors is a flag of mvmr, not of emp"),
+        ("--out_dim 9 --rate_eps 1", "--out_dim is a flag of dino, swav: give --method"),
         ("--minutes 3 --epochs 2", "--minutes and --epochs both say how long to train"),
         ("--minutes 0", "--minutes must be above 0, not 0.0"),
         ("--minutes nan", "--minutes must be above 0, not nan"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, message):
-    assert train.check(parsed(flags)).startswith(message)
-
-
-class Images:
-    """So many images of one size, none of which can be read."""
-
-    def __init__(self, count, side):
-        self.count, self.view_side, self.replace_bad = count, side, False
-
-    def __len__(self):
-        return self.count
+    with pytest.raises(distributed.UserError, match=f"^{message}"):
+        parsed(flags)
 
 
 @pytest.mark.parametrize(
@@ -132,31 +123,28 @@ class Images:
         (45_000, 1, "--minutes 3", dict(epochs=None, warmup_epochs=0.3)),
     ],
 )
-def test_settings_follow_from_the_images(images, ranks, flags, expected, tmp_path, monkeypatch):
-    source = datasets.Source("some", Images(images, 224), None, None, classes=0)
-    monkeypatch.setattr(datasets.Source, "limit_side", lambda self, side: None)
-    monkeypatch.setattr(settings, "load_data", lambda args, ranks: source)
-    monkeypatch.setattr(data, "suitable_size", lambda images: images.view_side)
-    args = parsed(flags, output_dir=tmp_path)
-    settings.settle(args, distributed.Ranks(0, ranks, CPU))
-    assert {name: getattr(args, name) for name in expected} == expected
+def test_settings_follow_from_the_images(images, ranks, flags, expected):
+    s = fitted(flags, images, 224, ranks)
+    assert {name: getattr(s, name) for name in expected} == expected
 
 
-def test_a_warm_up_by_hand_outlasts_no_training_of_the_recipe(tmp_path):
-    args = parsed("--warmup_epochs 2001", data_path="demo", output_dir=tmp_path)
+def test_a_warm_up_that_is_typed_outlasts_no_training_of_the_recipe():
     with pytest.raises(
         distributed.UserError, match="--warmup_epochs 2001 is longer than the train"
     ):
-        settings.settle(args, distributed.Ranks(0, 1, CPU))
+        fitted("--warmup_epochs 2001")
 
 
-def test_the_log_says_what_is_the_recipe_and_what_is_by_hand(picture_folder, tmp_path, capsys):
+def test_the_log_says_what_was_typed_and_why_other_values_differ(picture_folder, tmp_path, capsys):
     flags = "--arch mobilevit_xxs --epochs 1 --global_crops_number 2 --amp none --device cpu"
     train_here(options(flags, data_path=picture_folder, output_dir=tmp_path))
-    hand = "amp, arch, data_path, device, epochs, global_crops_number, output_dir"
-    assert f"settings of the recipe, but by hand {hand}\n" in capsys.readouterr().out
-    args = json.loads((tmp_path / "args.json").read_text())
-    assert args["method"] == "emp" and args["batch_size_per_gpu"] == 24
+    lines = capsys.readouterr().out.splitlines()
+    typed = f"amp=none, arch=mobilevit_xxs, data_path={picture_folder}, device=cpu, epochs=1, "
+    assert f"recipe emp; typed: {typed}global_crops_number=2, output_dir={tmp_path}" in lines
+    assert "batch_size_per_gpu 24: there are 24 images" in lines
+    values = json.loads((tmp_path / "args.json").read_text())
+    assert values["method"] == "emp" and values["batch_size_per_gpu"] == 24
+    assert "freeze_last_layer" not in values and "batch_size_per_gpu" in values["unusual"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,7 +227,8 @@ def test_another_autocast_than_the_checkpoints_is_refused(
     flags = stepwise(picture_folder, tmp_path, "--epochs 1 --knn_freq 0")
     call_script("train.py", *flags)
     done = call_script("train.py", *flags, "--amp", "bf16", check=False)
-    assert done.returncode == 2 and "holds a run with amp none, not bf16" in done.stderr
+    assert done.returncode == 2 and "cannot resume from" in done.stderr
+    assert "its run has amp none, not bf16" in done.stderr
 
 
 class FakeClock:
@@ -350,7 +339,7 @@ def test_a_run_of_minutes_goes_on_to_the_end_of_its_plan(
     monkeypatch.setattr(budget.Budget, "correction", lambda self, step, total: None)
     train_here(flags(whole))
     assert saved(whole)["total_steps"] == saved(whole)["step"] == 16
-    assert "plan: 16 steps, 2.67 epochs in 0.2 minutes\n" in capsys.readouterr().out
+    assert "plan: 16 steps (2.67 epochs)\n" in capsys.readouterr().out
     with at_step(1 + 5, terminate), pytest.raises(SystemExit):  # the first is a trial
         train_here(flags(stopped))
     train_here(flags(stopped))
@@ -383,5 +372,5 @@ def test_a_run_of_minutes_corrects_its_plan(picture_folder, tmp_path, monkeypatc
     monkeypatch.setattr(budget.Budget, "correction", lambda self, step, total: better.get(step))
     flags = small("--minutes 0.2 --knn_freq 0", data_path=picture_folder, output_dir=tmp_path)
     train_here(flags)
-    assert "plan: 24 steps, 4 epochs in 0.2 minutes" in capsys.readouterr().out
+    assert "plan: 24 steps (4 epochs)" in capsys.readouterr().out
     assert saved(tmp_path)["step"] == 24
