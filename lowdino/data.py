@@ -31,8 +31,6 @@ from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, ImageError, PixelFormat, read_image
 from lowdino.schedules import Stream
 
-# Random streams, see `augment.derived_seed`.
-
 NO_LABEL = -1
 
 # One image: (C, H, W) uint8, its label and index, and messages on the images that it replaces.
