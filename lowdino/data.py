@@ -31,8 +31,6 @@ from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, ImageError, PixelFormat, read_image
 from lowdino.schedules import Stream
 
-# Random streams, see `augment.derived_seed`.
-
 NO_LABEL = -1
 
 # One image: (C, H, W) uint8, its label and index, and messages on the images that it replaces.
@@ -48,8 +46,8 @@ class Batch(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data sets: `in_memory` ones need no loader processes, others say by `item_bytes` what one item has
-# at most.
+# Data sets. Those with `in_memory` need no loader processes; others may say by `item_bytes` how
+# large an item can be.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -75,7 +73,7 @@ class ImageArray(Dataset):
         return self.images[index], int(self.labels[index]), index
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch at once; a DataLoader prefers this method."""
+        """A batch at once; a DataLoader calls this where it exists."""
         i = torch.tensor(indices)
         # On a CPU index_select is four times as fast as images[i].
         images = self.images.index_select(0, i.to(self.images.device))
@@ -160,7 +158,7 @@ class ImageFiles(Dataset):
 
 
 class CachedImages(Dataset):
-    """The images of `ImageFiles`, decoded once and kept on a device, each in its own size.
+    """The images of `ImageFiles`, decoded once and kept on a device, in their different sizes.
 
     Args:
         files: read at their present `max_side` and with their replacements.
@@ -354,7 +352,7 @@ def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> 
 
 
 def start_worker(worker: int) -> None:
-    """Let a loader process survive a signal to the whole group, so that its parent can save first.
+    """Let a loader process survive a signal to all processes, so that its parent can save first.
 
     SIGTERM ends it after half a minute: a parent that exits sends one too, and waits for it.
     """
@@ -376,7 +374,7 @@ def open_loader(dataset: Dataset, num_workers: int | None, **options) -> DataLoa
     num_workers = loader_processes(dataset, num_workers)
     options = {"collate_fn": collate} | options
     batch_size = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", None)
-    batch_size = batch_size or max(map(len, options["batch_sampler"]), default=0)  # a list
+    batch_size = batch_size or max(map(len, options["batch_sampler"]), default=0)  # of a list
     by_pipe = lacks_shared_memory(dataset, num_workers, batch_size)
     start = start_worker_with_pipe if by_pipe else start_worker
     return DataLoader(dataset, num_workers=num_workers, worker_init_fn=start, **options)
@@ -455,7 +453,7 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def describe_value_range(value_range: Sequence[float] | None, origin: str) -> str:
-    """A remark for the log; empty without a range."""
+    """A remark for the log, empty without a range."""
     text = "; values {:g} to {:g} ({}) become 0 to 255"
     return text.format(*value_range, origin) if value_range else ""
 
@@ -466,11 +464,11 @@ def choose_value_range(
     given: Sequence[float] | None,
     known: Sequence[float] | None = None,
 ) -> tuple[Sequence[float] | None, str]:
-    """The given range, else the known one, else that of a sample of the images; and a remark.
+    """The given range, else the known one, else that of a sample; and a remark for the log.
 
     Args:
         name: of the data set, in words.
-        given: by --value_range. known: that of the backbone.
+        given: by --value_range. known: the backbone's.
 
     Raises:
         UserError: where a range is given, and no image of the sample needs one.
@@ -491,10 +489,11 @@ def choose_value_range(
 
 @user_errors()
 def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None = None) -> str:
-    """Choose the value range of a training's images, and the backbone's normalisation; a remark.
+    """Set the value range of a training's images and the backbone's mean and std.
 
-    The range is that of --value_range, else of the checkpoint `saved`, else of a sample. A network
-    whose mean and std are not known gets those of the images.
+    The range is that of --value_range, else of the checkpoint `saved`, else of a sample. Mean and
+    std are those of `saved`, or of a sample where the backbone has none. Returns a remark for the
+    log.
 
     Raises:
         UserError: where a range is given that no image needs, or no image can be read.
@@ -520,7 +519,10 @@ def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None
 
 
 def fit_images_to_backbone(args, backbone: nn.Module, source) -> str:
-    """Choose the value range of an evaluation's images, first of all the backbone's; a remark."""
+    """Set the value range of an evaluation's images: by the flag, the backbone or a sample.
+
+    Returns a remark for the log.
+    """
     known = getattr(backbone, "value_range", None)
     chosen, remark = choose_value_range(source.pretrain, source.name, args.value_range, known)
     source.set_pixel_format(value_range=chosen)

@@ -90,7 +90,7 @@ class Source:
 
 
 def demo_images(root: str, download: bool) -> Source:
-    side = demo.SIDE // 2  # shows the glyphs as well as the whole side, at a quarter of the cost
+    side = demo.SIDE // 2  # shows the glyphs as well, at a quarter of the cost
     train, test = (
         ImageArray(*demo.demo_images(indices), view_side=side)
         for indices in demo.splits(demo.TRAIN, demo.TEST)
@@ -158,7 +158,7 @@ class Row(NamedTuple):
 
 
 def path_key(path: str) -> str:
-    """A path to compare by: Macs write accents as characters of their own, tables do not."""
+    """A path to compare by: Macs write accents as separate characters, tables do not."""
     return unicodedata.normalize("NFC", os.path.abspath(path))
 
 
@@ -246,8 +246,8 @@ def read_list(file: Path) -> Splits:
 def read_splits(folder: Path, by_table: bool) -> Splits:
     """All images below a folder, or below its train/ and val/ (see `TRAIN` and `TEST`).
 
-    What lies beside these is not used. A train/ with images of its own and no val/ is a class, of
-    vehicles say, where another folder beside it has images too.
+    Files beside these are not used. Without a val/, a train/ that itself holds images is a class,
+    of vehicles say, where another folder beside it has images too.
 
     Args:
         by_table: a table has the splits, so the names of folders mean nothing.
@@ -356,7 +356,7 @@ def row_of(header: list[str], cells: list[str], line: int, file: Path) -> Row:
 def apply_table(splits: Splits, rows: list[Row], file: Path) -> None:
     """Look up the images of a table's rows, and take its splits where it has them.
 
-    A row's path is relative to the table's own folder or to that of the images.
+    A row's path is relative to the folder of the table or to that of the images.
 
     Raises:
         UserError: where a row names a missing file, two rows contradict each other, no row names an

@@ -62,7 +62,7 @@ def scale_to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None)
     """Scale a range of values to 0..255 and clip the others; uint8 stays as it is.
 
     Raises:
-        ValueError: where no range is given, and the values have none of their own.
+        ValueError: where no range is given, and their type does not tell one.
     """
     if values.dtype == np.uint8:
         return np.array(values)

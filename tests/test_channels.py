@@ -339,14 +339,14 @@ def test_colours_stay_where_strengths_are_0(tmp_path):
 
     argv = small("--jitter 0 --grayscale 0 --blur 0 --solarize 0 --global_crops_size 224")
     args = settings.resolve(train.get_parser(), [*argv, "--local_crops_size", "96"])
-    crop = data.build_views(args)
+    network = lowdino.build_backbone("mobilevit_xxs")
+    crop = data.build_views(args, network)
     images = torch.tensor([200, 90, 30], dtype=torch.uint8).view(1, 3, 1, 1).repeat(8, 1, 64, 64)
     views = crop(images, torch.full((8, 2), 64), augment.seeded_generator("cpu", 0))
     expected = augment.normalize(images[:, :, :1, :1] / 255, crop.mean, crop.std)
     for view in views:
         torch.testing.assert_close(view, expected.expand_as(view), atol=1e-5, rtol=0)
-    args.jitter, args.blur, args.solarize = 0.5, 0.5, 0.3
-    crop = data.build_views(args)
+    crop = data.build_views(args.replace(jitter=0.5, blur=0.5, solarize=0.3), network)
     torch.testing.assert_close(crop.jitter, torch.tensor([0.2, 0.2, 0.1, 0.05]))
     assert crop.groups[0][2:] == ((0.5, 0.05), (0.0, 0.3)) and crop.groups[1][2] == (0.25,)
 
