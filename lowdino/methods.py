@@ -377,7 +377,7 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
 
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
-WEIGHTS = ("invariance_weight", "variance_weight", "dependence_weight", "representation_weight")
+MVMR_WEIGHTS = ("invariance_weight", "variance_weight", "dependence_weight", "representation_weight")
 
 
 class MVMR(ProjectionMethod):
@@ -440,7 +440,7 @@ class MVMR(ProjectionMethod):
             )
         if len(set(args.descriptors)) < len(args.descriptors):
             return f"--descriptors names one twice: {' '.join(args.descriptors)}"
-        if not any(getattr(args, name) for name in WEIGHTS):
+        if not any(getattr(args, name) for name in MVMR_WEIGHTS):
             return "--method mvmr has nothing to learn: all four of its weights are 0"
         return check_pairs(cls, args)
 

@@ -12,7 +12,7 @@ import torch
 from runs import is_one_sentence, options, saved, saved_by_one_and_two_ranks
 from torch import nn
 
-from lowdino import baselines, health, losses, methods, recipes
+from lowdino import augment, baselines, health, losses, methods, recipes, schedules
 
 NEW = ("byol", "moco", "swav", "simclr", "vicreg", "barlow")
 
@@ -245,7 +245,8 @@ def test_mocos_queries_and_keys_come_in_parts_of_different_images(monkeypatch):
             inside = torch.zeros(9, dtype=torch.bool)
             inside[part] = True
             assert torch.equal(gradient.flatten(1).any(dim=1), inside)  # what the query depends on
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    stream = schedules.Stream.KEY_ORDER
+    order = torch.randperm(9, generator=augment.seeded_generator("cpu", stream, 0, 3))
     for part in (order[:5], order[5:]):
         expected = norm([views[0][part]])[1]["projector"]
         torch.testing.assert_close(seen["k"][part], expected)
@@ -322,13 +323,13 @@ class Counting(Tiny):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("name", recipes.METHODS)
+@pytest.mark.parametrize("name", [name for name in recipes.METHODS if name != "distillation"])
 def test_passes_an_image(name, monkeypatch):
     """Those by which the papers' tables are given equal compute."""
     monkeypatch.setattr(Counting, "passes", 0)
     monkeypatch.setattr(methods, "plain_view", lambda batch, size, backbone: batch)
     method = method_of(name, Counting(), projector=[12, 6], descriptors=["pixels"])
-    views = views_of(PRESETS["emp"]["global_crops_number"] if name == "emp" else 2)
+    views = views_of(recipes.RECIPES["emp"]["global_crops_number"] if name == "emp" else 2)
     method(views, views[0])
     assert Counting.passes == bench_papers.PASSES[name] * len(views[0])
 
@@ -432,7 +433,10 @@ def test_a_run_goes_on_bit_for_bit(
     "flags, message",
     [
         ("--method byol --alpha 0.4 --local_crops_number 0", "--local_crops_number is 0"),
-        ("--method simclr --alpha 0.4", "--alpha is a flag of --method dino, not of simclr"),
+        (
+            "--method simclr --alpha 0.4",
+            "is a flag of dino, byol, moco, swav, not of simclr",
+        ),
         (
             "--method vicreg --local_crops_number 2",
             "compares two views: give --local_crops_number 0",
@@ -440,7 +444,7 @@ def test_a_run_goes_on_bit_for_bit(
         ("--method moco --queue_size 16", "--queue_size 16 is smaller than a batch"),
         ("--method swav --queue_size 16", "--queue_size 16 is smaller than a batch"),
         ("--method moco --momentum_teacher none", "moco has a fixed --momentum_teacher"),
-        ("--method emp --teacher_update step", "--teacher_update is a flag of --method dino"),
+        ("--method emp --teacher_update step", "--teacher_update is a flag of dino, not of emp"),
         ("--method byol --global_crops_number 4", "byol takes --global_crops_number 2, not 4"),
         ("--method barlow --redundancy_weight -1", "--redundancy_weight must be 0 or more"),
         (

@@ -10,7 +10,7 @@ from runs import saved_by_one_and_two_ranks
 from torch import nn
 
 import train
-from lowdino import augment, heads, methods, optim, recipes, settings, vit
+from lowdino import augment, distributed, heads, methods, optim, recipes, settings, vit
 from lowdino.losses import CodingRateLoss
 
 
@@ -241,16 +241,18 @@ def test_a_run_of_the_preset_resumes(
         ),
         (["--method", "emp", "--rate_eps", "0"], "--rate_eps must be above 0, not 0.0"),
         (
-            ["--alpha", "0.4", "--global_crops_number", "3"],
+            ["--method", "dino", "--alpha", "0.4", "--global_crops_number", "3"],
             "--method dino takes --global_crops_number 2, not 3",
         ),
         (["--global_crops_number", "0"], "--global_crops_number must be at least 1, not 0"),
         (["--grayscale", "2"], "--grayscale must lie between 0 and 1, not 2.0"),
-        (["--projector", "0"], "--projector needs widths of at least 1, not [0]"),
+        (["--projector", "0"], "--projector must be at least 1, not [0]"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, message):
-    assert train.check(settings.resolve(train.get_parser(), flags)) == message
+    with pytest.raises(distributed.UserError) as caught:
+        settings.resolve(train.get_parser(), flags)
+    assert str(caught.value) == message
 
 
 def test_grayscale_has_the_probability_that_is_asked_for():

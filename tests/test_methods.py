@@ -1,6 +1,5 @@
 """Methods without the engine, a new one through it, and that they learn."""
 
-import argparse
 import copy
 import functools
 import io
@@ -16,8 +15,7 @@ from torch import nn
 
 import distill
 import lowdino
-import train
-from lowdino import augment, data, demo, distributed, evaluate, flags, heads, methods, recipes
+from lowdino import augment, data, demo, distributed, evaluate, heads, methods, recipes, settings
 from lowdino import distillation as teachers_file
 from lowdino.distillation import Distillation
 from lowdino.features import compute_features
@@ -59,9 +57,8 @@ def batches_and_views(images, batch_size=64, epochs=1, local=0, seed=0):
 
 def distillation(backbone, seed=0, **given):
     """With a teacher at random weights, or its features in a table."""
-    argv = ["--teacher", "none", "--objective", *given.pop("objective", ["kd"])]
-    args = distill.get_parser().parse_args(argv)
-    vars(args).update(given)
+    s = settings.resolve(distill.get_parser(), ["--teacher", "none"])
+    args = s.replace(**{"objective": ["kd"]} | given)
     torch.manual_seed(7)
     network = Small().eval().requires_grad_(False)
     head = heads.DINOHead(128, 64, hidden_dim=32).requires_grad_(False)
@@ -135,7 +132,13 @@ def test_self_distillation_learns():
     images = demo_array(range(1000))
     unseen = demo_array(range(demo.TEST_START, demo.TEST_START + 500))
     epochs, epoch_steps = 6, 1000 // 64
-    small = dict(hidden_dim=512, use_bn_in_head=True, momentum_teacher=None, freeze_last_layer=0)
+    small = dict(
+        out_dim=1024,
+        hidden_dim=512,
+        use_bn_in_head=True,
+        momentum_teacher=None,
+        freeze_last_layer=0,
+    )
     args = recipes.options("dino", **small)
     method = methods.DINO(Small(), args, epochs * epoch_steps, epoch_steps)
 
@@ -158,16 +161,15 @@ def test_self_distillation_learns():
     assert after > before + 0.1, (before, after)
 
 
-def test_options_are_the_defaults_of_the_flags():
-    flag_defaults = vars(train.get_parser().parse_args([]))
-    for name in recipes.METHODS:
-        found = vars(recipes.options(name))
-        own = recipes.METHODS[name].defaults
-        assert found and all(v == own.get(k, flag_defaults[k]) for k, v in found.items())
+def test_options_are_those_of_the_papers_recipe():
+    for name, method in recipes.METHODS.items():
+        row = recipes.RECIPES.get(name) or recipes.RECIPES[recipes.default_recipe(name)]
+        expected = {flag.name: row[flag.name] for flag in method.flags if flag.name in row}
+        assert expected and vars(recipes.options(name)) == expected
     given = recipes.options("dino", out_dim=7, more="kept")
     assert (given.out_dim, given.more, given.student_temp) == (7, "kept", 0.1)
-    assert given.projector is None  # of another method, which may share it
-    with pytest.raises(ValueError, match="no method 'none'; there are dino, emp, mvmr, byol"):
+    assert not hasattr(given, "projector")  # of another method
+    with pytest.raises(ValueError, match="no method 'none'; there are emp, dino, mvmr, byol"):
         recipes.options("none")
 
 
@@ -252,15 +254,18 @@ def flattened(x):
 
 
 # ---------------------------------------------------------------------------------------------
-# A new method: one class, its flags, a line in the table
+# A new method: one class with its flags, and a row in recipes.py
 # ---------------------------------------------------------------------------------------------
 
 
 class SimSiam(methods.Method):
     """Siamese networks with a predictor and a stopped gradient (Chen and He, 2021)."""
 
+    name = "simsiam"
+    flags = (methods.Flag("predictor_dim", "width of the predictor's hidden layer", int, ">= 1"),)
+
     def __init__(self, backbone, args, total_steps=1, epoch_steps=1):
-        super().__init__()
+        super().__init__(args, total_steps, epoch_steps)
         dim = backbone.embed_dim
         self.student = heads.ManyHeads(backbone, {"projector": heads.Projector(dim, dim, dim)})
         self.predictor = heads.Projector(dim, args.predictor_dim, dim)
@@ -276,19 +281,11 @@ class SimSiam(methods.Method):
         return methods.feature_metrics(self.last)
 
 
-def add_simsiam_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("SimSiam").add_argument
-    add("--predictor_dim", type=int, default=64, help="width of the predictor's hidden layer")
-
-
-def check_simsiam(args: argparse.Namespace) -> str | None:
-    return flags.out_of_range(args, at_least_one=("predictor_dim",))
-
-
 @pytest.fixture
 def simsiam(monkeypatch):
-    entry = methods.Entry(SimSiam, add_simsiam_flags, check_simsiam)
-    monkeypatch.setitem(recipes.METHODS, "simsiam", entry)
+    row = recipes.RECIPES["simclr_small"] | dict(method=SimSiam, predictor_dim=64)
+    monkeypatch.setitem(recipes.RECIPES, "simsiam", row)
+    monkeypatch.setitem(recipes.METHODS, "simsiam", SimSiam)
 
 
 def test_a_new_method_trains_and_resumes(
@@ -327,6 +324,7 @@ def test_the_loop_of_the_docstring_runs():
     (loop,) = re.findall(r"\n\n(    method = .*?)\n\n", methods.__doc__, re.DOTALL)
     views = [[torch.randn(8, 3, 32, 32) for _ in range(2)] for _ in range(3)]
     names = vars(methods) | {
+        "options": recipes.options,
         "backbone": lowdino.build_backbone("mobilevit_xxs"),
         "loader": views,
     }

@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from conftest import demo_array
 from torch import nn
 
+import train
 from lowdino import (
     augment,
     data,
     descriptors,
     distillation,
     distributed,
-    engine,
     features,
     heads,
     methods,
     recipes,
+    settings,
 )
 from lowdino.datasets import Source
 from lowdino.distillation import Teacher
@@ -137,7 +138,7 @@ def part(state, prefix):
 
 BATCH, EPOCH, EPOCHS = 5, 2, 5  # images, steps an epoch, epochs
 SETTINGS = dict(
-    preset=None, by_hand=[], usual={}, defaults={}, minutes=None, in_chans=3, value_range=None,
+    minutes=None, in_chans=3, value_range=None, device="cpu",
     arch="mobilevit_xxs", init=None, seed=0, compile=False, cache="none", num_workers=0, amp="none",
     optimizer="adamw", batch_size_per_gpu=BATCH, epochs=EPOCHS, lr=0.04, lr_reference_batch=10,
     min_lr=1e-3, warmup_epochs=1.5, weight_decay=0.1, weight_decay_end=0.8, clip_grad=0.05,
@@ -167,7 +168,8 @@ class Recorded(methods.DINO):
 
 def trained_by_engine(folder, **changes):
     """A method after engine.train(), with `start`, its state before, and what it saw."""
-    args = recipes.options("dino", **SETTINGS, **changes, output_dir=str(folder))
+    values = vars(recipes.options("dino", **SETTINGS | changes, output_dir=str(folder)))
+    values["method"] = "dino"
 
     def build(backbone, args, **steps):
         method = Recorded(backbone, args, **steps).double()
@@ -182,7 +184,9 @@ def trained_by_engine(folder, **changes):
     source = Source("few images", demo_array(range(BATCH * EPOCH)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "build_backbone", lambda args: Tiny())
-        return engine.train(args, ranks, source, build)
+        patch.setattr(settings, "open_training_images", lambda s, ranks: (source, s))
+        patch.setitem(recipes.METHODS, "dino", build)
+        return train.run(settings.Settings(values), ranks)
 
 
 @pytest.fixture(scope="module")

@@ -354,5 +354,5 @@ def test_autocast_is_what_the_device_has_cores_for(device, capability, expected,
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda d: asked.append(d) or capability
     )
-    assert budget.amp_of(torch.device(device)) == expected
+    assert budget.amp_of("auto", torch.device(device)) == expected
     assert asked == [torch.device(device)] * (capability is not None)
