@@ -126,11 +126,11 @@ def test_other_images_and_another_number_of_ranks_are_refused(
     added = pictures / "train" / "dark" / "new.png"
     shutil.copy(pictures / "train" / "dark" / "0.png", added)
     done = call_script("train.py", *flags, check=False)
-    assert is_one_sentence(done, r"holds a run with.* images 24, names \w+, not 25, names \w+")
+    assert is_one_sentence(done, r"cannot resume from .* images 24, names \w+, not 25, names \w+")
     added.unlink()
     change_settings(finished, lambda theirs: theirs.update(world=2))
     done = call_script("train.py", *flags, check=False)
-    assert is_one_sentence(done, "holds a run with.* world 2, not 1")
+    assert is_one_sentence(done, "cannot resume from .* world 2, not 1")
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_another_network_is_refused_whatever_is_accepted(whole, finished, call_s
     before = files(finished)
     flags = stepwise(whole[0], finished, "--arch resnet5m --accept_changes")
     done = call_script("train.py", *flags, check=False)
-    refused = "cannot go on with: its --arch is mobilevit_xxs, not resnet5m"
+    refused = "cannot resume from .*: its --arch mobilevit_xxs, not resnet5m"
     assert is_one_sentence(done, refused) and len(done.stderr) < 400
     assert files(finished) == before
 
@@ -168,4 +168,4 @@ def test_what_a_run_starts_from_is_known_by_its_weights(whole, tmp_path, call_sc
     assert_same_run(tmp_path / "unhurt", out)
     torch.save(lowdino.build_backbone("mobilevit_xxs").state_dict(), moved)
     done = call_script("train.py", *flags, "--init", moved, check=False)
-    assert is_one_sentence(done, r"holds a run with init \w{16}, not \w{16}: ")
+    assert is_one_sentence(done, r"cannot resume from .* init \w{16}, not \w{16}; ")

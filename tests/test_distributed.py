@@ -122,10 +122,10 @@ def test_batch_norm_is_over_all_ranks_where_several_have_cuda(
 # --------------------------------------------------------------------------------------------------
 
 
-def launched(work, wrong=None):
+def launched(work, parse=lambda: None):
     """The exit status of a script."""
     try:
-        launch("script.py", wrong, "cpu", work)
+        launch("script.py", parse, lambda args, ranks: work(ranks))
     except SystemExit as end:
         return end.code
     return 0
@@ -243,11 +243,14 @@ def test_wrong_flags_are_said_by_the_first_rank(capsys, monkeypatch):
     def never(ranks):
         raise AssertionError
 
-    assert launched(never, "--lr is negative") == 2
+    def parse():
+        raise UserError("--lr is negative")
+
+    assert launched(never, parse) == 2
     assert capsys.readouterr().err == "script.py: error: --lr is negative\n"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launched(never, "--lr is negative") == 2 and capsys.readouterr().err == ""
+    assert launched(never, parse) == 2 and capsys.readouterr().err == ""
 
 
 def test_a_script_that_ends_well_has_status_zero(capsys):
@@ -257,7 +260,7 @@ def test_a_script_that_ends_well_has_status_zero(capsys):
 @pytest.mark.parametrize("errors", ["apart", "together"])
 def test_a_reader_that_leaves_is_one_sentence(errors):
     """As in `train.py | head -1`, and with 2>&1, where nobody can hear of it."""
-    code = "from lowdino.distributed import launch\nlaunch('x.py', None, 'cpu', lambda ranks: ["
+    code = "from lowdino.distributed import launch\nlaunch('x.py', int, lambda args, ranks: ["
     code += "print('y' * 99, flush=True) for _ in range(10**5)])"
     to = subprocess.PIPE if errors == "apart" else subprocess.STDOUT
     command = [sys.executable, "-c", code]

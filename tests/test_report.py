@@ -277,11 +277,15 @@ def test_a_run_with_labels_keeps_its_report(picture_folder, tmp_path, call_scrip
     maps = Image.open(tmp_path / "maps.png")
     assert maps.size == (4 * 161 + 1, 4 * 161 + 1)  # eight images
     assert "8 x 8 cells" in maps.info["caption"] and "enlarged from the 32" in maps.info["caption"]
-    # Settings are printed once, and only those that differ from the defaults.
-    listed = re.findall("^  (\\w+)=(.*)$", printed, re.M)
-    assert ("out_dim", "16") in listed and ("method", "dino") in listed
+    # Settings are printed once, and only those that were typed or fitted, these with a reason.
+    (typed,) = re.findall("typed: (.*)$", printed, re.M)
+    listed = [pair.split("=") for pair in typed.split(", ")]
+    assert ["out_dim", "16"] in listed and ["method", "dino"] in listed
     assert not {"lr", "seed", "weight_decay", "projector"} & {name for name, _ in listed}
-    assert set(dict(listed)) == set(json.loads((tmp_path / "args.json").read_text())["unusual"])
+    unusual = set(json.loads((tmp_path / "args.json").read_text())["unusual"])
+    assert set(dict(listed)) <= unusual
+    for name in unusual - set(dict(listed)):
+        assert re.search(f"^{name} .+: .+$", printed, re.M), name
 
 
 def test_a_vit_without_labels_shows_neighbours_and_attention(picture_folder, tmp_path):

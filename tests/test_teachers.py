@@ -201,7 +201,7 @@ def test_a_wrong_file_of_features_is_one_sentence(picture_folder, tmp_path, call
     (tmp_path / "damaged.npz").write_bytes(b"PK")
     flags = student(data_path=picture_folder, output_dir=tmp_path / "out")
     for name, message in (
-        ("fewer.npy", "holds features of 23 other images than the 24"),
+        ("fewer.npy", "holds features of 23 images, which are not the 24"),
         ("flat.npy", r"should be \(N, D\)"),
         ("nan.npy", "not finite"),
         ("damaged.npz", "it is damaged"),
@@ -240,7 +240,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
     three = save_teacher(at("three.pth"), classifier=classifier(3, 320))
     at("mine.py").write_text(MINE)
     flags = student(data_path=picture_folder, output_dir=at("out"))
-    file = "--teacher_head file"
+    file = "--objective kd --teacher_head file"
     for teacher, more, message in (
         (at("none.pth"), "", "no file"),
         (at("damaged.pth"), "", "it is damaged"),
@@ -268,8 +268,11 @@ def test_labels_are_asked_for_where_there_are_none(picture_folder, tmp_path, cal
     unlabelled = picture_folder / "train"
     flags = student(teacher=teacher, data_path=unlabelled, output_dir=tmp_path / "out")
     for more, message in (
-        ("--teacher_head train", "--teacher_head train needs labels, and folder"),
-        ("--teacher_head file --kd_weight 0.5", "--kd_weight 0.5 needs labels, and folder"),
+        ("--objective kd --teacher_head train", "--teacher_head train needs labels, and folder"),
+        (
+            "--objective kd --teacher_head file --kd_weight 0.5",
+            "--kd_weight 0.5 needs labels, and folder",
+        ),
     ):
         done = call_script("distill.py", *flags, *more.split(), check=False)
         assert is_one_sentence(done, message), done.stderr
