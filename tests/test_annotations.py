@@ -214,7 +214,10 @@ WRONG = {
     ),
     "category that is a list": (change(*ROW, "category_id", to=[18]), r"has category \[18\]"),
     "unknown image": (change(*ROW, "image_id", to=8), "annotation 1 is of image 8, which is not"),
-    "category without a name": (change("categories", 0, "name", to=3), "category 90 needs a whole"),
+    "category without a name": (
+        change("categories", 0, "name", to=3),
+        "category 90 needs an integer",
+    ),
     "category with a name as id": (change("categories", 0, "id", to="x"), "category 'x' needs a"),
     "no list": (change("annotations", to={}), 'it lacks a list "annotations"'),
     "no images": (change("images", to=[]), "it has no images"),
