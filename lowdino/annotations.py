@@ -149,7 +149,7 @@ class Pictures(Dataset):
         target = {name: torch.from_numpy(getattr(picture, name)) for name in names}
         if picture.shapes is not None:
             target["masks"] = torch.from_numpy(picture.masks())
-        return read_image(picture.path, pixels=self.pixels), target
+        return read_image(picture.path, pixel_format=self.pixels), target
 
 
 class Scenes(Dataset):

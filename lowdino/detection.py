@@ -303,9 +303,9 @@ def measure(subject: linear.Subject) -> dict:
     args, ranks, masks = subject.args, subject.ranks, subject.args.detector == "mask_rcnn"
     where = dict(source=args.data_path, root=args.data_root, download=args.download)
     load = partial(annotations.load, **where, masks=masks, rank=ranks.rank)
-    source, range_words = linear.open_pictures(subject, load)
+    source, remark = linear.open_pictures(subject, load)
     subject = replace(subject, source=source, size=args.image_size or suitable_size(source.train))
-    linear.print_pictures(subject, len(source.names), range_words)
+    linear.print_pictures(subject, len(source.names), remark)
     torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape
 
     def learn(indices: Sequence[int], seed: int, _: str) -> tuple[dict, str]:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, image_io, optim, probe, schedules
 from lowdino.distributed import UserError, user_errors
-from lowdino.features import compute_features, normalisation, open_network, pooled
+from lowdino.features import Pooled, compute_features, normalisation, open_network
 
 # The grids of the linear classifier. Half-whitened features suit them whatever the network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
@@ -165,31 +165,20 @@ def picture_batches(
 
     A picture is (C, H, W) uint8, of any size. Its target is a tensor, or a dict of tensors.
     """
-    device = subject.ranks.device
-    workers, pinned = data.loader_processes(pictures, subject.args.num_workers), device.type
-    options = dict(batch_sampler=order, collate_fn=flatten_pictures, pin_memory=pinned == "cuda")
-    for names, *tensors in data.open_loader(pictures, workers, **options):
-        values = iter([tensor.to(device, non_blocking=True) for tensor in tensors])
-        if names is None:
-            yield list(zip(values, values))
-        else:
-            yield [(image, {name: next(values) for name in names}) for image in values]
+    device, workers = subject.ranks.device, subject.args.num_workers
+    options = dict(batch_sampler=order, collate_fn=list, pin_memory=device.type == "cuda")
 
+    def moved(target: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        if isinstance(target, dict):
+            return {name: moved(value) for name, value in target.items()}
+        return target.to(device, non_blocking=True)
 
-def flatten_pictures(pictures: Sequence[tuple]) -> list:
-    """Pictures with their targets as a flat list, which loader processes can send through pipes.
-
-    Returns:
-        The names in a target, or None for a target without names; then images and targets by turns.
-    """
-    names = [*pictures[0][1]] if isinstance(pictures[0][1], dict) else None
-    targets = (target.values() if names else [target] for _, target in pictures)
-    pairs = ([image, *target] for (image, _), target in zip(pictures, targets))
-    return [names, *itertools.chain(*pairs)]
+    for items in data.open_loader(pictures, workers, **options):
+        yield [(moved(image), moved(target)) for image, target in items]
 
 
 def open_pictures(subject: Subject, load: Callable) -> tuple[object, str]:
-    """Pictures with targets, read as the backbone needs them, and their range of values in words.
+    """Pictures with targets, read as the backbone needs them, and a remark on their values.
 
     Args:
         load: opens the pictures by `pixels`, a `PixelFormat`. Those of files have `paths`.
@@ -199,27 +188,27 @@ def open_pictures(subject: Subject, load: Callable) -> tuple[object, str]:
     """
     args, channels = subject.args, len(normalisation(subject.backbone)[0])
     pixels = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
-    source, range_words = load(pixels=pixels), ""
-    paths = getattr(source.train, "paths", None)
-    if paths is not None:
-        named = subject.backbone, source.name, paths
-        pixels, range_words = data.with_value_range(args, *named, pixels)
-        source.train.pixels = source.test.pixels = pixels
+    source, remark = load(pixels=pixels), ""
+    if hasattr(source.train, "paths"):
+        images = data.ImageFiles(source.train.paths, pixel_format=pixels)
+        known = getattr(subject.backbone, "value_range", None)
+        value_range, remark = data.choose_value_range(images, source.name, args.value_range, known)
+        source.train.pixels = source.test.pixels = pixels._replace(value_range=value_range)
     elif channels != 3:
         raise UserError(
             f"{source.name} are pictures in colours, and {subject.title} is of {channels}"
         )
-    return source, range_words
+    return source, remark
 
 
-def print_pictures(subject: Subject, classes: int, range_words: str) -> None:
+def print_pictures(subject: Subject, classes: int, remark: str) -> None:
     """Print what the model is measured on; before the first row, the notes on the pictures."""
     source = subject.source
     if subject.ranks.first:
         if subject.number == 1 and source.notes:
             print("\n".join(source.notes))
         counts = f"{len(source.train)} training and {len(source.test)} test pictures"
-        size = f"{classes} classes, {subject.size} px{range_words}"
+        size = f"{classes} classes, {subject.size} px{remark}"
         print(f"{subject.title}; {source.name}: {counts}, {size}", flush=True)
 
 
@@ -398,7 +387,7 @@ def fit_on_views(
     """
     ranks, steps = subject.ranks, len(loader)
     probes = probe.Probes(settings, inputs.x.shape[1], inputs.classes, ranks.device)
-    network = pooled(subject.backbone, subject.args.pool).eval()
+    network = Pooled(subject.backbone, subject.args.pool).eval()
     for step, images in enumerate(loader):
         features = network(training_view(subject, images, seed, step)).float()
         total = len(features) * ranks.world

@@ -351,7 +351,7 @@ def measure(subject: linear.Subject) -> dict:
     where = dict(source=args.data_path, root=args.data_root, download=args.download)
     split = dict(test_fraction=args.test_fraction, seed=args.seeds[0], rank=ranks.rank)
     load = partial(masks.load, **where, **split)
-    source, range_words = linear.open_pictures(subject, load)
+    source, remark = linear.open_pictures(subject, load)
     size, count = suitable_size(args, subject.backbone, source.train), len(source.train)
     backbone = subject.backbone.to(ranks.device).eval()
     subject = replace(subject, backbone=backbone, source=source, size=size)
@@ -360,7 +360,7 @@ def measure(subject: linear.Subject) -> dict:
     used = sorted({*itertools.chain(*subsets.values())})
     if min(len(used), len(source.test)) < ranks.world:
         raise UserError(f"{source.name} has fewer pictures than there are ranks; start fewer")
-    linear.print_pictures(subject, source.classes, range_words)
+    linear.print_pictures(subject, source.classes, remark)
     if not linear.trains_network(args):
         maps, square_masks = frozen_maps(subject, Subset(source.train, used))
 

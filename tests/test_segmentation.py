@@ -141,18 +141,18 @@ def test_large_pictures_come_through_pipes_where_shared_memory_is_short(tmp_path
     free = SimpleNamespace(f_bavail=2 * 2**30, f_frsize=1)
     monkeypatch.setattr(data.os, "statvfs", lambda path: free)
     order = [[0, 1], [1]]
-    options = dict(batch_sampler=order, collate_fn=linear.flatten_pictures)
-    assert data.open_loader(source.train, 2, **options).collate_fn is linear.flatten_pictures
+    options = dict(batch_sampler=order, collate_fn=list)
+    assert data.open_loader(source.train, 2, **options).worker_init_fn is data.start_worker
     monkeypatch.setattr(source.train, "item_bytes", 300 * 2**20)
     large = data.open_loader(source.train, 2, **options)
-    assert isinstance(large.collate_fn, data.Piped)
-    for tensors, indices in zip(large, order, strict=True):
-        names, *expected = linear.flatten_pictures([source.train[i] for i in indices])
-        assert tensors[0] is names is None
-        assert all(map(torch.equal, tensors[1:], expected)) and not tensors[1].is_shared()
+    assert large.worker_init_fn is data.start_worker_with_pipe
+    for pictures, indices in zip(large, order, strict=True):
+        for picture, index in zip(pictures, indices, strict=True):
+            assert all(map(torch.equal, picture, source.train[index]))
+            assert not any(tensor.is_shared() for tensor in picture)
     # Five batches of two fit where 64 pictures each would not.
     monkeypatch.setattr(source.train, "item_bytes", 100 * 2**20)
-    assert data.open_loader(source.train, 2, **options).collate_fn is linear.flatten_pictures
+    assert data.open_loader(source.train, 2, **options).worker_init_fn is data.start_worker
 
 
 def test_a_class_of_the_test_masks_alone_is_refused(tmp_path):
@@ -358,7 +358,7 @@ from test_segmentation import load, subject_of
 from lowdino import distributed, features, segmentation
 
 
-def main(ranks):
+def main(_, ranks):
     source = load({data!r}, test_fraction=0.34)
     _, backbone = features.open_network("resnet5m")
     subject = subject_of(backbone.eval(), source, 64, ranks)
@@ -369,7 +369,7 @@ def main(ranks):
         torch.save((maps, square_masks, iou), {out!r})
 
 
-distributed.launch("ranks", None, "cpu", main)
+distributed.launch("ranks", lambda: None, main)
 """
 
 
@@ -568,9 +568,9 @@ def test_deep_pictures_have_one_range_for_all_networks(tmp_path, call_script):
     seen = []
     read = image_io.read_image
 
-    def watched(path, max_side=None, pixels=image_io.RGB):
-        seen.append(pixels.value_range)
-        return read(path, max_side, pixels)
+    def watched(path, max_side=None, pixel_format=image_io.RGB):
+        seen.append(pixel_format.value_range)
+        return read(path, max_side, pixel_format)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_io, "read_image", watched)
