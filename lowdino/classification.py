@@ -16,7 +16,6 @@ subset of those of a larger fraction. --pool default+mean adds the mean patch to
 token, as in DINOv2's probe. Test labels choose nothing.
 """
 
-import argparse
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,10 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowdino import evaluate, flags, linear, probe, settings
+from lowdino import evaluate, linear, probe, settings
 from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
 from lowdino.features import compute_features
+from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = (
@@ -37,7 +37,7 @@ FLAGS = (
 ).split()
 
 
-def check(args: argparse.Namespace) -> str | None:
+def check(args: Settings) -> str | None:
     """The first error in the flags of this task, in one sentence, or None."""
     network, views = linear.trains_network(args), "--augment, --finetune and --from_scratch"
     if bool(args.models) == bool(args.from_features):
@@ -58,13 +58,10 @@ def check(args: argparse.Namespace) -> str | None:
         return "--augment and --pool need backbones; pixels has none"
     if not 0 < args.val_fraction < 1:
         return f"--val_fraction must lie between 0 and 1, not {args.val_fraction}"
-    error = linear.check_network_training(args) or flags.out_of_range(
-        args, at_least_one=("nb_knn",)
-    )
-    return error or settings.check_evaluation(args)
+    return linear.check_network_training(args) or settings.check_evaluation(args)
 
 
-def defaults(args: argparse.Namespace) -> dict:
+def defaults(args: Settings) -> dict:
     """Values of the flags that are not given."""
     lr, weight_decay = linear.PROBE_LR, linear.PROBE_WEIGHT_DECAY
     if linear.trains_network(args):
@@ -81,7 +78,7 @@ def defaults(args: argparse.Namespace) -> dict:
     )
 
 
-def protocol(args: argparse.Namespace) -> str:
+def protocol(args: Settings) -> str:
     """The training and its settings, in one sentence for people who compare."""
     if linear.trains_network(args):
         return (
@@ -168,7 +165,7 @@ def features_of_images(
 ) -> tuple[linear.Subject, dict, Features, Features]:
     """The subject with its images, its row so far, and its training and test features."""
     args, ranks = subject.args, subject.ranks
-    source, size, workers = settings.open_data(args, subject.backbone, ranks)
+    source, size, workers = settings.open_evaluation_images(args, subject.backbone, ranks)
     backbone = subject.backbone.to(ranks.device, memory_format=torch.channels_last)
     row = {"model": subject.title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
     start = time.perf_counter()
@@ -192,7 +189,7 @@ COSTS = {
 }
 
 
-def columns(args: argparse.Namespace) -> dict:
+def columns(args: Settings) -> dict:
     """Columns after the model's name: headings, and functions from a row to its text."""
     knn = {f"k-NN (k={args.nb_knn})": lambda row: linear.percent([row["knn"]])}
     trained = linear.figure_columns(args, {linear.training_name(args): "top1"})

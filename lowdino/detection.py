@@ -3,7 +3,6 @@
 `eval_linear.py --task detection` runs it.
 """
 
-import argparse
 import statistics
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 import lowdino
-from lowdino import annotations, augment, dense, distributed, linear, optim, settings
+from lowdino import annotations, augment, dense, distributed, linear, optim
 from lowdino.distributed import user_errors
 from lowdino.evaluate import Score, average_precision, match
 from lowdino.features import normalisation, open_network
+from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("detector", "steps", "layer_decay")
@@ -36,18 +36,16 @@ FLIPS, CHOICES = 2, 3
 MAX_NORM = 10.0  # limit of the gradient's norm
 
 
-def check(args: argparse.Namespace) -> str | None:
+def check(args: Settings) -> str | None:
     """The first error in the flags of this task, in one sentence, or None."""
     if error := linear.check_dense(args):
         return error
     if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
         return f"--layer_decay lies above 0, up to 1, not at {args.layer_decay}"
-    if args.steps is not None and args.steps < 1:
-        return f"--steps must be at least 1, not {args.steps}"
-    return settings.check_reading(args)
+    return None
 
 
-def defaults(args: argparse.Namespace) -> dict:
+def defaults(args: Settings) -> dict:
     """Values of the flags that are not given."""
     return dict(lr=[1e-3], weight_decay=[0.05], layer_decay=1.0, steps=300, batch_size_per_gpu=8)
 
@@ -55,7 +53,7 @@ def defaults(args: argparse.Namespace) -> dict:
 NAMES = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN"}
 
 
-def protocol(args: argparse.Namespace) -> str:
+def protocol(args: Settings) -> str:
     """The training and its settings, in one sentence for people who compare."""
     decay = f", x {args.layer_decay:g} per block downwards" if args.layer_decay < 1 else ""
     return (
@@ -254,7 +252,7 @@ def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
     return detector
 
 
-def kinds_of(args: argparse.Namespace) -> list[str]:
+def kinds_of(args: Settings) -> list[str]:
     """What the detector gives for each object, by which its AP is named."""
     return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
 
@@ -321,7 +319,7 @@ def measure(subject: linear.Subject) -> dict:
     return row | {"trained": linear.measure_subsets(subject, subsets, learn, "pictures")}
 
 
-def columns(args: argparse.Namespace) -> dict:
+def columns(args: Settings) -> dict:
     """Columns after the model's name: headings, and functions from a row to its text."""
     aps = {"AP50": "ap50", "AP": "ap"}
     figures = {f"{ap} of {k},": f"{k}_{aps[ap]}" for k in kinds_of(args) for ap in aps}

@@ -4,7 +4,6 @@ The tasks share batches, training steps, the estimate of batch norm, and the cel
 Images are classified by a linear classifier on frozen features, or by fine-tuning the network.
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +42,13 @@ class Subject:
     """A model, and the settings and the images that it is measured with.
 
     Attributes:
-        args: flags of eval_linear.py with their defaults.
+        args: settings of eval_linear.py.
         number: row of the model in the table, from 1.
         name, title: the model as it is given, or a file of features; and in words.
         backbone, source, size: the network, its images and the side of its input in pixels.
     """
 
-    args: argparse.Namespace
+    args: Any
     ranks: distributed.Ranks
     number: int
     name: str
@@ -63,17 +63,17 @@ class Subject:
 # --------------------------------------------------------------------------------------------------
 
 
-def trains_network(args: argparse.Namespace) -> bool:
+def trains_network(args) -> bool:
     """Whether all weights are trained, and not a linear layer alone."""
     return args.finetune or args.from_scratch
 
 
-def training_name(args: argparse.Namespace) -> str:
+def training_name(args) -> str:
     """How the network is trained, in one word for a heading."""
     return "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
 
 
-def check_network_training(args: argparse.Namespace) -> str | None:
+def check_network_training(args) -> str | None:
     """The first error in the flags of --finetune and --from_scratch, in one sentence, or None."""
     if args.layer_decay is not None and not (trains_network(args) and 0 < args.layer_decay <= 1):
         return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
@@ -82,14 +82,12 @@ def check_network_training(args: argparse.Namespace) -> str | None:
     return None
 
 
-def check_dense(args: argparse.Namespace) -> str | None:
+def check_dense(args) -> str | None:
     """The first error in the flags that segmentation and detection share, or None."""
     if not args.models or "pixels" in args.models:
         return f"--task {args.task} needs one backbone or more"
     if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
         return f"--task {args.task} takes one --lr and one --weight_decay"
-    if args.image_size is not None and args.image_size < 32:
-        return f"--image_size must be at least 32 pixels, not {args.image_size}"
     return None
 
 
@@ -98,9 +96,7 @@ def check_dense(args: argparse.Namespace) -> str | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def batch_and_steps(
-    args: argparse.Namespace, count: int, world: int, batch_norm: bool = False
-) -> tuple[int, int]:
+def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> tuple[int, int]:
     """Batch size per process and number of steps, --steps or else --epochs, of `count` images.
 
     Raises:
@@ -490,7 +486,7 @@ def measure_subsets(
     return [*cells.values()]
 
 
-def subsets_of(args: argparse.Namespace, choose: Callable) -> dict[tuple[float, int], Sequence]:
+def subsets_of(args, choose: Callable) -> dict[tuple[float, int], Sequence]:
     """Subsets by (fraction, seed), for each --label_fraction and each of the --seeds.
 
     Args:
@@ -507,7 +503,7 @@ def percent(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
-def figure_columns(args: argparse.Namespace, figures: dict[str, str]) -> dict[str, Callable]:
+def figure_columns(args, figures: dict[str, str]) -> dict[str, Callable]:
     """Columns of figures at each fraction: headings, and functions from a row to its text.
 
     Args:

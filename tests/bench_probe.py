@@ -44,7 +44,7 @@ def accuracies(inputs: linear.ProbeInputs, weights: torch.Tensor, indices: torch
 
 def timed_choice(subject, inputs: linear.ProbeInputs, indices: torch.Tensor, seed: int, **grid):
     """Seconds of a choice from a grid, and the classifier (D + 1, C)."""
-    subject = replace(subject, args=argparse.Namespace(**vars(subject.args) | grid))
+    subject = replace(subject, args=subject.args.replace(**grid))
     start = time.perf_counter()
     weights, _ = linear.choose_and_fit(subject, inputs, indices, seed)
     return time.perf_counter() - start, weights
@@ -93,7 +93,7 @@ def main() -> None:
     parser = get_parser()
     given = parser.parse_args()
     flags = ["--from_features", given.features, "--device", "cpu"]
-    args = eval_linear.with_defaults(eval_linear.get_parser().parse_args(flags))
+    args = eval_linear.with_defaults(eval_linear.get_parser().parse(flags, eval_linear.check))
     (subject,) = eval_linear.open_subjects(args, distributed.Ranks(0, 1, torch.device("cpu")))
     title, train, _ = evaluate.load_features(given.features)
     if max(given.labels) >= len(train.labels):

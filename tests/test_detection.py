@@ -26,9 +26,8 @@ ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
 def arguments(**changes):
     """The flags of this task, with a step of two pictures."""
     flags = "mobilevit_xxs --task detection --data_path demo_scenes --steps 1".split()
-    args = eval_linear.get_parser().parse_args([*flags, "--batch_size_per_gpu", "2"])
-    vars(args).update(changes)
-    return args
+    flags += ["--batch_size_per_gpu", "2"]
+    return eval_linear.get_parser().parse(flags, eval_linear.check).replace(**changes)
 
 
 def with_defaults(**changes):
@@ -368,8 +367,6 @@ def test_ranks_share_the_evaluation(monkeypatch):
         ({"weight_decay": [1, 2]}, "--task detection takes one --lr and one --weight_decay"),
         ({"layer_decay": 1.5}, "--layer_decay lies above 0, up to 1, not at 1.5"),
         ({"layer_decay": 0.0}, "--layer_decay lies above 0, up to 1, not at 0.0"),
-        ({"steps": 0}, "--steps must be at least 1, not 0"),
-        ({"image_size": 31}, "--image_size must be at least 32 pixels, not 31"),
     ],
 )
 def test_wrong_flags(changes, sentence):
@@ -398,7 +395,7 @@ def test_a_row(few_scenes, capsys):
     for kind in ("boxes", "masks"):
         for ap, ap50 in zip(half[f"{kind}_ap"], half[f"{kind}_ap50"]):
             assert 0 <= ap <= ap50 <= 1
-    args.label_fraction, row["trained"] = [0.5, 1.0], [half, half]
+    args, row["trained"] = args.replace(label_fraction=[0.5, 1.0]), [half, half]
     columns = detection.columns(args)
     headings, cells = [*columns], [cell(row) for cell in columns.values()]
     assert len(headings) == 9
@@ -483,6 +480,7 @@ def test_eval_linear(few_scenes, call_script, tmp_path):
             "--value_range is of values of more than 8 bits, and demo_scenes has none",
         ),
         (("--steps", 0), "--steps must be at least 1, not 0"),
+        (("--image_size", 31), "--image_size must be at least 32, not 31"),
     ],
 )
 def test_eval_linear_says_what_is_wrong(call_script, flags, sentence):

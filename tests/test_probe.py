@@ -494,4 +494,6 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    assert eval_linear.check(eval_linear.get_parser().parse_args(flags)).startswith(message)
+    with pytest.raises(distributed.UserError) as refused:
+        eval_linear.get_parser().parse(flags, eval_linear.check)
+    assert str(refused.value).startswith(message)
