@@ -26,28 +26,40 @@ TASKS = {"classification": classification, "segmentation": segmentation, "detect
 LAYER_DECAY = "learning rate of a block over that above; default: 0.75 with --finetune, else 1"
 FRACTIONS = "fractions of each class's training labels; of the pictures with boxes or masks"
 SEEDS = "seeds of the choice of labels and of the training; the first is --test_fraction's too"
-NAMED = (
-    "Images for --task classification; images/ and masks/ of class indices (255: ignored) with or "
-    "without train/ and val/, voc2012 or demo_scenes for segmentation; COCO's form, voc2007 or "
-    "demo_scenes for detection"
+TASK = (
+    "classification of images; segmentation of a folder with images/ and masks/ of class indices "
+    "(255: ignored), with or without train/ and val/, of voc2012 or demo_scenes; detection in a "
+    "folder in COCO's form, voc2007 or demo_scenes"
 )
+FEATURES = "instead of a MODEL: an .npz that eval_knn.py --features wrote"
+MAPS = "input of segmentation's linear layer: the last map, or all maps resized to the finest"
 FLAGS = {
     "what is trained (default: a linear classifier on features computed once)": (
-        Flag("task", NAMED, default="classification", choices=(*TASKS,)),
-        Flag(
-            "from_features", "instead of a MODEL, an .npz of eval_knn.py --features", metavar="FILE"
-        ),
+        Flag("task", TASK, default="classification", choices=(*TASKS,)),
+        Flag("from_features", FEATURES, metavar="FILE"),
         Flag("augment", "DINO's protocol: new crops and flips in every epoch", bool),
         Flag("finetune", "train the whole network", bool),
         Flag("from_scratch", "train the whole network from random weights", bool),
-        Flag("solver", "lbfgs: to the optimum", default="sgd", choices=("sgd", "lbfgs")),
+        Flag(
+            "solver",
+            "lbfgs: logistic regression to its optimum",
+            default="sgd",
+            choices=("sgd", "lbfgs"),
+        ),
         Flag("lr", "learning rates to choose from; default: the task's", float, nargs="+"),
         Flag("weight_decay", "weight decays to choose from; default: the task's", float, nargs="+"),
         Flag("layer_decay", LAYER_DECAY, float),
         Flag("epochs", "default: 100; segmentation: 20", int, ">= 1"),
         Flag("batch_size_per_gpu", "per process; default: 256, 16 or 8, by task", int, ">= 1"),
-        Flag("maps", "the linear layer's, of segmentation", str, "", "last", ("last", "pyramid")),
-        Flag("detector", "mask_rcnn needs masks", str, "", "faster_rcnn", (*detection.NAMES,)),
+        Flag("maps", MAPS, str, "", "last", ("last", "pyramid")),
+        Flag(
+            "detector",
+            "mask_rcnn needs pictures with masks",
+            str,
+            "",
+            "faster_rcnn",
+            (*detection.NAMES,),
+        ),
         Flag("steps", "steps of a detector, whatever --label_fraction; default: 300", int, ">= 1"),
     ),
     "labels": (
@@ -64,9 +76,8 @@ FLAGS = {
 
 
 def get_parser() -> settings.Parser:
-    models = Flag(
-        "models", "backbone.pth, architecture, ARCH=FILE or pixels", default=(), nargs="*"
-    )
+    help = "backbone.pth, architecture, ARCH=FILE or pixels"
+    models = Flag("models", help, default=(), nargs="*")
     return settings.Parser("eval_linear.py", __doc__, FLAGS, [models])
 
 

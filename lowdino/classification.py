@@ -27,7 +27,7 @@ from torch import Tensor
 from lowdino import evaluate, linear, probe, settings
 from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
-from lowdino.features import compute_features
+from lowdino.features import compute_features, open_images
 from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
@@ -165,7 +165,7 @@ def features_of_images(
 ) -> tuple[linear.Subject, dict, Features, Features]:
     """The subject with its images, its row so far, and its training and test features."""
     args, ranks = subject.args, subject.ranks
-    source, size, workers = settings.open_evaluation_images(args, subject.backbone, ranks)
+    source, size, workers = open_images(args, subject.backbone, ranks)
     backbone = subject.backbone.to(ranks.device, memory_format=torch.channels_last)
     row = {"model": subject.title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
     start = time.perf_counter()

@@ -443,7 +443,7 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
     val = picture_folder / "val"
     (val / "void").mkdir()
     shutil.copy(val / "dark" / "0.png", val / "void" / "0.png")
-    assert "train/void has no image, and" in message(picture_folder)
+    assert "train/void has no image, but" in message(picture_folder)
     (val / "0.png").write_bytes((val / "dark" / "0.png").read_bytes())
     assert "has no labels to test on" in message(picture_folder)
 
