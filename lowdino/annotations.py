@@ -17,17 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
-from lowdino import demo
+from lowdino import demo, image_io
 from lowdino.distributed import UserError, user_errors
-from lowdino.image_io import (
-    RGB,
-    PixelFormat,
-    is_array,
-    load_array,
-    open_picture,
-    read_image,
-    turn_of,
-)
+from lowdino.image_io import RGB, PixelFormat
 
 # --------------------------------------------------------------------------------------------------
 # Masks by polygons, and by COCO's run lengths, which go down the columns and begin with zeros
@@ -149,7 +141,7 @@ class Pictures(Dataset):
         target = {name: torch.from_numpy(getattr(picture, name)) for name in names}
         if picture.shapes is not None:
             target["masks"] = torch.from_numpy(picture.masks())
-        return read_image(picture.path, pixel_format=self.pixels), target
+        return image_io.read_image(picture.path, pixel_format=self.pixels), target
 
 
 class Scenes(Dataset):
@@ -190,34 +182,25 @@ class BoxSource:
     notes: list[str] = field(default_factory=list)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sizes and boxes
-# --------------------------------------------------------------------------------------------------
-
-
 def upright_size(path: str, pixels: PixelFormat) -> tuple[int, int]:
     """Height and width of a picture as `read_image` gives it, from the file's header.
 
     Raises:
         UserError: naming the file.
     """
-    lying = (
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_270,
-        Image.Transpose.TRANSVERSE,
-    )
+    turns = Image.Transpose
+    lying = turns.TRANSPOSE, turns.ROTATE_90, turns.ROTATE_270, turns.TRANSVERSE
     try:
-        if is_array(path):
-            height, width = load_array(path, pixels.channels).shape[:2]
+        if image_io.is_array(path):
+            height, width = image_io.load_array(path, pixels.channels).shape[:2]
             pixels.check_size(width, height)
             return height, width
-        with open_picture(path) as image:
+        with image_io.open_picture(path) as image:
             pixels.check_size(*image.size)
             width, height = image.size
             if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
                 width, height = image.tag_v2[256], image.tag_v2[257]
-            return (width, height) if turn_of(image) in lying else (height, width)
+            return (width, height) if image_io.turn_of(image) in lying else (height, width)
     except Exception as error:  # on a damaged file Pillow raises any kind of exception
         raise UserError(f"cannot read image {path}: {error}") from error
 
@@ -241,11 +224,11 @@ def clip_boxes(
 
 def notes_of(file: str | Path, changes: Counter) -> list[str]:
     """A note on the boxes that `clip_boxes` counted, or none."""
-    notes = []
-    if changes["cut"]:
-        notes.append(f"{changes['cut']} boxes reach beyond their pictures and are cut")
-    if changes["left out"]:
-        notes.append(f"{changes['left out']} have no area inside theirs and are left out")
+    words = {
+        "cut": "boxes reach beyond their pictures and are cut",
+        "left out": "have no area inside theirs and are left out",
+    }
+    notes = [f"{changes[name]} {words[name]}" for name in words if changes[name]]
     return [f"{file}: {', '.join(notes)}"] if notes else []
 
 

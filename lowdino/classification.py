@@ -109,7 +109,7 @@ def protocol(args: Settings) -> str:
 def measure(subject: linear.Subject) -> dict:
     """All figures of one model: its row of the table."""
     args, ranks = subject.args, subject.ranks
-    if subject.backbone:
+    if subject.backbone is not None:
         subject, row, train, test = features_of_images(subject)
     else:
         with user_errors():
@@ -137,7 +137,9 @@ def measure(subject: linear.Subject) -> dict:
         indices, setting = indices.to(ranks.device), ""
         if linear.trains_network(args):
             network = linear.finetune(subject, indices, seed)
-            logits = linear.classify(subject, network)
+            options = args.batch_size_per_gpu, args.num_workers
+            test_images = subject.source.test
+            logits = compute_features(network, test_images, subject.size, ranks, *options).features
             if ranks.first:
                 path = Path(args.output_dir) / f"network{subject.number}_{subset}.pth"
                 linear.save_network(path, network, subject.size, args.epochs)

@@ -140,20 +140,6 @@ def nearest_neighbours(
     return torch.cat([n.values for n in nearest]), torch.cat([n.indices for n in nearest])
 
 
-def vote(
-    similarities: Tensor, neighbour_labels: Tensor, temperature: float, num_classes: int
-) -> Tensor:
-    """Sum of the votes for each class: (M, k), (M, k) -> (M, num_classes).
-
-    Each neighbour votes for its class with weight exp(similarity / T). A class without a vote has
-    -inf.
-    """
-    weights = (similarities / temperature).exp()
-    scores = torch.zeros(len(weights), num_classes, device=weights.device)
-    scores.scatter_add_(1, neighbour_labels, weights)
-    return scores.masked_fill_(scores == 0, -torch.inf)
-
-
 def knn_classify(
     train_features: Tensor,
     train_labels: Tensor,
@@ -178,7 +164,9 @@ def knn_classify(
     num_classes = num_classes or int(train_labels.max()) + 1
     k = min(k, len(train_features))
     similarities, indices = nearest_neighbours(train_features, test_features, k)
-    return vote(similarities, train_labels[indices], temperature, num_classes)
+    scores = torch.zeros(len(indices), num_classes, device=indices.device)
+    scores.scatter_add_(1, train_labels[indices], (similarities / temperature).exp())
+    return scores.masked_fill_(scores == 0, -torch.inf)
 
 
 def knn_accuracy(train: Features, test: Features, k: int, num_classes: int) -> float:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, image_io, optim, probe, schedules
 from lowdino.distributed import UserError, user_errors
-from lowdino.features import Pooled, compute_features, normalisation, open_network
+from lowdino.features import Pooled, normalisation, open_network
 
 # The grids of the linear classifier. Half-whitened features suit them whatever the network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
@@ -441,13 +441,6 @@ def save_network(path: Path, network: nn.Sequential, image_size: int, epochs: in
     backbone, head = network
     weights = {name: value.cpu() for name, value in head.state_dict().items()}
     checkpoint.save_backbone(path, backbone, backbone.arch, image_size, epochs, classifier=weights)
-
-
-def classify(subject: Subject, network: nn.Module) -> Tensor:
-    """Logits of a fine-tuned network for all test images: (M, C)."""
-    args, test = subject.args, subject.source.test
-    options = args.batch_size_per_gpu, args.num_workers
-    return compute_features(network, test, subject.size, subject.ranks, *options).features
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets as torchvision_datasets
 
 from lowdino import datasets, demo, image_io
-from lowdino.annotations import open_voc
+from lowdino.annotations import need, open_voc
 from lowdino.distributed import UserError, user_errors
 
 IGNORED = 255  # the class of pixels that count neither in training nor in evaluation
@@ -123,8 +123,7 @@ def split_places(folder: Path) -> list[tuple[Path, Path]]:
             for names in (datasets.TRAIN, datasets.TEST)
         )
         if train and top == folder:
-            if not test:
-                raise UserError(f"{folder} has train/ but no val/ or test/")
+            need(test, f"{folder} has train/ but no val/ or test/")
             return [(split / "images", split / "masks") for split in (train, test)]
         if train and test:
             return [(split, folder / "masks" / split.name) for split in (train, test)]
@@ -140,18 +139,14 @@ def pair_masks(
         masks: the folder of the masks. notes: gets a sentence on files that are left out.
     """
     for folder in (pictures, masks):
-        if not folder.is_dir():
-            raise UserError(f"no folder {folder}: pictures lie in images/, masks in masks/")
+        need(folder.is_dir(), f"no folder {folder}: pictures lie in images/, masks in masks/")
     image_files, mask_files = by_stem(pictures), by_stem(masks)
     both = sorted({*image_files} & {*mask_files})
-    if not both:
-        raise UserError(f"no picture in {pictures} has a mask of its name in {masks}")
-    for kind, other, lone in (
-        ("pictures", "mask", sorted({*image_files} - {*both})),
-        ("masks", "picture", sorted({*mask_files} - {*both})),
-    ):
-        if lone:
-            notes.append(f"{len(lone)} {kind} without a {other} are left out, such as {lone[0]}")
+    need(both, f"no picture in {pictures} has a mask of its name in {masks}")
+    kinds = (image_files, "pictures without a mask"), (mask_files, "masks without a picture")
+    for files, words in kinds:
+        if lone := sorted({*files} - {*both}):
+            notes.append(f"{len(lone)} {words} are left out, such as {lone[0]}")
     paths = ([files[name] for name in both] for files in (image_files, mask_files))
     return MaskedImages(*paths, pixels)
 
@@ -165,11 +160,11 @@ def by_stem(folder: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     for path in image_io.find_images(folder):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        if stem in files:
-            raise UserError(
-                f"{files[stem]} and {path} differ in their suffixes alone, and pictures and masks "
-                "go together by the rest: rename or remove one"
-            )
+        need(
+            stem not in files,
+            f"{files.get(stem)} and {path} differ in their suffixes alone, and pictures and masks "
+            "go together by the rest: rename or remove one",
+        )
         files[stem] = path
     return files
 
@@ -178,18 +173,15 @@ def split_pictures(
     images: MaskedImages, fraction: float, seed: int
 ) -> tuple[MaskedImages, MaskedImages]:
     """Pictures to train on, and a random fraction, at least one picture, to test on."""
-    count = max(round(fraction * len(images)), 1)
-    if count >= len(images):
-        raise UserError(
-            f"--test_fraction {fraction:g} of {len(images)} pictures leaves none to train on"
-        )
-    order = np.random.default_rng(seed).permutation(len(images))
-    return tuple(
-        MaskedImages(
-            [images.paths[i] for i in part], [images.masks[i] for i in part], images.pixels
-        )
-        for part in (sorted(order[count:]), sorted(order[:count]))
-    )
+    count, total = max(round(fraction * len(images)), 1), len(images)
+    need(count < total, f"--test_fraction {fraction:g} of {total} pictures leaves none to train on")
+    order = np.random.default_rng(seed).permutation(total)
+
+    def part(indices: list[int]) -> MaskedImages:
+        paths = ([files[i] for i in indices] for files in (images.paths, images.masks))
+        return MaskedImages(*paths, images.pixels)
+
+    return part(sorted(order[count:])), part(sorted(order[:count]))
 
 
 def classes_in(path: str) -> Tensor:
