@@ -100,10 +100,10 @@ def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> t
     """Batch size per process and number of steps, --steps or else --epochs, of `count` images.
 
     Raises:
-        UserError: the images are fewer than the processes, or a batch too small for `batch_norm`.
+        UserError: the images are fewer than the ranks, or a batch is too small for `batch_norm`.
     """
     if count < world:
-        raise UserError(f"{count} labelled images are fewer than the {world} processes")
+        raise UserError(f"{count} labelled images are fewer than the {world} ranks; start fewer")
     batch = min(args.batch_size_per_gpu, count // world)
     if batch_norm and batch == 1:
         advice = "a --batch_size_per_gpu of at least 2"
@@ -115,7 +115,7 @@ def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> t
 def training_order(
     subject: Subject, count: int, batch: int, steps: int, seed: int
 ) -> data.TrainingBatches:
-    """This process's batches of the positions 0 to `count` - 1, shuffled by the seed."""
+    """This rank's batches of the positions 0 to `count` - 1, shuffled by the seed."""
     ranks = subject.ranks
     return data.TrainingBatches(count, batch, seed, 0, steps, ranks.rank, ranks.world)
 
@@ -123,13 +123,10 @@ def training_order(
 def training_loader(
     subject: Subject, indices: Tensor, batch: int, steps: int, seed: int
 ) -> DataLoader:
-    """Batches of the training images at `indices`, `batch` images per process and step."""
+    """This rank's batches of the training images at `indices`, of `batch` images each."""
     order = training_order(subject, len(indices), batch, steps, seed)
-    images, cuda = (
-        Subset(subject.source.train, indices.tolist()),
-        subject.ranks.device.type == "cuda",
-    )
-    return data.training_loader(images, order, subject.args.num_workers, pin_memory=cuda)
+    images, workers = Subset(subject.source.train, indices.tolist()), subject.args.num_workers
+    return data.training_loader(images, order, workers, subject.ranks.device.type == "cuda")
 
 
 def training_view(subject: Subject, batch: data.Batch, seed: int, step: int) -> Tensor:
@@ -148,7 +145,7 @@ def training_view(subject: Subject, batch: data.Batch, seed: int, step: int) -> 
 
 
 def rank_batches(subject: Subject, count: int) -> list[list[int]]:
-    """Indices of this process's share of `count` pictures, every world-th one, in batches."""
+    """Indices of this rank's share of `count` pictures, every world-th one, in batches."""
     batch = subject.args.batch_size_per_gpu
     indices = range(subject.ranks.rank, count, subject.ranks.world)
     return [list(indices[i : i + batch]) for i in range(0, len(indices), batch)]
@@ -231,13 +228,13 @@ def autocast(device: torch.device) -> torch.autocast:
 class CosineAdamW:
     """AdamW with a short warm-up and a cosine to 0; `step(loss)` is called once per batch.
 
-    It prints the loss five times, the last time at the last step.
+    The first rank prints the loss at every fifth of the steps, and at the last step.
 
     Args:
-        subject: its `lr` and `weight_decay` are lists, of which the first value is used.
-        groups: of parameters, with `scale`, the factor of their learning rate.
+        subject: the first values of its --lr and --weight_decay are used.
+        groups: groups of parameters, with `scale`, the factor of their learning rate.
         steps: number of steps; the learning rate ends near 0 at the last one.
-        max_norm: limit of the norm of the gradient of all parameters.
+        max_norm: limit of the gradient's norm over all parameters.
     """
 
     def __init__(

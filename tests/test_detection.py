@@ -246,9 +246,7 @@ def test_divergence_is_one_sentence():
 
 def test_fewer_pictures_than_ranks():
     ranks = distributed.Ranks(0, 3, torch.device("cpu"))
-    with pytest.raises(
-        distributed.UserError, match="2 labelled images are fewer than the 3 processes"
-    ):
+    with pytest.raises(distributed.UserError, match="2 labelled images are fewer than the 3 ranks"):
         train(indices=[0, 1], ranks=ranks)
 
 

@@ -253,7 +253,7 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
 @pytest.mark.parametrize(
     "count, batch, sentence",
     [
-        (1, 8, "1 labelled images are fewer than the 2 processes"),
+        (1, 8, "1 labelled images are fewer than the 2 ranks; start fewer"),
         (8, 1, "batch norm needs two images per process and step: give a --batch_size_per_gpu"),
         (3, 8, "batch norm needs two images per process and step: give more labelled images"),
     ],
