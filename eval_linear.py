@@ -64,7 +64,7 @@ FLAGS = {
     ),
     "labels": (
         Flag("label_fraction", FRACTIONS, float, "> 0", [1.0], nargs="+"),
-        Flag("seeds", SEEDS, int, ">= 0", [0], nargs="+"),
+        Flag("seeds", SEEDS, int, default=[0], nargs="+"),
         Flag("val_fraction", "fraction of the labels to choose settings by", float, default=0.2),
     ),
     "data and output": (
@@ -96,7 +96,7 @@ def check(args: Settings) -> str | None:
             return f"--{name} must be 0 or more, 1e30 at most, not {values}"
     if max(args.label_fraction) > 1:
         return f"--label_fraction must lie above 0, up to 1, not {args.label_fraction}"
-    if max(args.seeds) >= 2**63:
+    if not all(0 <= seed < 2**63 for seed in args.seeds):
         return f"--seeds must lie between 0 and 2^63, not {args.seeds}"
     return settings.check_data(args)
 
