@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Accuracy of a linear classifier on frozen features, or of the whole network fine-tuned, at
-fractions of the labels.
+"""Accuracy of a linear classifier on frozen features, or of the fine-tuned network, at fractions of
+the labels.
 
     python eval_linear.py output/backbone.pth --data_path /path/with/train/and/val
     python eval_linear.py pixels resnet5m output/backbone.pth --label_fraction 0.01 0.1 1
@@ -9,160 +9,139 @@ fractions of the labels.
     python eval_linear.py output/backbone.pth --task detection --data_path demo_scenes
 
 A MODEL is a backbone.pth of train.py, a state dict of DINO's or DINOv2's ViT, an architecture's
-name (at random weights), ARCH=FILE for a plain state dict such as timm's or torchvision's, or
-pixels. Several give one table.
+name (random weights), ARCH=FILE for a plain state dict such as timm's or torchvision's, or pixels.
+Several models give one table.
 """
 
-import argparse
 import json
 
-from torch import nn
-
-from lowdino import classification, detection, distributed, flags, segmentation, settings
+from lowdino import classification, detection, distributed, linear, segmentation, settings
 from lowdino.features import open_network
+from lowdino.methods import Flag
+from lowdino.settings import Settings
 
-# Each offers FLAGS, check, settle, protocol, measure, headings and cells.
+# Each offers FLAGS, check, defaults, protocol, measure and columns.
 TASKS = {"classification": classification, "segmentation": segmentation, "detection": detection}
 
+LAYER_DECAY = "learning rate of a block over that above; default: 0.75 with --finetune, else 1"
+FRACTIONS = "fractions of each class's training labels; of the pictures with boxes or masks"
+SEEDS = "seeds of the choice of labels and of the training; the first is --test_fraction's too"
+TASK = (
+    "classification of images; segmentation of a folder with images/ and masks/ of class indices "
+    "(255: ignored), with or without train/ and val/, of voc2012 or demo_scenes; detection in a "
+    "folder in COCO's form, voc2007 or demo_scenes"
+)
+FEATURES = "instead of a MODEL: an .npz that eval_knn.py --features wrote"
+MAPS = "input of segmentation's linear layer: the last map, or all maps resized to the finest"
+FLAGS = {
+    "what is trained (default: a linear classifier on features computed once)": (
+        Flag("task", TASK, default="classification", choices=(*TASKS,)),
+        Flag("from_features", FEATURES, metavar="FILE"),
+        Flag("augment", "DINO's protocol: new crops and flips in every epoch", bool),
+        Flag("finetune", "train the whole network", bool),
+        Flag("from_scratch", "train the whole network from random weights", bool),
+        Flag(
+            "solver",
+            "lbfgs: logistic regression to its optimum",
+            default="sgd",
+            choices=("sgd", "lbfgs"),
+        ),
+        Flag("lr", "learning rates to choose from; default: the task's", float, nargs="+"),
+        Flag("weight_decay", "weight decays to choose from; default: the task's", float, nargs="+"),
+        Flag("layer_decay", LAYER_DECAY, float),
+        Flag("epochs", "default: 100; segmentation: 20", int, ">= 1"),
+        Flag("batch_size_per_gpu", "per process; default: 256, 16 or 8, by task", int, ">= 1"),
+        Flag("maps", MAPS, str, "", "last", ("last", "pyramid")),
+        Flag(
+            "detector",
+            "mask_rcnn needs pictures with masks",
+            str,
+            "",
+            "faster_rcnn",
+            (*detection.NAMES,),
+        ),
+        Flag("steps", "steps of a detector, whatever --label_fraction; default: 300", int, ">= 1"),
+    ),
+    "labels": (
+        Flag("label_fraction", FRACTIONS, float, "> 0", [1.0], nargs="+"),
+        Flag("seeds", SEEDS, int, default=[0], nargs="+"),
+        Flag("val_fraction", "fraction of the labels to choose settings by", float, default=0.2),
+    ),
+    "data and output": (
+        *settings.EVALUATION_FLAGS,
+        Flag("nb_knn", "number of neighbours of the k-NN", int, ">= 1", 20),
+        Flag("output_dir", "folder of the table and of trained networks", default="output_linear"),
+    ),
+}
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = flags.parser_of(__doc__)
+
+def get_parser() -> settings.Parser:
     help = "backbone.pth, architecture, ARCH=FILE or pixels"
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=help)
-    help = "probe an .npz of features, as eval_knn.py --features writes, instead"
-    parser.add_argument("--from_features", metavar="FILE", help=help)
-    help = (
-        "what the labels name: images; pixels, of a folder with images/ and masks/ of class "
-        "indices (255: ignored), perhaps in train/ and val/, of voc2012 or demo_scenes; or boxes, "
-        "of a folder in COCO's form, voc2007 or demo_scenes"
-    )
-    parser.add_argument("--task", choices=TASKS, default="classification", help=help)
-    title = "what is trained (default: a linear classifier on features computed once)"
-    add_training_flags(parser.add_argument_group(title).add_argument)
-    add_detection_flags(parser.add_argument_group("--task detection").add_argument)
-    add_label_flags(parser.add_argument_group("labels").add_argument)
-    add = parser.add_argument_group("data and output").add_argument
-    settings.add_evaluation_flags(add)
-    help = (
-        "of --task segmentation, what the linear layer sees: the last feature map, or all maps of "
-        "the backbone's pyramid, resized to the finest"
-    )
-    add("--maps", choices=["last", "pyramid"], default="last", help=help)
-    add("--nb_knn", type=int, default=20, help="neighbours of the k-NN that is printed beside")
-    help = (
-        "for table.md, table.json, the images chosen at each fraction, and networks that were "
-        "trained whole"
-    )
-    add("--output_dir", default="output_linear", help=help)
-    return parser
+    models = Flag("models", help, default=(), nargs="*")
+    return settings.Parser("eval_linear.py", __doc__, FLAGS, [models])
 
 
-def add_training_flags(add) -> None:
-    help = "the original's protocol: crops and flips anew in every epoch"
-    add("--augment", action="store_true", help=help)
-    add("--finetune", action="store_true", help="train the whole network")
-    add("--from_scratch", action="store_true", help="train the whole network from random weights")
-    help = "of the probe: lbfgs is logistic regression to its optimum"
-    add("--solver", choices=["sgd", "lbfgs"], default="sgd", help=help)
-    help = (
-        "learning rates to choose from, of the probe per 256 images; default: a grid for the "
-        "probe, 0.3 for segmentation's linear layer, 0.001 for the whole network"
-    )
-    add("--lr", type=float, nargs="+", help=help)
-    help = (
-        "to choose from; default: a grid for the probe, 0 for segmentation's linear layer, 0.05 "
-        "for the whole network"
-    )
-    add("--weight_decay", type=float, nargs="+", help=help)
-    help = (
-        "learning rate of a block over that of the block above; default: 0.75 with --finetune, "
-        "else 1, as in --task detection; random weights have no such order"
-    )
-    add("--layer_decay", type=float, help=help)
-    help = "default: 100; 20 of --task segmentation"
-    add("--epochs", type=int, help=help)
-    help = "images a process and step; default: 256; 16 of --task segmentation, 8 of detection"
-    add("--batch_size_per_gpu", type=int, help=help)
-
-
-def add_detection_flags(add) -> None:
-    help = "mask_rcnn needs masks, as demo_scenes and most folders in COCO's form have them"
-    add("--detector", choices=detection.NAMES, default="faster_rcnn", help=help)
-    help = "of the training, the same at every --label_fraction; default: 300"
-    add("--steps", type=int, help=help)
-
-
-def add_label_flags(add) -> None:
-    help = "fractions of each class's training labels to use; of the dense tasks, of the pictures"
-    add("--label_fraction", type=float, nargs="+", default=[1.0], help=help)
-    help = (
-        "of the choice of labels and of the training; several give mean and standard deviation; "
-        "the first is that of --test_fraction too"
-    )
-    add("--seeds", type=int, nargs="+", default=[0], help=help)
-    help = "of the training labels in use, held out to choose settings by"
-    add("--val_fraction", type=float, default=0.2, help=help)
-
-
-def check(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    if wrong := foreign_flag(args) or TASKS[args.task].check(args):
-        return wrong
+def check(args: Settings) -> str | None:
+    """The first error in the flags, in one sentence, or None."""
+    for name in sorted(args.typed):
+        owners = [task for task, module in TASKS.items() if name in module.FLAGS]
+        if owners and args.task not in owners:
+            return f"--{name} goes with --task {' or '.join(owners)}, not with {args.task}"
+    if error := TASKS[args.task].check(args):
+        return error
     for name in ("lr", "weight_decay"):
         values = getattr(args, name) or []
         # AdamW's first step is ten times the rate, and must be a float32.
         if not all(0 <= value <= 1e30 for value in values):
             return f"--{name} must be 0 or more, 1e30 at most, not {values}"
-    if not all(0 < fraction <= 1 for fraction in args.label_fraction):
+    if max(args.label_fraction) > 1:
         return f"--label_fraction must lie above 0, up to 1, not {args.label_fraction}"
     if not all(0 <= seed < 2**63 for seed in args.seeds):
         return f"--seeds must lie between 0 and 2^63, not {args.seeds}"
-    return flags.out_of_range(args, at_least_one=("epochs", "batch_size_per_gpu"))
+    return settings.check_data(args)
 
 
-def foreign_flag(args: argparse.Namespace) -> str | None:
-    """A flag of other tasks that differs from its default, in one sentence, or None."""
-    parser = get_parser()
-    for name, value in vars(args).items():
-        owners = [task for task, module in TASKS.items() if name in module.FLAGS]
-        if owners and args.task not in owners and value != parser.get_default(name):
-            return f"--{name} goes with --task {' or '.join(owners)}, not with {args.task}"
-    return None
+def with_defaults(args: Settings) -> Settings:
+    """The flags with the task's defaults for those that are not given."""
+    defaults = TASKS[args.task].defaults(args).items()
+    return args.replace(**{name: v for name, v in defaults if getattr(args, name) is None})
 
 
-def table(args: argparse.Namespace, rows: list[dict]) -> str:
+def table(args: Settings, rows: list[dict]) -> str:
     """The rows in Markdown."""
-    task = TASKS[args.task]
-    heads = ["model", *task.headings(args)]
-    lines = [heads, ["---"] * len(heads)]
-    lines += [[row["model"], *task.cells(args, row)] for row in rows]
+    columns = {"model": lambda row: row["model"]} | TASKS[args.task].columns(args)
+    lines = [[*columns], ["---"] * len(columns)]
+    lines += [[cell(row) for cell in columns.values()] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def open_model(args: argparse.Namespace, name: str) -> tuple[str, nn.Module]:
-    """A model in words and as a module, at the first seed's random weights if it has no others.
+def open_subjects(args: Settings, ranks: distributed.Ranks) -> list[linear.Subject]:
+    """All models, at the first seed's random weights where they have no others.
 
-    Networks that are trained whole start from random weights of every seed, so none is named.
+    A training of the whole network starts from random weights of every seed, so the title of its
+    row names none.
     """
-    title, model = open_network(name, args.seeds[0])
-    if args.finetune or args.from_scratch or args.task == "detection":
-        title = title.removesuffix(f", seed {args.seeds[0]}")
-    return title, model
+    if args.from_features:
+        return [linear.Subject(args, ranks, 1, args.from_features, args.from_features)]
+    every_seed = linear.trains_network(args) or args.task == "detection"
+    subjects = []
+    for number, name in enumerate(args.models, start=1):
+        title, backbone = open_network(name, args.seeds[0])
+        title = title.removesuffix(f", seed {args.seeds[0]}") if every_seed else title
+        subjects.append(linear.Subject(args, ranks, number, name, title, backbone))
+    return subjects
 
 
-def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    output = settings.make_output_folder(args.output_dir)
-    task = TASKS[args.task]
-    task.settle(args)
+def run(args: Settings, ranks: distributed.Ranks) -> None:
+    output, task = settings.make_output_folder(args.output_dir), TASKS[args.task]
+    args = with_defaults(args)
     if ranks.first:
         print(f"protocol: {task.protocol(args)}", flush=True)
-    # All models first: a wrong one is said before anything is computed.
-    opened = [(name, open_model(args, name)) for name in args.models]
     rows = []
-    for number, (name, model) in enumerate(opened or [(args.from_features, None)], start=1):
-        rows.append(task.measure(args, name, model, number, ranks))
-        if ranks.first:  # after every model: a stopped run keeps what it has
-            content = {"protocol": task.protocol(args), "settings": vars(args), "rows": rows}
+    for subject in open_subjects(args, ranks):  # all are opened before the first is measured
+        rows.append(task.measure(subject))
+        if ranks.first:  # after every model: a stopped run keeps its rows
+            content = {"protocol": task.protocol(args), "settings": args.values, "rows": rows}
             (output / "table.md").write_text(table(args, rows))
             (output / "table.json").write_text(json.dumps(content, indent=2) + "\n")
     if ranks.first:
@@ -170,8 +149,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 
 def main() -> None:
-    args = get_parser().parse_args()
-    distributed.launch("eval_linear.py", check(args), args.device, lambda ranks: run(args, ranks))
+    distributed.launch("eval_linear.py", lambda: get_parser().parse(None, check), run)
 
 
 if __name__ == "__main__":

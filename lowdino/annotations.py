@@ -1,10 +1,10 @@
-"""Pictures with boxes and masks: the demo scenes, a folder in COCO's form, or PASCAL VOC 2007."""
+"""Pictures with boxes and masks: the demo scenes, a folder in COCO's form, PASCAL VOC 2007."""
 
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,30 +17,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
-from lowdino import demo
+from lowdino import demo, image_io
 from lowdino.distributed import UserError, user_errors
-from lowdino.image_io import (
-    RGB,
-    PixelFormat,
-    is_array,
-    load_array,
-    open_picture,
-    read_image,
-    turn_of,
-)
+from lowdino.image_io import RGB, PixelFormat
 
 # --------------------------------------------------------------------------------------------------
-# Masks: polygons, and COCO's run lengths, which go down the columns and begin with zeros
+# Masks by polygons, and by COCO's run lengths, which go down the columns and begin with zeros
 # --------------------------------------------------------------------------------------------------
 
 
 def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     """The pixels whose centres lie inside a polygon: (N, 2) of x and y -> (H, W) bool.
 
-    The centre of the first pixel is (0.5, 0.5). What edges enclose twice is outside.
+    The centre of the first pixel is (0.5, 0.5). Pixels that the edges enclose twice are outside.
     """
     (x0, y0), (x1, y1) = polygon.T[:, :, None], np.roll(polygon, -1, axis=0).T[:, :, None]
-    # All is computed within the polygon's bounding box, for objects are small in their pictures.
+    # Computed within the polygon's bounding box: most objects are small in their pictures.
     left, top = np.floor(polygon.min(axis=0)).clip(0, (width, height)).astype(np.int64)
     right, bottom = np.ceil(polygon.max(axis=0)).clip(0, (width, height)).astype(np.int64)
     y = np.arange(top, bottom) + 0.5
@@ -56,11 +48,11 @@ def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def run_lengths(text: str) -> list[int]:
-    """The numbers in COCO's compressed form.
+    """Run lengths from COCO's compressed form.
 
-    A character holds five bits of a number, lowest first, plus 48; its sixth bit says that more
-    follow. The last one's fifth bit is the sign. From the fourth number on, what stands there is
-    the difference to the last but one.
+    A character is 48 plus five bits of a number, lowest first, and a sixth bit where more follow.
+    The fifth bit of a number's last character is its sign. From the fourth number on, the text
+    holds the difference to the last number but one.
     """
     counts, value, shift = [], 0, 0
     for code in text.encode():
@@ -77,7 +69,7 @@ def run_lengths(text: str) -> list[int]:
 
 
 def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Runs of zeros and ones by turns, together height * width: (H, W) bool."""
+    """Alternate runs of zeros and ones, height * width long in all: (H, W) bool."""
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
@@ -88,15 +80,15 @@ def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @dataclass
 class Picture:
-    """A picture's file and what is in it.
+    """A picture's file, and the objects in it.
 
     Attributes:
-        path: of the file, which is `height` x `width` pixels when it is upright.
+        path: path of the file, whose picture is `height` x `width` pixels when upright.
         boxes: (n, 4) float32, left, top, right and bottom in pixels, inside the picture, not empty.
         labels: (n,) int64 from 1.
-        crowd: (n,) bool, what stands for several objects.
-        difficult: (n,) bool, what is too hard to be counted. Neither is trained on.
-        shapes: of each object its polygons, or its run lengths; None without masks.
+        crowd: (n,) bool, boxes of several objects.
+        difficult: (n,) bool, objects too hard to be counted. Neither is trained on.
+        shapes: polygons or run lengths of each object; None without masks.
     """
 
     path: str
@@ -107,11 +99,6 @@ class Picture:
     crowd: np.ndarray
     difficult: np.ndarray
     shapes: list[list[np.ndarray] | np.ndarray] | None = None
-
-    @property
-    def layers(self) -> int:
-        """Masks that it has."""
-        return 0 if self.shapes is None else len(self.shapes)
 
     def masks(self) -> np.ndarray:
         """(n, H, W) uint8."""
@@ -126,12 +113,8 @@ class Picture:
         return masks
 
 
-# What an item says of each box, beside its mask.
-OF_BOXES = ("boxes", "labels", "crowd", "difficult")
-
-
 class Pictures(Dataset):
-    """Files, decoded on access, each with what is in it.
+    """Files, decoded on access, each with its objects.
 
     An item is the image, (C, H, W) uint8, and a dict of boxes (n, 4) float32, labels (n,) int64,
     crowd and difficult (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
@@ -139,12 +122,14 @@ class Pictures(Dataset):
 
     def __init__(self, pictures: list[Picture], pixels: PixelFormat = RGB):
         self.pictures, self.pixels = pictures, pixels
+        self.paths = [picture.path for picture in pictures]
         self.sizes = [(picture.height, picture.width) for picture in pictures]
 
     @property
     def item_bytes(self) -> int:
-        """The most that a picture and its masks have; see `data.lacks_shared_memory`."""
-        return max((self.pixels.channels + p.layers) * p.height * p.width for p in self.pictures)
+        """Bytes of the largest picture with its masks; see `data.lacks_shared_memory`."""
+        layers = (self.pixels.channels + len(picture.shapes or []) for picture in self.pictures)
+        return max(count * h * w for count, (h, w) in zip(layers, self.sizes))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -152,15 +137,15 @@ class Pictures(Dataset):
     @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         picture = self.pictures[index]
-        values = {name: getattr(picture, name) for name in OF_BOXES}
+        names = "boxes", "labels", "crowd", "difficult"
+        target = {name: torch.from_numpy(getattr(picture, name)) for name in names}
         if picture.shapes is not None:
-            values["masks"] = picture.masks()
-        target = {name: torch.from_numpy(value) for name, value in values.items()}
-        return read_image(picture.path, pixel_format=self.pixels), target
+            target["masks"] = torch.from_numpy(picture.masks())
+        return image_io.read_image(picture.path, pixel_format=self.pixels), target
 
 
 class Scenes(Dataset):
-    """Demo scenes in memory, with items as `Pictures` has them."""
+    """Demo scenes in memory, with items like those of `Pictures`."""
 
     in_memory = True
 
@@ -176,19 +161,18 @@ class Scenes(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self.images[index], self.targets[index]
 
 
 @dataclass
-class Source:
+class BoxSource:
     """Training and test pictures with boxes.
 
     Attributes:
-        name: in words, for the log.
-        names: of the classes; label 1 is the first.
-        notes: what was assumed, cut or left out, a sentence each.
+        name: the source in words, for the log.
+        names: names of the classes; label 1 is the first.
+        notes: sentences on what was assumed, cut or left out.
     """
 
     name: str
@@ -196,6 +180,364 @@ class Source:
     test: Pictures | Scenes
     names: Sequence[str]
     notes: list[str] = field(default_factory=list)
+
+
+def upright_size(path: str, pixels: PixelFormat) -> tuple[int, int]:
+    """Height and width of a picture as `read_image` gives it, from the file's header.
+
+    Raises:
+        UserError: naming the file.
+    """
+    turns = Image.Transpose
+    lying = turns.TRANSPOSE, turns.ROTATE_90, turns.ROTATE_270, turns.TRANSVERSE
+    try:
+        if image_io.is_array(path):
+            height, width = image_io.load_array(path, pixels.channels).shape[:2]
+            pixels.check_size(width, height)
+            return height, width
+        with image_io.open_picture(path) as image:
+            pixels.check_size(*image.size)
+            width, height = image.size
+            if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
+                width, height = image.tag_v2[256], image.tag_v2[257]
+            return (width, height) if image_io.turn_of(image) in lying else (height, width)
+    except Exception as error:  # on a damaged file Pillow raises any kind of exception
+        raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def clip_boxes(
+    boxes: list[list[float]], height: int, width: int, changes: Counter
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes clipped to their picture, (n, 4) float32, and which of them have an area, (n,) bool.
+
+    Args:
+        changes: counts boxes that are cut by more than a pixel, and boxes without an area.
+    """
+    # Clipped in float64: a number too large for float32 would become infinite.
+    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    clipped = boxes.clip(0, [width, height, width, height]).astype(np.float32)
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    changes["cut"] += int((kept & (abs(clipped - boxes) > 1).any(axis=1)).sum())
+    changes["left out"] += int((~kept).sum())
+    return clipped, kept
+
+
+def notes_of(file: str | Path, changes: Counter) -> list[str]:
+    """A note on the boxes that `clip_boxes` counted, or none."""
+    words = {
+        "cut": "boxes reach beyond their pictures and are cut",
+        "left out": "have no area inside theirs and are left out",
+    }
+    notes = [f"{changes[name]} {words[name]}" for name in words if changes[name]]
+    return [f"{file}: {', '.join(notes)}"] if notes else []
+
+
+def need_objects(name: str | Path, pictures: list[Picture]) -> None:
+    """Refuse pictures without an object to train on or to test on."""
+    if all((picture.crowd | picture.difficult).all() for picture in pictures):
+        raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
+
+
+# --------------------------------------------------------------------------------------------------
+# COCO's form
+# --------------------------------------------------------------------------------------------------
+
+
+def load_coco(folder: Path, masks: bool = False, pixels: PixelFormat = RGB) -> BoxSource:
+    """Pictures in train/ and val/ of a folder, with their objects in JSON files of COCO's form.
+
+    COCO's own names, train2017/ and val2017/, are known too. The files, in annotations/ or in the
+    folder itself, are instances_train*.json and instances_val*.json, or train.json and val.json.
+    Categories become labels 1, 2, ... in the order of their ids.
+
+    Raises:
+        UserError: see `load`; it names the file.
+    """
+    train_file, train_folder = find_split(folder, "train")
+    test_file, test_folder = find_split(folder, "val")
+    categories, train, notes = read_coco(train_file, train_folder, masks, pixels)
+    _, test, test_notes = read_coco(test_file, test_folder, masks, pixels, categories)
+    need_objects(train_file, train)
+    need_objects(test_file, test)
+    names = [categories[number] for number in sorted(categories)]
+    splits = Pictures(train, pixels), Pictures(test, pixels)
+    return BoxSource(f"folder {folder}", *splits, names, notes + test_notes)
+
+
+def find_split(folder: Path, split: str) -> tuple[Path, Path]:
+    """The JSON file of a split, and the folder of its pictures."""
+    for top in (folder / "annotations", folder):
+        for file in (*sorted(top.glob(f"instances_{split}*.json")), top / f"{split}.json"):
+            for name in (file.stem.removeprefix("instances_"), split):
+                if file.is_file() and (folder / name).is_dir():
+                    return file, folder / name
+    raise UserError(
+        f"{folder} lacks {split} pictures in COCO's form: looked for annotations/instances_"
+        f"{split}*.json, annotations/{split}.json and the same without annotations/, and for "
+        f"folders {split}/ or that of the file's year, as {split}2017/"
+    )
+
+
+def read_coco(
+    file: Path, folder: Path, masks: bool, pixels: PixelFormat, train_categories: dict | None = None
+) -> tuple[dict[int, str], list[Picture], list[str]]:
+    """Names of categories by id, pictures in the file's order, and notes.
+
+    Args:
+        file: JSON file in COCO's form. folder: folder of its pictures.
+        masks: every object needs its segmentation.
+        train_categories: those of the training file, which number the labels; None for that file.
+
+    Raises:
+        UserError: names the file and the first error in it.
+    """
+    try:
+        images, rows, categories = read_tables(file)
+        names = category_names(categories, train_categories)
+        need(images, "it has no images")
+        need(names, "it has no categories")
+        labels = {number: i for i, number in enumerate(sorted(train_categories or names), start=1)}
+        rows_of_image = {number: [] for number in images}
+        for number, row in rows.items():
+            image, category = row.get("image_id"), row.get("category_id")
+            need(
+                is_id(image, images),
+                f"annotation {number} is of image {image!r}, which is not listed",
+            )
+            need(
+                is_id(category, names),
+                f"annotation {number} has category {category!r}, which is not listed; there are "
+                f"{len(names)}, ids {min(names)} to {max(names)}",
+            )
+            rows_of_image[image].append(row)
+        changes, pictures = Counter(), []
+        for number, image in images.items():
+            path, size = checked_file(image, folder, pixels)
+            boxes, kept = clip_boxes(
+                [corners(row) for row in rows_of_image[number]], *size, changes
+            )
+            objects = [row for row, keep in zip(rows_of_image[number], kept) if keep]
+            row_labels = np.array([labels[row["category_id"]] for row in objects], dtype=np.int64)
+            crowd = np.array([bool(row.get("iscrowd", 0)) for row in objects], dtype=bool)
+            shapes = [mask_shape(row, size) for row in objects] if masks else None
+            values = boxes[kept], row_labels, crowd, np.zeros_like(crowd), shapes
+            pictures.append(Picture(path, *size, *values))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return names, pictures, notes_of(file, changes)
+
+
+def need(condition, sentence: str) -> None:
+    """Raise a UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def read_tables(file: Path) -> list[dict]:
+    """Images, annotations and categories of a file, each a dict of JSON objects by their ids."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
+        raise UserError(f"it is damaged, or no JSON ({error})") from error
+    need(
+        isinstance(content, dict),
+        f"it holds a {type(content).__name__}; COCO's form is an object of images, annotations "
+        "and categories",
+    )
+    tables = []
+    for name in ("images", "annotations", "categories"):
+        rows, table = content.get(name), {}
+        need(isinstance(rows, list), f'it lacks a list "{name}"; COCO\'s form has one')
+        for i, row in enumerate(rows):
+            number = row.get("id") if isinstance(row, dict) else None
+            need(isinstance(number, int | str), f'row {i} of "{name}" is no object with an id')
+            need(number not in table, f'"{name}" has id {number} twice')
+            table[number] = row
+        tables.append(table)
+    return tables
+
+
+def category_names(categories: dict, train_categories: dict[int, str] | None) -> dict[int, str]:
+    """Names of categories by id, which must be those of the training file."""
+    names = {}
+    for number, row in categories.items():
+        name = names[number] = row.get("name")
+        valid = type(number) is int and isinstance(name, str)
+        need(valid, f"category {number!r} needs an integer as id, and a name")
+        trained = name if train_categories is None else train_categories.get(number)
+        need(
+            name == trained,
+            f"category {number} is {name!r} here, and {trained!r} in the training file",
+        )
+    return names
+
+
+def checked_file(image: dict, folder: Path, pixels: PixelFormat) -> tuple[str, tuple[int, int]]:
+    """Path, height and width of an image's file, which must have the size that its row gives."""
+    name = image.get("file_name")
+    need(isinstance(name, str) and name, f"image {image['id']} has no file_name")
+    path = str(folder / name)
+    need(os.path.isfile(path), f"it names {path}, which does not exist")
+    height, width = upright_size(path, pixels)
+    given_height, given_width = image.get("height", height), image.get("width", width)
+    need(
+        (given_height, given_width) == (height, width),
+        f"{path} should be {given_width!r} x {given_height!r} pixels and is {width} x {height}; "
+        "its boxes would lie elsewhere",
+    )
+    return path, (height, width)
+
+
+def corners(row: dict) -> list[float]:
+    """Left, top, right and bottom, from an annotation's `bbox` of left, top, width and height."""
+    bbox = row.get("bbox")
+    need(
+        isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox)),
+        f"the bbox of annotation {row['id']} is {str(bbox)[:80]}, where [left, top, width, height] "
+        "was expected",
+    )
+    left, top, width, height = bbox
+    return [left, top, left + width, top + height]
+
+
+def mask_shape(row: dict, size: tuple[int, int]) -> list[np.ndarray] | np.ndarray:
+    """The polygons, (N, 2) each, or the run lengths of an annotation's mask."""
+    number, segmentation = row["id"], row.get("segmentation")
+    need(
+        segmentation,
+        f"annotation {number} has no segmentation, which Mask R-CNN needs for every object; Faster "
+        "R-CNN needs none",
+    )
+    if isinstance(segmentation, list):
+        need(
+            all(map(is_polygon, segmentation)),
+            f"the segmentation of annotation {number} has a polygon that is no list of three pairs "
+            "or more of x and y",
+        )
+        return [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    need(
+        isinstance(counts, list | str),
+        f"the segmentation of annotation {number} is neither polygons nor run lengths",
+    )
+    need(
+        segmentation.get("size") == [*size],
+        f"the mask of annotation {number} is of size {segmentation.get('size')} (height, width), "
+        f"and its picture of {[*size]}",
+    )
+    counts = run_lengths(counts) if isinstance(counts, str) else counts
+    need(
+        all(type(count) is int and count >= 0 for count in counts)
+        and sum(counts) == math.prod(size),
+        f"the run lengths of annotation {number} do not fill its mask of {size[0]} x {size[1]} "
+        "pixels",
+    )
+    return np.array(counts, dtype=np.int64)
+
+
+def is_id(value, table: dict) -> bool:
+    return isinstance(value, int | str) and value in table
+
+
+def is_number(value) -> bool:
+    """Whether a value of JSON is a number, which `true` is not, and small enough for pixels."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def is_polygon(value) -> bool:
+    pairs = isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0
+    return pairs and all(map(is_number, value))
+
+
+# --------------------------------------------------------------------------------------------------
+# PASCAL VOC
+# --------------------------------------------------------------------------------------------------
+
+# Label 1 is the first; in the order of the classes' names.
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor"
+).split()
+
+
+def open_voc(
+    dataset: Callable, year: str, splits: tuple[str, ...], root: str, download: bool, rank: int
+) -> list:
+    """torchvision's data set of each split.
+
+    Args:
+        dataset: torchvision's `VOCDetection` or `VOCSegmentation`.
+        download: fetch what `root` lacks. `rank` 0 does, and the others wait for it.
+
+    Raises:
+        UserError: a split is missing, or the download failed.
+    """
+    together = download and dist.is_initialized()
+    if together and rank != 0:
+        dist.barrier()
+    opened = []
+    for split in splits:
+        hint = "not found; add --download, or name its folder by --data_root"
+        try:
+            try:
+                opened.append(dataset(root, year, split))
+            except (RuntimeError, OSError):
+                if not download or rank != 0:
+                    raise
+                hint = "the download failed"
+                opened.append(dataset(root, year, split, download=True))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"voc{year}, {split}, under {root}: {hint}") from error
+    if together and rank == 0:
+        dist.barrier()
+    return opened
+
+
+def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> BoxSource:
+    """VOC 2007 through torchvision: trainval to train on, test to test on.
+
+    Objects marked as difficult are neither trained on nor counted.
+    """
+    splits = "trainval", "test"
+    opened = open_voc(torchvision_datasets.VOCDetection, "2007", splits, root, download, rank)
+    changes, parts = Counter(), []
+    for split, files in zip(splits, opened):
+        pairs = zip(files.images, files.targets)
+        parts.append([read_voc(*pair, pixels, changes) for pair in pairs])
+        need_objects(f"voc2007, {split}, under {root}", parts[-1])
+    difficult = sum(int(picture.difficult.sum()) for part in parts for picture in part)
+    notes = [f"{difficult} objects marked as difficult are not counted"] * bool(difficult)
+    notes += notes_of("VOC 2007", changes)
+    train, test = (Pictures(part, pixels) for part in parts)
+    return BoxSource("PASCAL VOC 2007", train, test, VOC_CLASSES, notes)
+
+
+def read_voc(path: str, file: str, pixels: PixelFormat, changes: Counter) -> Picture:
+    """A picture and its XML file.
+
+    VOC counts pixels from 1, and its boxes include their last pixel: left and top become one less.
+    """
+    height, width = upright_size(path, pixels)
+    names = [f"bndbox/{name}" for name in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        objects = ElementTree.parse(file).getroot().findall("object")
+        labels = [1 + VOC_CLASSES.index(item.findtext("name", "")) for item in objects]
+        difficult = [int(item.findtext("difficult", "0")) != 0 for item in objects]
+        boxes = [[float(item.findtext(name, "")) for name in names] for item in objects]
+    except (ElementTree.ParseError, OSError, ValueError) as error:
+        raise UserError(f"{file} is missing, damaged, or not VOC's ({error})") from error
+    if not np.isfinite(boxes).all():
+        raise UserError(f"{file} has a box that is no numbers")
+    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
+    boxes, kept = clip_boxes(boxes, height, width, changes)
+    labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
+    crowd = np.zeros(kept.sum(), dtype=bool)
+    return Picture(path, height, width, boxes[kept], labels[kept], crowd, difficult[kept])
+
+
+# --------------------------------------------------------------------------------------------------
+# Any source by name
+# --------------------------------------------------------------------------------------------------
 
 
 @user_errors()
@@ -206,7 +548,7 @@ def load(
     masks: bool = False,
     pixels: PixelFormat = RGB,
     rank: int = 0,
-) -> Source:
+) -> BoxSource:
     """Open a source by name.
 
     Args:
@@ -217,13 +559,12 @@ def load(
         pixels: see `read_image`.
 
     Raises:
-        UserError: in one sentence, where there is nothing to read, something of it is wrong, or
-            masks are wanted and there are none.
+        UserError: there is nothing to read, a file has an error, or there are no masks.
     """
     if source == "demo_scenes":
         splits = demo.splits(demo.SCENE_TRAIN, demo.SCENE_TEST)
-        parts = (Scenes(indices, masks) for indices in splits)
-        return Source("the built-in demo scenes", *parts, demo.SCENE_CLASSES)
+        train, test = (Scenes(indices, masks) for indices in splits)
+        return BoxSource("the built-in demo scenes", train, test, demo.SCENE_CLASSES)
     if source == "voc2007":
         if masks:
             raise UserError("voc2007 is read for its boxes alone; masks need demo_scenes or COCO's")
@@ -234,342 +575,3 @@ def load(
         f"no pictures with boxes at {source or 'an empty path'}: give a folder in COCO's form, "
         "demo_scenes or voc2007"
     )
-
-
-def upright_size(path: str, pixels: PixelFormat) -> tuple[int, int]:
-    """Height and width of a picture as `read_image` gives it, from the file's header.
-
-    Raises:
-        UserError: naming the file.
-    """
-    lying = (
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_270,
-        Image.Transpose.TRANSVERSE,
-    )
-    try:
-        if is_array(path):
-            height, width = load_array(path, pixels.channels).shape[:2]
-            pixels.check_size(width, height)
-            return height, width
-        with open_picture(path) as image:
-            pixels.check_size(*image.size)
-            width, height = image.size
-            if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
-                width, height = image.tag_v2[256], image.tag_v2[257]
-            return (width, height) if turn_of(image) in lying else (height, width)
-    except Exception as error:  # on a damaged file Pillow raises any kind of exception
-        raise UserError(f"cannot read image {path}: {error}") from error
-
-
-def in_picture(boxes: list[list[float]], height: int, width: int, lost: Counter):
-    """Boxes cut to their picture, and which of them have anything left: (n, 4) float32, (n,) bool.
-
-    Args:
-        lost: counts what is cut by more than a pixel, and what has nothing left.
-    """
-    # Clipped in float64: a number too large for float32 would become infinite.
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    cut = boxes.clip(0, [width, height, width, height]).astype(np.float32)
-    whole = (cut[:, 2:] > cut[:, :2]).all(axis=1)
-    lost["cut"] += int((whole & (abs(cut - boxes) > 1).any(axis=1)).sum())
-    lost["left out"] += int((~whole).sum())
-    return cut, whole
-
-
-def of_lost(file: str | Path, lost: Counter) -> list[str]:
-    """A note on the boxes that `in_picture` counted."""
-    said = [
-        f"{lost['cut']} boxes reach beyond their pictures and are cut",
-        f"{lost['left out']} have no area inside theirs and are left out",
-    ]
-    said = [part for part, name in zip(said, ("cut", "left out")) if lost[name]]
-    return [f"{file}: {', '.join(said)}"] * bool(said)
-
-
-def need_objects(name: str | Path, pictures: list[Picture]) -> None:
-    """Refuse pictures that have nothing to learn from, or to test by."""
-    if all((picture.crowd | picture.difficult).all() for picture in pictures):
-        raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
-
-
-# --------------------------------------------------------------------------------------------------
-# COCO's form
-# --------------------------------------------------------------------------------------------------
-
-
-def load_coco(folder: Path, masks: bool = False, pixels: PixelFormat = RGB) -> Source:
-    """Pictures in train/ and val/ of a folder, and what is in them by JSON files in COCO's form.
-
-    COCO's own names, train2017/ and val2017/, are known too. The files are annotations/ or the
-    folder itself's instances_train*.json and instances_val*.json, or train.json and val.json.
-    Categories become labels 1, 2, ... in the order of their ids.
-
-    Raises:
-        UserError: naming the file, see `load`.
-    """
-    (train_file, train), (test_file, test) = (find_split(folder, name) for name in ("train", "val"))
-    categories, *read = Coco(train_file, train, masks, pixels).read()
-    _, *tested = Coco(test_file, test, masks, pixels).read(categories)
-    need_objects(train_file, read[0])
-    need_objects(test_file, tested[0])
-    parts = (Pictures(pictures, pixels) for pictures, _ in (read, tested))
-    names = [categories[number] for number in sorted(categories)]
-    return Source(f"folder {folder}", *parts, names, read[1] + tested[1])
-
-
-def find_split(folder: Path, split: str) -> tuple[Path, Path]:
-    """The JSON file of a split, and the folder of its pictures."""
-    for top in (folder / "annotations", folder):
-        for file in (*sorted(top.glob(f"instances_{split}*.json")), top / f"{split}.json"):
-            pictures = (folder / name for name in (file.stem.removeprefix("instances_"), split))
-            found = next((path for path in pictures if path.is_dir()), None)
-            if found and file.is_file():
-                return file, found
-    raise UserError(
-        f"{folder} lacks {split} pictures in COCO's form: looked for annotations/instances_"
-        f"{split}*.json, annotations/{split}.json and the same without annotations/, and for "
-        f"folders {split}/ or that of the file's year, as {split}2017/"
-    )
-
-
-class Coco:
-    """One JSON file in COCO's form, of which any fault is reported in one sentence.
-
-    Args:
-        file: the JSON file. folder: of the pictures. masks: every object needs its segmentation.
-    """
-
-    def __init__(self, file: Path, folder: Path, masks: bool, pixels: PixelFormat):
-        self.file, self.folder, self.masks, self.pixels = file, folder, masks, pixels
-
-    def wrong(self, what: str) -> UserError:
-        return UserError(f"{self.file}: {what}")
-
-    def read(self, known: dict[int, str] | None = None):
-        """Categories by id, pictures in the file's order, and notes.
-
-        Args:
-            known: the training file's categories, by which labels are counted; None when reading
-                the training file.
-        """
-        content = self.content()
-        rows = {name: self.rows(content, name) for name in ("images", "annotations", "categories")}
-        categories = {}
-        for number, row in rows["categories"].items():
-            if type(number) is not int or not isinstance(row.get("name"), str):
-                raise self.wrong(f"category {number!r} needs a whole number as id, and a name")
-            categories[number] = row["name"]
-            there = None if known is None else known.get(number)
-            if known is not None and row["name"] != there:
-                raise self.wrong(
-                    f"category {number} is {row['name']!r} here, and {there!r} in the training file"
-                )
-        if not rows["images"] or not categories:
-            raise self.wrong("it has no images" if categories else "it has no categories")
-        of_image = {number: [] for number in rows["images"]}
-        for number, row in rows["annotations"].items():
-            if not is_id(row.get("image_id"), of_image):
-                raise self.wrong(
-                    f"annotation {number} is of image {row.get('image_id')!r}, which is not listed"
-                )
-            if not is_id(row.get("category_id"), categories):
-                raise self.wrong(
-                    f"annotation {number} has category {row.get('category_id')!r}, which is not "
-                    f"listed; there are {len(categories)}, ids {min(categories)} to "
-                    f"{max(categories)}"
-                )
-            of_image[row["image_id"]].append(number)
-        labels = {number: i for i, number in enumerate(sorted(known or categories), start=1)}
-        lost, pictures = Counter(), []
-        for number, row in rows["images"].items():
-            own = {i: rows["annotations"][i] for i in of_image[number]}
-            pictures.append(self.picture(number, row, own, labels, lost))
-        return categories, pictures, of_lost(self.file, lost)
-
-    def content(self) -> dict:
-        """The file's JSON, an object."""
-        try:
-            content = json.loads(self.file.read_bytes())
-        except (ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
-            raise self.wrong(f"it is damaged, or no JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise self.wrong(
-                f"it holds a {type(content).__name__}; COCO's form is an object of images, "
-                "annotations and categories"
-            )
-        return content
-
-    def rows(self, content: dict, name: str) -> dict:
-        """A list of objects by their ids."""
-        rows = content.get(name)
-        if not isinstance(rows, list):
-            raise self.wrong(f'it lacks a list "{name}"; COCO\'s form has one')
-        found = {}
-        for i, row in enumerate(rows):
-            number = row.get("id") if isinstance(row, dict) else None
-            if not isinstance(number, int | str):
-                raise self.wrong(f'row {i} of "{name}" is no object with an id')
-            if number in found:
-                raise self.wrong(f'"{name}" has id {number} twice')
-            found[number] = row
-        return found
-
-    def picture(self, number, row: dict, own: dict, labels: dict, lost: Counter) -> Picture:
-        """A picture and its annotations by their ids."""
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise self.wrong(f"image {number} has no file_name")
-        path = str(self.folder / name)
-        if not os.path.isfile(path):
-            raise self.wrong(f"it names {path}, which does not exist")
-        size = height, width = upright_size(path, self.pixels)
-        said = tuple(row.get(key, side) for key, side in zip(("height", "width"), size))
-        if said != size:
-            raise self.wrong(
-                f"{path} should be {said[1]!r} x {said[0]!r} pixels and is {width} x {height}; its "
-                "boxes would lie elsewhere"
-            )
-        boxes = [self.box(i, annotation.get("bbox")) for i, annotation in own.items()]
-        boxes, whole = in_picture(boxes, height, width, lost)
-        kept = [pair for pair, keep in zip(own.items(), whole) if keep]
-        shapes = [self.shape(i, annotation, size) for i, annotation in kept] if self.masks else None
-        known = np.array([labels[a["category_id"]] for _, a in kept], dtype=np.int64)
-        crowd = np.array([bool(a.get("iscrowd", 0)) for _, a in kept], dtype=bool)
-        easy = np.zeros(len(crowd), dtype=bool)
-        return Picture(path, height, width, boxes[whole], known, crowd, easy, shapes)
-
-    def box(self, number, bbox) -> list[float]:
-        """Left, top, right and bottom of a `bbox` of left, top, width and height."""
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox))):
-            raise self.wrong(
-                f"the bbox of annotation {number} is {str(bbox)[:80]}, where [left, top, width, "
-                "height] was expected"
-            )
-        left, top, width, height = bbox
-        return [left, top, left + width, top + height]
-
-    def shape(self, number, annotation: dict, size: tuple[int, int]):
-        """The polygons or run lengths of an annotation's mask."""
-        shape = annotation.get("segmentation")
-        if not shape:
-            raise self.wrong(
-                f"annotation {number} has no segmentation, which Mask R-CNN needs of all; Faster "
-                "R-CNN does without"
-            )
-        if isinstance(shape, list):
-            if not all(is_polygon(polygon) for polygon in shape):
-                raise self.wrong(
-                    f"the segmentation of annotation {number} has a polygon that is no list of "
-                    "three pairs or more of x and y"
-                )
-            return [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in shape]
-        if not isinstance(shape, dict) or not isinstance(shape.get("counts"), list | str):
-            raise self.wrong(
-                f"the segmentation of annotation {number} is neither polygons nor run lengths"
-            )
-        if shape.get("size") != [*size]:
-            raise self.wrong(
-                f"the mask of annotation {number} is of size {shape.get('size')} (height, width), "
-                f"and its picture of {[*size]}"
-            )
-        counts = shape["counts"]
-        counts = run_lengths(counts) if isinstance(counts, str) else counts
-        right = all(type(count) is int and count >= 0 for count in counts)
-        if not right or sum(counts) != math.prod(size):
-            raise self.wrong(
-                f"the run lengths of annotation {number} do not fill its mask of {size[0]} x "
-                f"{size[1]} pixels"
-            )
-        return np.array(counts, dtype=np.int64)
-
-
-def is_id(value, known: dict) -> bool:
-    return isinstance(value, int | str) and value in known
-
-
-def is_number(value) -> bool:
-    """Whether a value of JSON is a number, which `true` is not, and one that pixels may have."""
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def is_polygon(value) -> bool:
-    long = isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0
-    return long and all(map(is_number, value))
-
-
-# --------------------------------------------------------------------------------------------------
-# PASCAL VOC 2007
-# --------------------------------------------------------------------------------------------------
-
-# Label 1 is the first; in the order of the classes' names.
-VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor"
-).split()
-
-
-def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> Source:
-    """VOC 2007 through torchvision: trainval to train on, test to test on.
-
-    Objects marked as difficult are neither trained on nor counted.
-    """
-    if download and rank == 0:
-        for split in ("trainval", "test"):
-            open_voc(root, split, download)
-    if download and dist.is_initialized():
-        dist.barrier()
-    lost, parts = Counter(), []
-    for split in ("trainval", "test"):
-        found = open_voc(root, split)
-        parts.append([read_voc(*files, pixels, lost) for files in zip(found.images, found.targets)])
-        need_objects(f"voc2007, {split}, under {root}", parts[-1])
-    hard = sum(int(picture.difficult.sum()) for part in parts for picture in part)
-    notes = [f"{hard} objects marked as difficult are not counted"] * bool(hard)
-    train, test = (Pictures(part, pixels) for part in parts)
-    return Source("PASCAL VOC 2007", train, test, VOC_CLASSES, notes + of_lost("VOC 2007", lost))
-
-
-def open_voc(root: str, split: str, download: bool = False) -> torchvision_datasets.VOCDetection:
-    """torchvision's data set, fetched only where it is missing."""
-    try:
-        return torchvision_datasets.VOCDetection(root, "2007", split)
-    except (RuntimeError, OSError) as absent:
-        hint = "not found; add --download, or name its folder by --data_root"
-        error = absent
-        if download:
-            try:
-                return torchvision_datasets.VOCDetection(root, "2007", split, download=True)
-            except (RuntimeError, OSError) as failed:
-                hint, error = "the download failed", failed
-    raise UserError(f"voc2007, {split}, under {root}: {hint}") from error
-
-
-def read_voc(path: str, file: str, pixels: PixelFormat, lost: Counter) -> Picture:
-    """A picture and its XML file.
-
-    Pixels are counted from 1 there and boxes include their last one, so left and top are less by
-    one here.
-    """
-    height, width = upright_size(path, pixels)
-    try:
-        objects = ElementTree.parse(file).getroot().findall("object")
-        labels = [1 + VOC_CLASSES.index(item.findtext("name", "")) for item in objects]
-        difficult = [int(item.findtext("difficult", "0")) != 0 for item in objects]
-        corners = [
-            [
-                float(item.findtext(f"bndbox/{name}", ""))
-                for name in ("xmin", "ymin", "xmax", "ymax")
-            ]
-            for item in objects
-        ]
-    except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise UserError(f"{file} is missing, damaged, or not VOC's ({error})") from error
-    if not np.isfinite(corners).all():
-        raise UserError(f"{file} has a box that is no numbers")
-    boxes = np.array(corners, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
-    boxes, whole = in_picture(boxes, height, width, lost)
-    labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
-    crowd = np.zeros(whole.sum(), dtype=bool)
-    return Picture(path, height, width, boxes[whole], labels[whole], crowd, difficult[whole])

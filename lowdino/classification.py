@@ -1,97 +1,89 @@
-"""Classes of images from a backbone's features, as `eval_linear.py` learns them by default.
+"""Classes of images from a backbone's features, the default task of `eval_linear.py`.
 
     flags            what is trained
-    (none)           20 linear classifiers as one, by SGD on features computed once; learning rate
+    (none)           20 linear classifiers at once, by SGD on features computed once; learning rate
                      and weight decay are chosen on a fifth of the training labels in use, after a
                      training on a sixteenth of the batch, by the squared error of the
-                     probabilities; then that one is fitted to all of them
+                     probabilities; then the chosen one is fitted to all of them
     --solver lbfgs   logistic regression to its optimum, its weight decay chosen likewise
-    --augment        the same grid on features of crops and flips, anew in every epoch, as in DINO
-    --finetune       the whole network, lower blocks with smaller learning rates; kept as
+    --augment        the same grid on features of new crops and flips in every epoch, as in DINO
+    --finetune       the whole network, lower blocks with smaller learning rates; saved as
                      networkROW_FRACTION_seedSEED.pth, a backbone.pth with its classifier
-    --from_scratch   the whole network from random weights, kept likewise: the supervised rival
+    --from_scratch   the whole network from random weights, saved likewise: the supervised rival
 
---label_fraction takes as many of each class's images, the same for every model and among those of a
-larger fraction. --pool default+mean puts the mean patch token beside the class token, as DINOv2 is
-probed. Within a run, test labels choose nothing.
+--label_fraction takes that fraction of each class's images: the same images for every model, and a
+subset of those of a larger fraction. --pool default+mean adds the mean patch token to the class
+token, as in DINOv2's probe. Test labels choose nothing.
 """
 
-import argparse
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from lowdino import distributed, evaluate, flags, linear, probe, settings
-from lowdino.distributed import user_errors
+from lowdino import evaluate, linear, probe, settings
+from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
-from lowdino.features import compute_features
+from lowdino.features import compute_features, open_images
+from lowdino.settings import Settings
 
-# The flags of eval_linear.py that this task has beside those of every task.
+# The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = (
-    "from_features",
-    "augment",
-    "finetune",
-    "from_scratch",
-    "solver",
-    "layer_decay",
-    "epochs",
-    "val_fraction",
-    "labels",
-    "test_fraction",
-    "pool",
-    "nb_knn",
-)
+    "from_features augment finetune from_scratch solver layer_decay epochs val_fraction labels "
+    "test_fraction pool nb_knn"
+).split()
 
 
-def check(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of what is trained, in one sentence, or None."""
-    whole, views = args.finetune or args.from_scratch, "--augment, --finetune and --from_scratch"
+def check(args: Settings) -> str | None:
+    """The first error in the flags of this task, in one sentence, or None."""
+    network, views = linear.trains_network(args), "--augment, --finetune and --from_scratch"
     if bool(args.models) == bool(args.from_features):
         return "give one MODEL or more, or --from_features FILE"
     if args.augment + args.finetune + args.from_scratch > 1:
         return f"{views} are three ways of training; give one"
-    if args.from_features and (args.augment or whole):
+    if args.from_features and (args.augment or network):
         return f"{views} need the images, which --from_features does without"
-    if args.solver == "lbfgs" and (args.augment or whole):
-        return (
-            "--solver lbfgs needs features that stay the same: not with --augment, --finetune or "
-            "--from_scratch"
-        )
+    if args.solver == "lbfgs" and (args.augment or network):
+        return f"--solver lbfgs needs features that stay the same; {views} change them"
     if args.solver == "lbfgs" and args.lr:
         return "--solver lbfgs has no learning rate; leave --lr out"
-    if whole and len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
+    if network and len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
         return "the whole network is trained with one --lr and one --weight_decay"
-    if whole and (args.pool != "default" or "pixels" in args.models):
-        return "the whole network is trained as it is: no --pool, no pixels"
+    if network and (args.pool != "default" or "pixels" in args.models):
+        return "the whole network is trained without --pool, and pixels have none"
     if "pixels" in args.models and (args.augment or args.pool != "default"):
         return "--augment and --pool need backbones; pixels has none"
     if not 0 < args.val_fraction < 1:
         return f"--val_fraction must lie between 0 and 1, not {args.val_fraction}"
-    wrong = linear.check_whole(args) or flags.out_of_range(args, at_least_one=("nb_knn",))
-    return wrong or settings.check_evaluation(args)
+    return linear.check_network_training(args) or settings.check_evaluation(args)
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on what is trained."""
-    if args.finetune or args.from_scratch:
+def defaults(args: Settings) -> dict:
+    """Values of the flags that are not given."""
+    lr, weight_decay = linear.PROBE_LR, linear.PROBE_WEIGHT_DECAY
+    if linear.trains_network(args):
         lr, weight_decay = [1e-3], [0.05]
     elif args.solver == "lbfgs":
         lr, weight_decay = [0.0], linear.LBFGS_WEIGHT_DECAY
-    else:
-        lr, weight_decay = linear.PROBE_LR, linear.PROBE_WEIGHT_DECAY
-    args.lr, args.weight_decay = args.lr or lr, args.weight_decay or weight_decay
-    args.layer_decay = args.layer_decay or (0.75 if args.finetune else 1.0)
-    args.epochs, args.batch_size_per_gpu = args.epochs or 100, args.batch_size_per_gpu or 256
+    layer_decay = 0.75 if args.finetune else 1.0
+    return dict(
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        epochs=100,
+        batch_size_per_gpu=256,
+    )
 
 
-def protocol(args: argparse.Namespace) -> str:
-    """What was done, in a sentence for people who compare."""
-    if args.finetune or args.from_scratch:
+def protocol(args: Settings) -> str:
+    """The training and its settings, in one sentence for people who compare."""
+    if linear.trains_network(args):
         return (
             f"whole network {'from random weights' if args.from_scratch else 'fine-tuned'}: "
-            f"AdamW, learning rate {args.lr[0]:g}, x {args.layer_decay:g} a block downwards, "
+            f"AdamW, learning rate {args.lr[0]:g}, x {args.layer_decay:g} per block downwards, "
             f"weight decay {args.weight_decay[0]:g}, {args.epochs} epochs of crops and flips; the "
             "last epoch"
         )
@@ -101,99 +93,106 @@ def protocol(args: argparse.Namespace) -> str:
     if len(args.lr) * len(args.weight_decay) > 1:
         grid += (
             f", chosen by squared error of probabilities on {args.val_fraction:g} of the training "
-            "labels in use"
+            f"labels in use{' after a training on a sixteenth of the batch' if sgd else ''}; then "
+            "fitted to all of them"
         )
-        grid += " after a training on a sixteenth of the batch; then" if sgd else ", then"
-        grid += " fitted to all of them"
     views = "features of crops and flips" if args.augment else "features"
     solver = f"SGD, {args.epochs} epochs" if sgd else "logistic regression to its optimum"
     return f"linear classifier on {views}, half-whitened by all training images: {solver}; {grid}"
 
 
-def measure(
-    args: argparse.Namespace,
-    name: str,
-    opened: tuple[str, nn.Module] | None,
-    number: int,
-    ranks: distributed.Ranks,
-) -> dict:
-    """All figures of one model: row `number` of the table.
+# --------------------------------------------------------------------------------------------------
+# One model
+# --------------------------------------------------------------------------------------------------
 
-    Args:
-        opened: what `open_network` gave for `name`; None where that is a file of features.
-    """
-    subject = None
-    if opened:
-        subject, row, train, test = features_of_images(args, *opened, ranks)
-        if ranks.first and number == 1 and subject.source.notes:
-            print("\n".join(subject.source.notes), flush=True)
+
+def measure(subject: linear.Subject) -> dict:
+    """All figures of one model: its row of the table."""
+    args, ranks = subject.args, subject.ranks
+    if subject.backbone is not None:
+        subject, row, train, test = features_of_images(subject)
     else:
         with user_errors():
-            title, train, test = evaluate.load_features(name, ranks.device)
+            title, train, test = evaluate.load_features(subject.name, ranks.device)
         row = {"model": title}
     classes, last = int(train.labels.max()) + 1, int(test.labels.max())
     if last >= classes:
-        raise linear.UserError(
+        raise UserError(
             f"the test images have class {last}, the training images none above {classes - 1}"
         )
     row["knn"] = evaluate.knn_accuracy(train, test, args.nb_knn, classes)
     if ranks.first:
         k = min(args.nb_knn, len(train.labels))
         print(f"  k-NN (k={k}) top-1 {row['knn']:.4f}", flush=True)
-    if args.finetune or args.from_scratch:
-        learn = partial(linear.learn_whole, args, subject, name, number)
-    else:
-        scaler = probe.Scaler(train.features)
-        inputs = linear.ProbeInputs(scaler, scaler(train.features), train.labels, classes)
-        learn = partial(linear.learn_probe, args, subject, inputs, scaler(test.features))
-    row["trained"] = linear.results(args, learn, train.labels, test.labels, ranks)
-    return row
+    if not linear.trains_network(args):
+        whitening = probe.HalfWhitening(train.features)
+        x, test_x = whitening(train.features), whitening(test.features)
+        inputs = linear.ProbeInputs(whitening, x, train.labels, classes)
+    subsets = linear.subsets_of(args, partial(probe.label_subset, train.labels))
+
+    def learn(indices: Tensor, seed: int, subset: str) -> tuple[dict, str]:
+        if ranks.first:
+            lines = "".join(f"{i}\n" for i in indices.tolist())
+            (Path(args.output_dir) / f"labels_{subset}.txt").write_text(lines)
+        indices, setting = indices.to(ranks.device), ""
+        if linear.trains_network(args):
+            network = linear.finetune(subject, indices, seed)
+            options = args.batch_size_per_gpu, args.num_workers
+            test_images = subject.source.test
+            logits = compute_features(network, test_images, subject.size, ranks, *options).features
+            if ranks.first:
+                path = Path(args.output_dir) / f"network{subject.number}_{subset}.pth"
+                linear.save_network(path, network, subject.size, args.epochs)
+        else:
+            weights, setting = linear.choose_and_fit(subject, inputs, indices, seed)
+            logits = test_x @ weights
+            linear.check_logits(logits)
+        return accuracies(logits, test.labels, setting)
+
+    return row | {"trained": linear.measure_subsets(subject, subsets, learn, "labels")}
+
+
+def accuracies(logits: Tensor, labels: Tensor, setting: str) -> tuple[dict, str]:
+    """Accuracies of logits (M, C) for labels (M,), by name and in words with the setting chosen."""
+    figures = {"top1": evaluate.accuracy(logits, labels)}
+    words = f"top-1 {figures['top1']:.4f}"
+    if logits.shape[1] > 5:
+        figures["top5"] = evaluate.accuracy(logits, labels, top=5)
+        words += f" top-5 {figures['top5']:.4f}"
+    return figures | {"chosen": setting}, words + (f", {setting}" if setting else "")
 
 
 def features_of_images(
-    args: argparse.Namespace, title: str, backbone: nn.Module, ranks: distributed.Ranks
+    subject: linear.Subject,
 ) -> tuple[linear.Subject, dict, Features, Features]:
-    """The images, the row so far, and training and test features of a network."""
-    source, size, workers = settings.open_data(args, backbone, ranks)
-    backbone = backbone.to(ranks.device, memory_format=torch.channels_last)
-    row = {"model": title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
+    """The subject with its images, its row so far, and its training and test features."""
+    args, ranks = subject.args, subject.ranks
+    source, size, workers = open_images(args, subject.backbone, ranks)
+    backbone = subject.backbone.to(ranks.device, memory_format=torch.channels_last)
+    row = {"model": subject.title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
     start = time.perf_counter()
     train, test = (
         compute_features(backbone, images, size, ranks, args.batch_size_per_gpu, workers, args.pool)
         for images in (source.train, source.test)
     )
     if ranks.first:
+        counts = f"{len(train.labels)} training and {len(test.labels)} test images"
         seconds, width = time.perf_counter() - start, train.features.shape[1]
-        print(
-            f"{title}: {len(train.labels)} training and {len(test.labels)} test images, {size} px, "
-            f"{width} features in {seconds:.0f} s",
-            flush=True,
-        )
-    return linear.Subject(backbone, source, size, workers, ranks), row, train, test
+        print(f"{subject.title}: {counts}, {size} px, {width} features in {seconds:.0f} s")
+        print("".join(f"{note}\n" for note in source.notes * (subject.number == 1)), end="")
+    return replace(subject, backbone=backbone, source=source, size=size), row, train, test
 
-
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
 
 COSTS = {
     "parameters (M)": lambda row: f"{row['parameters_M']:.2f}",
     "multiply-adds (M)": lambda row: f"{row['multiply_adds_M']:.1f}",
-    "ms an image": lambda row: f"{row['ms_an_image']:.2f}",
+    "ms per image": lambda row: f"{row['ms_per_image']:.2f}",
     "pixels": lambda row: f"{row['image_size']}",
 }
 
 
-def headings(args: argparse.Namespace) -> list[str]:
-    """The columns behind the model's name."""
-    costs = [] if args.from_features else [*COSTS]
-    way = linear.way_of(args)
-    trained = [f"{way} {100 * fraction:g} %" for fraction in args.label_fraction]
-    return [*costs, f"k-NN (k={args.nb_knn})", *trained]
-
-
-def cells(args: argparse.Namespace, row: dict) -> list[str]:
-    """What a row has in these columns, accuracies in percent."""
-    costs = [] if args.from_features else [cost(row) for cost in COSTS.values()]
-    accuracies = [[row["knn"]], *(cell["top1"] for cell in row["trained"])]
-    return [*costs, *map(linear.percent, accuracies)]
+def columns(args: Settings) -> dict:
+    """Columns after the model's name: headings, and functions from a row to its text."""
+    knn = {f"k-NN (k={args.nb_knn})": lambda row: linear.percent([row["knn"]])}
+    trained = linear.figure_columns(args, {linear.training_name(args): "top1"})
+    return ({} if args.from_features else COSTS) | knn | trained

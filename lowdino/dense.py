@@ -1,4 +1,4 @@
-"""Backbones under torchvision's detectors and segmenters.
+"""Backbones under torchvision's detectors and segmenters, mean IoU, and label propagation.
 
 from torchvision.models.detection import MaskRCNN
 
@@ -22,10 +22,10 @@ from lowdino.distributed import UserError
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Replace batch norm by one whose statistics and weights stay as they are, in place.
+    """Replace batch norm in place by torchvision's with fixed statistics and weights.
 
-    So Mask R-CNN (He et al., 2017) is fine-tuned: its batches of one or two images a GPU are too
-    small for statistics of their own.
+    Mask R-CNN (He et al., 2017) is fine-tuned this way: one or two images per GPU are too few to
+    estimate statistics.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -42,8 +42,10 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 
 class Finer(nn.Sequential):
-    """A map of twice the side and half the channels, by a transposed convolution, as in ViTDet (Li
-    et al., 2022) from a ViT's one map."""
+    """A map of twice the side and half the channels, by a transposed convolution.
+
+    ViTDet (Li et al., 2022) makes the finer maps of a ViT this way.
+    """
 
     def __init__(self, dim: int):
         super().__init__(
@@ -58,11 +60,11 @@ class FPNBackbone(nn.Module):
         super().__init__()
         self.backbone, self.out_channels = backbone, out_channels
         self.mean, self.std = backbone.mean, backbone.std
-        own, dims = backbone.pyramid_strides, backbone.pyramid_dims
-        levels = [round(math.log2(stride)) for stride in own]
-        # Detectors take a map's scale for a power of 2. A ViT of patches of 14 sees images of 14/16
-        # of their side, so that its map has a stride of 16.
-        self.shrink = own[0] / 2 ** levels[0]
+        dims = backbone.pyramid_dims
+        levels = [round(math.log2(stride)) for stride in backbone.pyramid_strides]
+        # Detectors take a map's scale for a power of 2. A ViT with patches of 14 pixels gets images
+        # of 14/16 of their side, so that its map has a stride of 16.
+        self.shrink = backbone.pyramid_strides[0] / 2 ** levels[0]
         wanted = [round(math.log2(stride)) for stride in strides]
         self.chosen = [i for i, level in enumerate(levels) if level in wanted]
         dims = [dims[i] for i in self.chosen]
@@ -93,26 +95,27 @@ def fpn_backbone(
     strides: tuple[int, ...] = (4, 8, 16, 32, 64),
     freeze_bn: bool = True,
 ) -> FPNBackbone:
-    """What torchvision's MaskRCNN, FasterRCNN, RetinaNet and FCOS take as their backbone.
+    """A backbone for torchvision's MaskRCNN, FasterRCNN, RetinaNet and FCOS.
 
-    Give them `image_mean` and `image_std` too, the backbone's `mean` and `std`: they normalise.
+    These normalise the images: give them the backbone's `mean` and `std` as `image_mean` and
+    `image_std`.
 
     Args:
-        backbone: is made part of the result, and changed where `freeze_bn`.
-        out_channels: of every map.
-        strides: of the maps, each twice the one before. These are Mask R-CNN's, for which also the
-            anchors of torchvision's RetinaNet and FCOS can be given; by default they are those for
-            (8, 16, 32, 64, 128). Those coarser than the backbone's are max-pooled, as in the FPN.
-            Of a ViT, which has one map, the finer ones are made by transposed convolutions.
-        freeze_bn: keep batch norm as it is, as Mask R-CNN's recipe does. Random weights, whose
-            statistics say nothing yet, need False.
+        backbone: becomes part of the result; `freeze_bn` changes it.
+        out_channels: number of channels of every map.
+        strides: strides of the maps, each twice the one before. The default is Mask R-CNN's.
+            RetinaNet and FCOS have anchors for (8, 16, 32, 64, 128), or can be given others. Maps
+            coarser than the backbone's are max-pooled, as in the FPN. Maps finer than the one map
+            of a ViT are made by transposed convolutions.
+        freeze_bn: keep batch norm as it is, as Mask R-CNN does. Random weights, whose statistics
+            are not estimated yet, need False.
 
     Returns:
-        A module with `out_channels`; of (B, C, H, W) it gives maps by name, "0" the finest.
+        A module with `out_channels`: (B, C, H, W) -> maps by name, "0" the finest.
 
     Raises:
-        UserError: for strides that are not powers of 2, each twice the one before, or that do not
-            include the backbone's coarsest; a ViT's is the power of 2 nearest to its patches' side.
+        UserError: strides are not powers of 2, each twice the one before, or do not include the
+            backbone's coarsest; a ViT's is the power of 2 nearest to the side of its patches.
     """
     first = strides[0] if strides else 0
     if first.bit_count() != 1 or any(b != 2 * a for a, b in zip(strides, strides[1:])):
@@ -131,7 +134,7 @@ def fpn_backbone(
 
 
 class LastMap(nn.Module):
-    """The last feature map, under the name that torchvision's segmenters read."""
+    """The last feature map of a backbone, under the name that torchvision's segmenters read."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -145,27 +148,26 @@ def segmenter(backbone: nn.Module, classes: int) -> FCN:
     """torchvision's FCN (Long et al., 2015) on the last feature map.
 
     Images (B, C, H, W), normalised by the backbone's `mean` and `std`, -> {"out": logits (B,
-    classes, H, W)}. The backbone is made part of it.
+    classes, H, W)}. The backbone becomes part of it.
     """
     return FCN(LastMap(backbone), FCNHead(backbone.embed_dim, classes))
 
 
-def confusion(logits: Tensor, mask: Tensor, ignore: int = 255) -> Tensor:
-    """Pixels of each class (rows) by what was predicted: (C, H, W), (H, W) -> (C, C) int64."""
-    return confusion_of(logits.argmax(dim=0), mask, len(logits), ignore)
+def confusion(predicted: Tensor, mask: Tensor, classes: int, ignore: int = 255) -> Tensor:
+    """Pixels of each class (rows) by predicted class: (H, W), (H, W) -> (C, C) int64.
 
-
-def confusion_of(said: Tensor, mask: Tensor, classes: int, ignore: int = 255) -> Tensor:
-    """As `confusion`, of the predicted classes (H, W)."""
+    Args:
+        ignore: class of pixels that are not counted.
+    """
     known = mask != ignore
-    pairs = mask[known].long() * classes + said[known]
+    pairs = mask[known].long() * classes + predicted[known]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean over the classes of intersection over union, of a confusion matrix (C, C).
+    """Mean over the classes of the intersection over union, from a confusion matrix (C, C).
 
-    A class that neither occurs nor is predicted is left out.
+    It leaves out classes that neither occur nor are predicted.
     """
     confusion = confusion.cpu().double()  # MPS has no float64
     both = confusion.diag()
@@ -188,17 +190,17 @@ def propagate(
 ) -> Tensor:
     """Carry the labels of a film's first frame to the others, by nearest neighbours among cells.
 
-    After DINO's evaluation on DAVIS 2017 (Jabri et al., 2020), without its rescaling of each
-    label's map to [0, 1] at the end: a cell takes the labels of its k most similar ones in the
-    first frame and the `memory` frames before, weighted by exp(cosine / temperature), of cells at
-    most `radius` cells away on each axis.
+    A cell takes the labels of its k most similar cells in the first frame and in the `memory`
+    frames before it, weighted by exp(cosine / temperature). They are at most `radius` cells away on
+    each axis. It is DINO's evaluation on DAVIS 2017 (Jabri et al., 2020), without the rescaling of
+    each label's map to [0, 1] at the end.
 
     Args:
         maps: feature maps of the frames, (T, D, h, w).
-        labels: of the first frame, (C, h, w), such as one-hot or the shares of a cell.
+        labels: labels of the first frame, (C, h, w), such as one-hot or the shares of a cell.
 
     Returns:
-        Labels of all frames, (T, C, h, w); those of the first are as given.
+        Labels of all frames, (T, C, h, w); those of the first frame are as given.
     """
     frames, _, h, w = maps.shape
     cells = F.normalize(maps.float().flatten(2), dim=1).transpose(1, 2)  # (T, h * w, D)

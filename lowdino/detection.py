@@ -1,19 +1,18 @@
-"""Objects in boxes: torchvision's Faster R-CNN or Mask R-CNN on a backbone, trained whole.
+"""Objects in boxes: torchvision's Faster R-CNN or Mask R-CNN on a backbone, all of it trained.
 
 `eval_linear.py --task detection` runs it.
 """
 
-import argparse
 import statistics
-import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -21,66 +20,48 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 import lowdino
-from lowdino import (
-    annotations,
-    augment,
-    data,
-    dense,
-    distributed,
-    image_io,
-    linear,
-    optim,
-    settings,
-)
-from lowdino.distributed import UserError, user_errors
+from lowdino import annotations, augment, dense, distributed, linear, optim
+from lowdino.distributed import user_errors
 from lowdino.evaluate import Score, average_precision, match
 from lowdino.features import normalisation, open_network
-from lowdino.linear import some_of
+from lowdino.settings import Settings
 
-# The flags of eval_linear.py that this task has beside those of every task.
+# The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("detector", "steps", "layer_decay")
 
 # Streams of random numbers, see augment.derived_seed: flips, and the detector's choice of anchors
 # and proposals to learn from.
 FLIPS, CHOICES = 2, 3
 
-MAX_NORM = 10.0  # of the gradient; above it a step is shortened
+MAX_NORM = 10.0  # limit of the gradient's norm
 
 
-def check(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of what is trained, in one sentence, or None."""
-    if not args.models or "pixels" in args.models:
-        return "--task detection needs one backbone or more"
-    if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
-        return "--task detection takes one --lr and one --weight_decay"
+def check(args: Settings) -> str | None:
+    """The first error in the flags of this task, in one sentence, or None."""
+    if error := linear.check_dense(args):
+        return error
     if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
         return f"--layer_decay lies above 0, up to 1, not at {args.layer_decay}"
-    if args.steps is not None and args.steps < 1:
-        return f"--steps must be at least 1, not {args.steps}"
-    if args.image_size is not None and args.image_size < 32:
-        return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    return settings.check_reading(args)
+    return None
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults."""
-    args.lr, args.weight_decay = args.lr or [1e-3], args.weight_decay or [0.05]
-    args.layer_decay = args.layer_decay or 1.0
-    args.steps, args.batch_size_per_gpu = args.steps or 300, args.batch_size_per_gpu or 8
+def defaults(args: Settings) -> dict:
+    """Values of the flags that are not given."""
+    return dict(lr=[1e-3], weight_decay=[0.05], layer_decay=1.0, steps=300, batch_size_per_gpu=8)
 
 
 NAMES = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN"}
 
 
-def protocol(args: argparse.Namespace) -> str:
-    """What is done, in a sentence for people who compare."""
-    decay = f", x {args.layer_decay:g} a block downwards" if args.layer_decay < 1 else ""
+def protocol(args: Settings) -> str:
+    """The training and its settings, in one sentence for people who compare."""
+    decay = f", x {args.layer_decay:g} per block downwards" if args.layer_decay < 1 else ""
     return (
-        f"torchvision's {NAMES[args.detector]} on an FPN, trained whole: AdamW, learning rate "
-        f"{args.lr[0]:g}{decay}, weight decay {args.weight_decay[0]:g}, {args.steps} steps of "
-        f"{args.batch_size_per_gpu} pictures a rank with flips, whatever the share of the boxes; "
-        f"batch norm is frozen in pre-trained weights on pictures of {SMALL_SIDE} pixels or more, "
-        "else trained; COCO's AP on the test pictures"
+        f"torchvision's {NAMES[args.detector]} on an FPN, all weights trained: AdamW, learning "
+        f"rate {args.lr[0]:g}{decay}, weight decay {args.weight_decay[0]:g}, {args.steps} steps "
+        f"of {args.batch_size_per_gpu} pictures per process with flips, the same at every fraction "
+        f"of the pictures; batch norm is frozen in pre-trained weights on pictures of {SMALL_SIDE} "
+        "pixels or more, else trained; COCO's AP on the test pictures"
     )
 
 
@@ -89,13 +70,13 @@ def protocol(args: argparse.Namespace) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-class Recipe(NamedTuple):
+class DetectorSize(NamedTuple):
     """The numbers of a detector.
 
     Attributes:
-        strides: of the maps. width: channels of the maps and of the mask head. hidden: width of the
-            box head. anchors, proposals: of each image, to learn from. kept: proposals of each
-            image that are left by non-maximum suppression.
+        strides: strides of the maps. width: channels of the maps and of the mask head.
+        hidden: width of the box head. anchors, proposals: how many of each image are trained on.
+        kept: proposals per image after non-maximum suppression.
         freeze_bn: keep the batch norm of pre-trained weights as it is.
     """
 
@@ -108,34 +89,34 @@ class Recipe(NamedTuple):
     freeze_bn: bool
 
 
-# torchvision's, made for 800 pixels; and a quarter of the width for pictures of an eighth. There
-# batch norm is always trained, so that random and pre-trained weights differ in nothing else. On
-# the demo scenes it costs nothing: after 100 steps from the weights of a classifier of glyphs,
-# mobilevit_xxs has an AP of 63 with it, and of 62 where it is frozen.
+# LARGE is torchvision's, made for 800 pixels. SMALL, for an eighth of them, has a quarter of the
+# width. It always trains batch norm, so that random and pre-trained weights differ in nothing else.
+# On the demo scenes this costs nothing: after 100 steps from the weights of a classifier of glyphs,
+# mobilevit_xxs has an AP of 63 with trained batch norm, and of 62 with frozen batch norm.
 FINEST = 4  # stride of the finest map
-LARGE = Recipe((FINEST, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
-SMALL = Recipe((FINEST, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
+LARGE = DetectorSize((FINEST, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
+SMALL = DetectorSize((FINEST, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
 SMALL_SIDE = 200  # pixels
 
 
-def recipe_for(size: int) -> Recipe:
+def detector_size(size: int) -> DetectorSize:
     return SMALL if size < SMALL_SIDE else LARGE
 
 
 def anchor_sizes(size: int, strides: tuple[int, ...]) -> tuple[tuple[int], ...]:
     """Sides of the anchors of each map, for images of `size` pixels.
 
-    COCO's recipe has 8 times the stride at 800 pixels. They shrink with the image, but not below 3
-    times the stride: an object between two such anchors would be far from both.
+    COCO's are 8 times the stride at 800 pixels. They shrink with the image, but not below 3 times
+    the stride: an object between two such anchors would be far from both.
     """
     return tuple((round(max(8 * size / 800, 3) * stride),) for stride in strides)
 
 
 class Maps(nn.Module):
-    """The FPN's maps, computed in bfloat16 on CUDA and given in float32.
+    """The FPN's maps, computed in bfloat16 on CUDA and returned in float32.
 
-    Anchors take the type of the maps, and bfloat16 would round them to whole multiples of 4 pixels
-    where images have 800.
+    Anchors take the type of the maps, and bfloat16 would round them to multiples of 4 pixels in
+    images of 800.
     """
 
     def __init__(self, body: dense.FPNBackbone):
@@ -144,16 +125,16 @@ class Maps(nn.Module):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
+        with linear.autocast(x.device):
             maps = self.body(x)
         return OrderedDict((name, map.float().contiguous()) for name, map in maps.items())
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """torchvision's, at the strides that the maps have.
+    """torchvision's RoI align, at the true strides of the maps.
 
-    It guesses them once, from the heights of the first images before they are padded, and then
-    takes small ones for half as large. The maps themselves tell the padded size.
+    torchvision guesses the strides once, from the heights of the first images before padding, and
+    then takes small images for half as large. The size of the maps gives the padded size.
     """
 
     def forward(
@@ -168,17 +149,17 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
 
     Args:
         kind: "faster_rcnn" or "mask_rcnn".
-        classes: without the background.
+        classes: number of classes, without the background.
     """
-    recipe = recipe_for(size)
-    width, strides = recipe.width, recipe.strides
+    numbers = detector_size(size)
+    width, strides = numbers.width, numbers.strides
     maps = Maps(dense.fpn_backbone(backbone, width, strides, freeze_bn))
     mean, std = normalisation(backbone)
-    pooled = ["0", "1", "2", "3"]  # the names of the maps; a fifth is the proposals' alone
+    pooled = ["0", "1", "2", "3"]  # names of the maps; a fifth map is for proposals only
     heads = {
         "box_roi_pool": RoIAlign(pooled, output_size=7, sampling_ratio=2),
-        "box_head": TwoMLPHead(width * 7**2, recipe.hidden),
-        "box_predictor": FastRCNNPredictor(recipe.hidden, classes + 1),
+        "box_head": TwoMLPHead(width * 7**2, numbers.hidden),
+        "box_predictor": FastRCNNPredictor(numbers.hidden, classes + 1),
     }
     if kind == "mask_rcnn":
         heads["mask_roi_pool"] = RoIAlign(pooled, output_size=14, sampling_ratio=2)
@@ -192,56 +173,30 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
         image_mean=mean,
         image_std=std,
         rpn_anchor_generator=anchors,
-        rpn_batch_size_per_image=recipe.anchors,
-        rpn_pre_nms_top_n_train=recipe.kept,
-        rpn_post_nms_top_n_train=recipe.kept,
-        rpn_pre_nms_top_n_test=recipe.kept // 2,
-        rpn_post_nms_top_n_test=recipe.kept // 2,
-        box_batch_size_per_image=recipe.proposals,
+        rpn_batch_size_per_image=numbers.anchors,
+        rpn_pre_nms_top_n_train=numbers.kept,
+        rpn_post_nms_top_n_train=numbers.kept,
+        rpn_pre_nms_top_n_test=numbers.kept // 2,
+        rpn_post_nms_top_n_test=numbers.kept // 2,
+        box_batch_size_per_image=numbers.proposals,
         **heads,
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# Batches. A loader gives them as flat lists of tensors, which is what its processes can send.
+# Training and evaluation
 # --------------------------------------------------------------------------------------------------
 
 Item = tuple[Tensor, dict[str, Tensor]]
 
 
-def kinds_of(args: argparse.Namespace) -> list[str]:
-    """What the detector finds of each object, by which its AP is named."""
-    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
-
-
-def flat(items: list[Item], names: list[str]) -> list[Tensor]:
-    return [tensor for image, target in items for tensor in (image, *map(target.get, names))]
-
-
-def batches(
-    pictures: Dataset,
-    kinds: list[str],
-    order: Iterable[list[int]],
-    workers: int,
-    device: torch.device,
-) -> Iterator[list[Item]]:
-    """The pictures and what is in them, of each list of indices in `order`.
-
-    Args:
-        kinds: "boxes", and "masks" where they are wanted.
-    """
-    names = [*annotations.OF_BOXES, *(kind for kind in kinds if kind != "boxes")]
-    collate, pinned = partial(flat, names=names), device.type == "cuda"
-    loader: DataLoader = data.open_loader(
-        pictures, workers, batch_sampler=order, collate_fn=collate, pin_memory=pinned
-    )
-    for tensors in loader:
-        values = iter([tensor.to(device, non_blocking=True) for tensor in tensors])
-        yield [(image, {name: next(values) for name in names}) for image in values]
+def images_of(items: list[Item]) -> list[Tensor]:
+    """The images in [0, 1]."""
+    return [image / 255 for image, _ in items]
 
 
 def flipped(image: Tensor, target: dict[str, Tensor]) -> Item:
-    """An image and what is in it, left and right exchanged."""
+    """An image and its target, left and right exchanged."""
     left, top, right, bottom = target["boxes"].unbind(dim=1)
     width = image.shape[2]
     target = target | {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
@@ -263,165 +218,109 @@ def training_batch(items: list[Item], seed: int, step: int, rank: int):
         kept = ~(target["crowd"] | target["difficult"])
         names = [name for name in target if name not in ("crowd", "difficult")]
         targets.append({name: target[name][kept] for name in names})
-    return [image / 255 for image, _ in items], targets
+    return images_of(items), targets
 
 
-# --------------------------------------------------------------------------------------------------
-# Training and evaluation
-# --------------------------------------------------------------------------------------------------
-
-
-def learn(
-    args, name: str, source: annotations.Source, chosen: list[int], size: int, seed: int, ranks
-) -> FasterRCNN:
-    """The detector, trained from the network `name` on with the pictures at indices `chosen`.
+def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
+    """A detector on the network, trained on the pictures at `indices`.
 
     Raises:
-        UserError: where the pictures are fewer than the ranks; `linear.Diverged`.
+        UserError: the pictures are fewer than the ranks; `linear.Diverged`.
     """
-    batch = min(args.batch_size_per_gpu, len(chosen) // ranks.world)
-    if batch == 0:
-        raise UserError(f"{len(chosen)} pictures are fewer than the {ranks.world} ranks")
-    if batch == 1 and size <= 32:
-        raise UserError("batch norm needs two pictures a rank or more where they have 32 pixels")
-    _, backbone = open_network(name, seed)
+    args, ranks, source, size = subject.args, subject.ranks, subject.source, subject.size
+    # At 32 pixels the coarsest map is one cell, which has no variance.
+    batch, steps = linear.batch_and_steps(args, len(indices), ranks.world, batch_norm=size <= 32)
+    _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
-    freeze_bn = recipe_for(size).freeze_bn and name not in lowdino.ARCHS
+    freeze_bn = detector_size(size).freeze_bn and subject.name not in lowdino.ARCHS
     detector = build(args.detector, backbone, len(source.names), size, freeze_bn)
     detector = distributed.on_device(detector, ranks)
-    own = {*backbone.parameters()}
-    head = nn.ParameterList(p for p in detector.parameters() if p not in own)
+    order = linear.training_order(subject, len(indices), batch, steps, seed)
+    pictures, body = Subset(source.train, indices), {*backbone.parameters()}
+    head = nn.ParameterList(p for p in detector.parameters() if p not in body)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
-    pictures, kinds = Subset(source.train, chosen), kinds_of(args)
-    order = data.TrainingBatches(len(chosen), batch, seed, 0, args.steps, ranks.rank, ranks.world)
-    workers = data.loader_processes(pictures, args.num_workers)
+    optimizer = linear.CosineAdamW(subject, groups, steps, MAX_NORM)
     model = distributed.data_parallel(detector).train()
-
-    def losses() -> Iterator[Tensor]:
-        for step, items in enumerate(batches(pictures, kinds, order, workers, ranks.device)):
-            images, targets = training_batch(items, seed, step, ranks.rank)
-            torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
-            yield sum(model(images, targets).values())
-
-    linear.adamw_steps(losses(), groups, args, args.steps, ranks, MAX_NORM)
+    for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
+        images, targets = training_batch(items, seed, step, ranks.rank)
+        torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
+        optimizer.step(sum(model(images, targets).values()))
     if not freeze_bn:
-        few = min(args.steps, 20)
-        order = data.TrainingBatches(len(chosen), batch, seed, 0, few, ranks.rank, ranks.world)
-        settle_batch_norm(detector, batches(pictures, kinds, order, workers, ranks.device))
-        distributed.broadcast_buffers(detector)
+        again = linear.picture_batches(subject, pictures, order)
+        views = (detector.transform(images_of(items))[0].tensors for items in again)
+        linear.estimate_batch_norm(detector.backbone, views)
     return detector
 
 
-def settle_batch_norm(detector: FasterRCNN, found: Iterable[list[Item]]) -> None:
-    """Replace batch norm's moving averages, which lag behind, by the mean over some batches."""
-    views = (detector.transform([image / 255 for image, _ in items])[0].tensors for items in found)
-    linear.settle_batch_norm(detector.backbone, views)
+def kinds_of(args: Settings) -> list[str]:
+    """What the detector gives for each object, by which its AP is named."""
+    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
 
 
 @user_errors()
 @torch.no_grad()
-def evaluate(detector: FasterRCNN, pictures: Dataset, batch: int, workers: int, ranks):
-    """The detector's AP by kind, "boxes" and, of Mask R-CNN, "masks", on all pictures.
+def evaluate(subject: linear.Subject, detector: FasterRCNN) -> dict[str, Score]:
+    """The detector's AP by kind, "boxes" and, for Mask R-CNN, "masks", on all test pictures.
 
     Each rank does its share.
     """
     detector.eval()
-    order = linear.shares(len(pictures), batch, ranks)
-    kinds = ["boxes", *["masks"] * isinstance(detector, MaskRCNN)]
-    matches = {kind: [] for kind in kinds}
-    for items in batches(pictures, kinds, order, workers, ranks.device):
-        for found, (_, target) in zip(detector([image / 255 for image, _ in items]), items):
-            if "masks" in found:
-                found["masks"] = found["masks"][:, 0] > 0.5
-            found, target = ({k: v.cpu() for k, v in part.items()} for part in (found, target))
-            for kind in kinds:
-                matches[kind].append(match(found, target, kind))
+    pictures, world = subject.source.test, subject.ranks.world
+    matches = {kind: [] for kind in kinds_of(subject.args)}
+    order = linear.rank_batches(subject, len(pictures))
+    for items in linear.picture_batches(subject, pictures, order):
+        detections = detector(images_of(items))
+        for detected, (_, target) in zip(detections, items):
+            if "masks" in detected:
+                detected["masks"] = detected["masks"][:, 0] > 0.5
+            pair = [{k: v.cpu() for k, v in part.items()} for part in (detected, target)]
+            for kind in matches:
+                matches[kind].append(match(*pair, kind))
     parts = distributed.gather_objects(matches)
     return {
-        kind: average_precision(
-            [parts[i % ranks.world][kind][i // ranks.world] for i in range(len(pictures))]
-        )
-        for kind in kinds
+        kind: average_precision([parts[i % world][kind][i // world] for i in range(len(pictures))])
+        for kind in matches
     }
 
 
-def suitable_size(pictures: Dataset) -> int:
-    """The median of the shorter side to the nearest whole 32 pixels, 32 to 800.
+# --------------------------------------------------------------------------------------------------
+# One model
+# --------------------------------------------------------------------------------------------------
 
-    torchvision pads images to whole 32s.
+
+def suitable_size(pictures: Dataset) -> int:
+    """The median of the shorter side to the nearest multiple of 32 pixels, 32 to 800.
+
+    torchvision pads images to multiples of 32.
     """
     return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+def measure(subject: linear.Subject) -> dict:
+    """All figures of one model: its row of the table."""
+    args, ranks, masks = subject.args, subject.ranks, subject.args.detector == "mask_rcnn"
+    where = dict(source=args.data_path, root=args.data_root, download=args.download)
+    load = partial(annotations.load, **where, masks=masks, rank=ranks.rank)
+    source, remark = linear.open_pictures(subject, load)
+    subject = replace(subject, source=source, size=args.image_size or suitable_size(source.train))
+    linear.print_pictures(subject, len(source.names), remark)
+    torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape
+
+    def learn(indices: Sequence[int], seed: int, _: str) -> tuple[dict, str]:
+        scores = evaluate(subject, train(subject, indices, seed))
+        aps = [(kind, name) for kind in scores for name in ("ap50", "ap")]
+        figures = {f"{kind}_{name}": getattr(scores[kind], name) for kind, name in aps}
+        words = (f"AP50 of {k} {s.ap50:.4f}, AP {s.ap:.4f}" for k, s in scores.items())
+        return figures, ", ".join(words)
+
+    subsets = linear.subsets_of(args, partial(linear.random_subset, len(source.train)))
+    parameters = sum(p.numel() for p in subject.backbone.parameters()) / 1e6
+    row = {"model": subject.title, "parameters_M": parameters, "image_size": subject.size}
+    return row | {"trained": linear.measure_subsets(subject, subsets, learn, "pictures")}
 
 
-def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
-    """All figures of one model: row `number` of the table."""
-    title, backbone = opened
-    channels = len(normalisation(backbone)[0])
-    as_read = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
-    where = args.data_path, args.data_root, args.download
-    source = annotations.load(*where, args.detector == "mask_rcnn", as_read, ranks.rank)
-    said = ""
-    if isinstance(source.train, annotations.Pictures):
-        paths = [picture.path for picture in source.train.pictures]
-        known = getattr(backbone, "value_range", None)
-        images = data.ImageFiles(paths, pixel_format=as_read)
-        value_range, said = data.choose_value_range(images, source.name, args.value_range, known)
-        as_read = as_read._replace(value_range=value_range)
-        source.train.pixels = source.test.pixels = as_read
-    if len(source.train[0][0]) != channels:
-        raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
-    size = args.image_size or suitable_size(source.train)
-    parameters = sum(p.numel() for p in backbone.parameters()) / 1e6
-    row = {"model": title, "parameters_M": parameters, "image_size": size, "trained": []}
-    if ranks.first:
-        if number == 1 and source.notes:
-            print("\n".join(source.notes))
-        counts = f"{len(source.train)} training and {len(source.test)} test pictures"
-        classes = f"{len(source.names)} classes"
-        print(f"{title}; {source.name}: {counts}, {classes}, {size} px{said}", flush=True)
-    torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape anew
-    start = time.perf_counter()
-    for fraction in args.label_fraction:
-        cell = {"label_fraction": fraction, "seeds": args.seeds, "pictures": []}
-        for seed in args.seeds:
-            chosen = some_of(len(source.train), fraction, seed)
-            detector = learn(args, name, source, chosen, size, seed, ranks)
-            workers = data.loader_processes(source.test, args.num_workers)
-            batch = args.batch_size_per_gpu
-            scores = evaluate(detector, source.test, batch, workers, ranks)
-            cell["pictures"].append(len(chosen))
-            for kind, score in scores.items():
-                cell.setdefault(f"{kind}_ap50", []).append(score.ap50)
-                cell.setdefault(f"{kind}_ap", []).append(score.ap)
-            if ranks.first:
-                seconds = time.perf_counter() - start
-                print(
-                    f"  {fraction:g} of the pictures ({len(chosen)}), seed {seed}: "
-                    f"{in_words(scores)} after {seconds:.0f} s",
-                    flush=True,
-                )
-        row["trained"].append(cell)
-    return row
-
-
-def in_words(scores: dict[str, Score]) -> str:
-    return ", ".join(f"AP50 of {k} {s.ap50:.4f}, AP {s.ap:.4f}" for k, s in scores.items())
-
-
-def headings(args: argparse.Namespace) -> list[str]:
-    """The columns behind the model's name."""
-    figures = [f"{ap} of {kind}" for kind in kinds_of(args) for ap in ("AP50", "AP")]
-    shares = [f"{100 * fraction:g} %" for fraction in args.label_fraction]
-    return ["pixels", *(f"{figure}, {share}" for share in shares for figure in figures)]
-
-
-def cells(args: argparse.Namespace, row: dict) -> list[str]:
-    """What a row has in these columns, in percent."""
-    names = [f"{kind}_{ap}" for kind in kinds_of(args) for ap in ("ap50", "ap")]
-    figures = [linear.percent(cell[name]) for cell in row["trained"] for name in names]
-    return [str(row["image_size"]), *figures]
+def columns(args: Settings) -> dict:
+    """Columns after the model's name: headings, and functions from a row to its text."""
+    aps = {"AP50": "ap50", "AP": "ap"}
+    figures = {f"{ap} of {k},": f"{k}_{aps[ap]}" for k in kinds_of(args) for ap in aps}
+    return {"pixels": lambda row: str(row["image_size"])} | linear.figure_columns(args, figures)

@@ -345,7 +345,7 @@ def add_classifier(
 def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     """Logistic regression on features (N, D), with weight decay 1e-4 on scaled ones, as a layer
     that takes them as they are."""
-    scaler = probe.Scaler(features)
+    scaler = probe.HalfWhitening(features)
     weights = probe.logistic_regression(scaler(features), labels, classes, [1e-4])[:, 0]  # (D+1, C)
     layer = nn.Linear(features.shape[1], classes).to(features.device).requires_grad_(False)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Features of a frozen network, in memory and as a file, and their weighted k-NN classifier."""
+"""Measures: k-NN and retrieval by a frozen network's features, and the AP of detections."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# --------------------------------------------------------------------------------------------------
+# Features
+# --------------------------------------------------------------------------------------------------
+
 
 class Features(NamedTuple):
-    """Of one split: (N, D) features, (N,) labels or -1 for none, and N file names or indices."""
+    """Features (N, D) of one split, labels (N,), -1 for none, and N file names or indices."""
 
     features: Tensor
     labels: Tensor
@@ -31,8 +35,8 @@ def extract_features(
 
     Args:
         backbone: images to features; its mode is restored afterwards.
-        batches: of (images uint8 (B, 3, H, W), sizes (B, 2), labels (B,), ...).
-        view: makes the network's input from (images, sizes).
+        batches: (images uint8 (B, C, H, W), sizes (B, 2), labels (B,), ...) each.
+        view: (images, sizes) -> the network's input.
     """
     device = torch.device(device)
     training = backbone.training
@@ -51,7 +55,7 @@ def extract_features(
 def save_features(path: str, name: str, splits: dict[str, Features]) -> None:
     """Write an .npz of plain arrays: `model`, and NAME, NAME_labels, NAME_files of each split.
 
-    The splits' names are "train" and "test".
+    The names of the splits are "train" and "test".
     """
     arrays = {"model": np.array(name)}
     for split, (x, labels, files) in splits.items():
@@ -65,10 +69,10 @@ def save_features(path: str, name: str, splits: dict[str, Features]) -> None:
 
 
 def load_features(path: str, device: torch.device | str = "cpu") -> tuple[str, Features, Features]:
-    """Model name, training and test features of a file of `save_features`, or one with its arrays.
+    """Model name, training and test features from a file with the arrays of `save_features`.
 
     Raises:
-        ValueError: where the file is damaged, lacks labels, or its arrays do not fit each other.
+        ValueError: the file is damaged, lacks labels, or its arrays do not fit each other.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -82,7 +86,7 @@ def load_features(path: str, device: torch.device | str = "cpu") -> tuple[str, F
     train, test = (checked_split(path, arrays, split, device) for split in ("train", "test"))
     if train.features.shape[1] != test.features.shape[1]:
         raise ValueError(
-            f"{path}: train has {train.features.shape[1]} features an image, "
+            f"{path}: train has {train.features.shape[1]} features per image, "
             f"test {test.features.shape[1]}"
         )
     return str(arrays.get("model", path)), train, test
@@ -91,12 +95,10 @@ def load_features(path: str, device: torch.device | str = "cpu") -> tuple[str, F
 def checked_split(
     path: str, arrays: dict[str, np.ndarray], split: str, device: torch.device | str
 ) -> Features:
-    """The arrays of one split as tensors on `device`; a ValueError names `path` where unfit."""
-    lacking = [key for key in (split, f"{split}_labels") if key not in arrays]
-    if lacking:
-        raise ValueError(
-            f"{path} lacks the array {lacking[0]!r}; it has {', '.join(sorted(arrays))}"
-        )
+    """The arrays of one split as tensors on `device`; a ValueError on unfit ones names `path`."""
+    for key in (split, f"{split}_labels"):
+        if key not in arrays:
+            raise ValueError(f"{path} lacks the array {key!r}; it has {', '.join(sorted(arrays))}")
     x, labels = arrays[split], arrays[f"{split}_labels"]
     if x.ndim != 2 or labels.shape != (len(x),) or not len(x):
         raise ValueError(
@@ -105,7 +107,7 @@ def checked_split(
         )
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(
-            f"{path}: {split}_labels should be whole numbers from 0; "
+            f"{path}: {split}_labels should be integers from 0; "
             "a file of unlabelled images has none"
         )
     if x.dtype.kind not in "fiu" or not np.isfinite(x).all():
@@ -118,32 +120,24 @@ def checked_split(
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# k-NN and retrieval
+# --------------------------------------------------------------------------------------------------
+
+
 def nearest_neighbours(
     train_features: Tensor, test_features: Tensor, k: int, chunk_bytes: int = 2**28
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities and indices of the k nearest training features, best first.
 
     (N, D), (M, D) -> (M, k), (M, k). The (M, N) similarities are computed in blocks of at most
-    `chunk_bytes`. k is N at most.
+    `chunk_bytes`. k is at most N.
     """
     train = F.normalize(train_features.float(), dim=1)
     test = F.normalize(test_features.float(), dim=1)
     rows = max(chunk_bytes // (4 * len(train)), 1)
-    found = [(block @ train.T).topk(k, dim=1) for block in test.split(rows)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-
-
-def vote(
-    similarities: Tensor, neighbour_labels: Tensor, temperature: float, num_classes: int
-) -> Tensor:
-    """Each neighbour votes for its class with weight exp(similarity / T).
-
-    (M, k), (M, k) -> (M, num_classes): the sum of the votes, and -inf for a class without a vote.
-    """
-    weights = (similarities / temperature).exp()
-    scores = torch.zeros(len(weights), num_classes, device=weights.device)
-    scores.scatter_add_(1, neighbour_labels, weights)
-    return scores.masked_fill_(scores == 0, -torch.inf)
+    nearest = [(block @ train.T).topk(k, dim=1) for block in test.split(rows)]
+    return torch.cat([n.values for n in nearest]), torch.cat([n.indices for n in nearest])
 
 
 def knn_classify(
@@ -159,7 +153,7 @@ def knn_classify(
     (N, D), (N,), (M, D) -> (M, num_classes).
 
     Args:
-        k: neighbours; where there are fewer training features, all of them.
+        k: number of neighbours, at most that of the training features.
         temperature: T of the votes exp(cosine / T); at least 0.013, or the sum of many votes
             overflows float32.
         num_classes: width of the result; None for the largest label plus one.
@@ -170,11 +164,13 @@ def knn_classify(
     num_classes = num_classes or int(train_labels.max()) + 1
     k = min(k, len(train_features))
     similarities, indices = nearest_neighbours(train_features, test_features, k)
-    return vote(similarities, train_labels[indices], temperature, num_classes)
+    scores = torch.zeros(len(indices), num_classes, device=indices.device)
+    scores.scatter_add_(1, train_labels[indices], (similarities / temperature).exp())
+    return scores.masked_fill_(scores == 0, -torch.inf)
 
 
 def knn_accuracy(train: Features, test: Features, k: int, num_classes: int) -> float:
-    """Top-1 accuracy of `knn_classify`, the training features being the memory."""
+    """Top-1 accuracy of `knn_classify` on the test features."""
     scores = knn_classify(train.features, train.labels, test.features, k, num_classes=num_classes)
     return accuracy(scores, test.labels)
 
@@ -192,23 +188,24 @@ def accuracy(scores: Tensor, labels: Tensor, top: int = 1) -> float:
 def retrieval_map(train: Features, test: Features, chunk: int = 256) -> float:
     """Mean average precision of retrieval: each test image ranks all training images by cosine.
 
-    Those of its own class are the relevant ones. The average precision of a query is the mean, over
-    its relevant images, of the share of relevant ones among all down to that rank. Queries of a
-    class without training images are left out.
+    Images of the query's class are relevant. The average precision of a query is the mean, over its
+    relevant images, of the share of relevant images down to that rank. Queries of a class without
+    training images are left out.
 
     Args:
-        chunk: queries ranked at a time, which bounds the memory.
+        chunk: number of queries ranked at a time, which bounds the memory.
     """
     memory = F.normalize(train.features.float(), dim=1)
     ranks = torch.arange(1, len(memory) + 1, dtype=torch.float64)
-    found = []
+    average_precisions = []
     for queries, labels in zip(test.features.split(chunk), test.labels.split(chunk)):
         order = (F.normalize(queries.float(), dim=1) @ memory.T).argsort(dim=1, descending=True)
         relevant = (train.labels[order] == labels[:, None]).cpu()  # MPS has no float64
         precision = relevant.cumsum(dim=1).double() / ranks
         counts = relevant.sum(dim=1)
-        found.append(((precision * relevant).sum(dim=1) / counts)[counts > 0])
-    return torch.cat(found).mean().item()
+        sums = (precision * relevant).sum(dim=1)
+        average_precisions.append((sums / counts)[counts > 0])
+    return torch.cat(average_precisions).mean().item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,20 +214,20 @@ def retrieval_map(train: Features, test: Features, chunk: int = 256) -> float:
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 100  # detections of a class and picture that count, the most certain ones
+MOST = 100  # detections that count per class and picture, those of the highest scores
 
 
 class Matches(NamedTuple):
-    """What became of one picture's detections, sorted by class and falling score.
+    """The detections of one picture after matching, sorted by class and falling score.
 
-    T is the number of IoU thresholds, D that of detections, G that of objects that count.
+    There are T IoU thresholds, D detections, and G objects that count.
     """
 
     scores: np.ndarray  # (D,) float64
     labels: np.ndarray  # (D,) int64
     correct: np.ndarray  # (T, D) bool, matched to an object that counts
-    ignored: np.ndarray  # (T, D) bool, matched to what does not count: neither right nor wrong
-    objects: np.ndarray  # (G,) int64, labels of the objects to be found
+    ignored: np.ndarray  # (T, D) bool, matched to one that does not count: neither right nor wrong
+    objects: np.ndarray  # (G,) int64, labels of the objects that count
 
 
 class Score(NamedTuple):
@@ -239,7 +236,7 @@ class Score(NamedTuple):
     Attributes:
         ap50: at IoU 0.5. ap: the mean over all thresholds. Both are means over the classes that
             have objects.
-        by_class: (T,) of each such class.
+        by_class: (T,) for each such class.
     """
 
     ap50: float
@@ -247,44 +244,34 @@ class Score(NamedTuple):
     by_class: dict[int, np.ndarray]
 
 
-# --------------------------------------------------------------------------------------------------
-# Overlap
-# --------------------------------------------------------------------------------------------------
-
-
-def ratio(intersection: np.ndarray, found: np.ndarray, true: np.ndarray, crowd) -> np.ndarray:
-    """Intersection over union; over the detection's own area where the object is a crowd.
+def iou(intersection: np.ndarray, detected: np.ndarray, true: np.ndarray, crowd) -> np.ndarray:
+    """Intersection over union; over the detection's area where the object is a crowd.
 
     Args:
-        intersection: (D, G). found: areas (D,). true: areas (G,). crowd: (G,) bool.
+        intersection: (D, G). detected: areas (D,). true: areas (G,). crowd: (G,) bool.
     """
-    union = np.where(crowd, found[:, None], found[:, None] + true - intersection)
+    union = np.where(crowd, detected[:, None], detected[:, None] + true - intersection)
     return np.divide(intersection, union, out=np.zeros(union.shape), where=intersection > 0)
 
 
-def box_iou(found: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Overlaps of boxes (left, top, right, bottom): (D, 4), (G, 4), (G,) bool -> (D, G) float64."""
-    found, true = (np.asarray(boxes, dtype=np.float64) for boxes in (found, true))
-    low = np.maximum(found[:, None, :2], true[:, :2])
-    high = np.minimum(found[:, None, 2:], true[:, 2:])
+def box_iou(detected: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """IoU of boxes (left, top, right, bottom): (D, 4), (G, 4), (G,) bool -> (D, G) float64."""
+    detected, true = (np.asarray(boxes, dtype=np.float64) for boxes in (detected, true))
+    low = np.maximum(detected[:, None, :2], true[:, :2])
+    high = np.minimum(detected[:, None, 2:], true[:, 2:])
     intersection = (high - low).clip(min=0).prod(axis=2)
-    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (found, true))
-    return ratio(intersection, *areas, crowd)
+    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (detected, true))
+    return iou(intersection, *areas, crowd)
 
 
-def mask_iou(found: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Overlaps of masks: (D, H, W), (G, H, W), (G,) bool -> (D, G) float64. What is not 0 is on."""
-    found, true = (np.asarray(masks) != 0 for masks in (found, true))
-    found, true = (m.reshape(len(m), math.prod(m.shape[1:])) for m in (found, true))
-    intersection = np.zeros((len(found), len(true)))
+def mask_iou(detected: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """IoU of masks, on where not 0: (D, H, W), (G, H, W), (G,) bool -> (D, G) float64."""
+    masks = (np.asarray(masks) != 0 for masks in (detected, true))
+    detected, true = (m.reshape(len(m), math.prod(m.shape[1:])) for m in masks)
+    intersection = np.zeros((len(detected), len(true)))
     for g, mask in enumerate(true):
-        intersection[:, g] = found[:, mask].sum(axis=1)
-    return ratio(intersection, found.sum(axis=1), true.sum(axis=1), crowd)
-
-
-# --------------------------------------------------------------------------------------------------
-# Matching and counting
-# --------------------------------------------------------------------------------------------------
+        intersection[:, g] = detected[:, mask].sum(axis=1)
+    return iou(intersection, detected.sum(axis=1), true.sum(axis=1), crowd)
 
 
 def match(
@@ -294,53 +281,58 @@ def match(
 
     Args:
         prediction: scores (D,), labels (D,), and boxes (D, 4) or masks (D, H, W).
-        target: labels (G,), and boxes (G, 4) or masks (G, H, W); crowd (G,) bool where some of the
-            objects are crowds, and difficult (G,) bool where some are VOC's difficult ones.
-            Detections on either do not count, and nobody need find it. A crowd is met by what lies
-            in it, COCO's rule, and a difficult object by what has its place and size, VOC's.
-        kind: "boxes" or "masks", what overlap is measured by.
+        target: labels (G,), and boxes (G, 4) or masks (G, H, W). `crowd` (G,) bool marks crowds and
+            `difficult` (G,) bool VOC's difficult objects; both may be absent. Detections on either
+            do not count, and neither needs a detection. A detection that lies in a crowd meets it,
+            COCO's rule; a difficult object is met by IoU, VOC's.
+        kind: "boxes" or "masks", by which the overlap is measured.
 
-    Both may hold torch's tensors, on a CPU.
+    Both may hold tensors on the CPU.
 
     Raises:
-        ValueError: where scores are not finite: no order would be right.
+        ValueError: scores are not finite, so that they have no order.
     """
     scores = np.asarray(prediction["scores"], dtype=np.float64)
     if not np.isfinite(scores).all():
         raise ValueError("scores of detections are not finite numbers: the detector has diverged")
-    found, true = np.asarray(prediction["labels"]), np.asarray(target["labels"])
+    labels, true = np.asarray(prediction["labels"]), np.asarray(target["labels"])
     crowd, difficult = (
         np.asarray(target.get(name, np.zeros(len(true))), dtype=bool)
         for name in ("crowd", "difficult")
     )
     left_out = crowd | difficult
-    iou = {"boxes": box_iou, "masks": mask_iou}[kind]
-    orders, correct, ignored = [], [], []
-    for label in np.unique(found):
-        of_class = np.flatnonzero(found == label)
-        order = of_class[np.argsort(-scores[of_class], kind="stable")][:MOST]
-        objects = np.flatnonzero(true == label)
-        objects = objects[np.argsort(left_out[objects], kind="stable")]  # those last
-        overlaps = iou(
-            np.asarray(prediction[kind])[order], np.asarray(target[kind])[objects], crowd[objects]
-        )
-        orders.append(order)
-        for parts, part in zip((correct, ignored), match_class(overlaps, left_out[objects])):
-            parts.append(part)
+    overlap = {"boxes": box_iou, "masks": mask_iou}[kind]
+    detected, shapes = np.asarray(prediction[kind]), np.asarray(target[kind])
     none = np.zeros((len(IOU_THRESHOLDS), 0), dtype=bool)
-    order = np.concatenate([np.zeros(0, dtype=int), *orders])
-    matched = (np.concatenate([none, *parts], axis=1) for parts in (correct, ignored))
-    return Matches(scores[order], found[order], *matched, true[~left_out])
+    orders, correct, ignored = [np.zeros(0, dtype=int)], [none], [none]
+    for label in np.unique(labels):
+        order = by_score(scores, labels == label)[:MOST]
+        objects = np.flatnonzero(true == label)
+        objects = objects[np.argsort(left_out[objects], kind="stable")]  # those left out are last
+        overlaps = overlap(detected[order], shapes[objects], crowd[objects])
+        right, neither = match_class(overlaps, left_out[objects])
+        orders.append(order)
+        correct.append(right)
+        ignored.append(neither)
+    order = np.concatenate(orders)
+    matched = np.concatenate(correct, axis=1), np.concatenate(ignored, axis=1)
+    return Matches(scores[order], labels[order], *matched, true[~left_out])
+
+
+def by_score(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Indices of the `chosen` (D,) bool by falling score, the first ones first where equal."""
+    indices = np.flatnonzero(chosen)
+    return indices[np.argsort(-scores[indices], kind="stable")]
 
 
 def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Greedy matching: `Matches.correct` and `.ignored` of one class's (D, G) overlaps.
 
-    Each detection in turn takes the free object that it overlaps most, of several alike the last.
-    Only where there is none does it take what is left out, and many may take the same.
+    Each detection in turn takes the free object that it overlaps most, the last of equal ones. Only
+    without one does it take an object that is left out, which many detections may take.
 
     Args:
-        overlaps: of detections by falling score, and of objects with those left out last.
+        overlaps: (D, G), detections by falling score, objects with those left out last.
         left_out: (G,) bool.
     """
     correct, ignored = np.zeros((2, len(IOU_THRESHOLDS), len(overlaps)), dtype=bool)
@@ -360,25 +352,21 @@ def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray,
 
 
 def average_precision(pictures: Sequence[Matches]) -> Score:
-    """COCO's average precision over pictures, in whose order detections of equal score count."""
-    labels, objects = (
+    """COCO's average precision; detections of equal score count in the order of the pictures."""
+    scores, labels, objects = (
         np.concatenate([np.zeros(0, dtype=int), *(getattr(picture, name) for picture in pictures)])
-        for name in ("labels", "objects")
+        for name in ("scores", "labels", "objects")
     )
     if not len(objects):
         return Score(math.nan, math.nan, {})
-    scores = np.concatenate([picture.scores for picture in pictures])
     correct = np.concatenate([picture.correct for picture in pictures], axis=1)
     ignored = np.concatenate([picture.ignored for picture in pictures], axis=1)
     by_class = {}
     for label, count in zip(*np.unique(objects, return_counts=True)):
-        of_class = np.flatnonzero(labels == label)
-        order = of_class[np.argsort(-scores[of_class], kind="stable")]
+        order = by_score(scores, labels == label)
+        at_thresholds = zip(correct[:, order], ignored[:, order])
         by_class[int(label)] = np.array(
-            [
-                mean_precision(right[~left_out], count)
-                for right, left_out in zip(correct[:, order], ignored[:, order])
-            ]
+            [mean_precision(right[~left_out], count) for right, left_out in at_thresholds]
         )
     values = np.stack([*by_class.values()])  # (classes, T)
     return Score(float(values[:, 0].mean()), float(values.mean()), by_class)
@@ -388,10 +376,10 @@ def mean_precision(correct: np.ndarray, objects: int) -> float:
     """Mean over 101 recalls of the best precision at that recall or a higher one.
 
     Args:
-        correct: (D,) bool of detections by falling score. objects: how many there are to find.
+        correct: (D,) bool of detections by falling score. objects: number of objects.
     """
-    found = np.cumsum(correct)
-    precision = found / np.arange(1, len(correct) + 1)
+    hits = np.cumsum(correct)
+    precision = hits / np.arange(1, len(correct) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    at = np.searchsorted(found / objects, RECALLS)  # the first detection that reaches a recall
-    return float(np.append(precision, 0.0)[at].mean())
+    first = np.searchsorted(hits / objects, RECALLS)  # the first detection that reaches a recall
+    return float(np.append(precision, 0.0)[first].mean())

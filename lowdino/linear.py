@@ -1,122 +1,138 @@
-"""What labels add to a backbone: a linear classifier on its frozen features, or a fine-tuning of
-the whole network, and what the network costs."""
+"""Training with labels: what the tasks of eval_linear.py share, and how images are classified.
 
-import argparse
+The tasks share batches, training steps, the estimate of batch norm, and the cells of the table.
+Images are classified by a linear classifier on frozen features, or by fine-tuning the network.
+"""
+
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowdino
-from lowdino import (
-    augment,
-    checkpoint,
-    data,
-    datasets,
-    distributed,
-    evaluate,
-    optim,
-    probe,
-    schedules,
-)
+from lowdino import augment, checkpoint, data, distributed, image_io, optim, probe, schedules
 from lowdino.distributed import UserError, user_errors
-from lowdino.features import Pooled, compute_features, normalisation, open_network
+from lowdino.features import Pooled, normalisation, open_network
 
-# The probe's grids. `probe.Scaler` brings all features to one scale, so they suit every network.
+# The grids of the linear classifier. Half-whitened features suit them whatever the network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
 PROBE_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]
 LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7]
 
-# The stream of random numbers of the training views, see augment.derived_seed. 0 is the order of
-# the images, in data.py.
-VIEWS = 2
+VIEWS = 2  # the stream of random numbers of the training views, see augment.derived_seed
 
 
 class Diverged(UserError, FloatingPointError):
-    """A loss that is not finite."""
+    """A loss, a gradient or a logit is not finite."""
 
 
-def check_whole(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of networks trained whole, in one sentence, or None."""
-    whole = args.finetune or args.from_scratch
-    if args.layer_decay is not None and not (whole and 0 < args.layer_decay <= 1):
+@dataclass
+class Subject:
+    """A model, and the settings and the images that it is measured with.
+
+    Attributes:
+        args: settings of eval_linear.py.
+        number: row of the model in the table, from 1.
+        name, title: the model as it is given, or a file of features; and in words.
+        backbone, source, size: the network, its images and the side of its input in pixels.
+    """
+
+    args: Any
+    ranks: distributed.Ranks
+    number: int
+    name: str
+    title: str
+    backbone: nn.Module | None = None
+    source: object = None
+    size: int | None = None
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+def trains_network(args) -> bool:
+    """Whether all weights are trained, and not a linear layer alone."""
+    return args.finetune or args.from_scratch
+
+
+def training_name(args) -> str:
+    """How the network is trained, in one word for a heading."""
+    return "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
+
+
+def check_network_training(args) -> str | None:
+    """The first error in the flags of --finetune and --from_scratch, in one sentence, or None."""
+    if args.layer_decay is not None and not (trains_network(args) and 0 < args.layer_decay <= 1):
         return "--layer_decay goes with --finetune or --from_scratch and lies above 0, up to 1"
     if args.from_scratch and not all(model in lowdino.ARCHS for model in args.models):
         return f"--from_scratch takes names of architectures: {', '.join(lowdino.ARCHS)}"
     return None
 
 
-def way_of(args: argparse.Namespace) -> str:
-    """What is trained, in a word for a table."""
-    return "scratch" if args.from_scratch else "fine-tuned" if args.finetune else "linear"
+def check_dense(args) -> str | None:
+    """The first error in the flags that segmentation and detection share, or None."""
+    if not args.models or "pixels" in args.models:
+        return f"--task {args.task} needs one backbone or more"
+    if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
+        return f"--task {args.task} takes one --lr and one --weight_decay"
+    return None
 
 
-@dataclass
-class Subject:
-    """A backbone, the images it is measured on, and how they are read."""
-
-    backbone: nn.Module
-    source: datasets.Source
-    size: int
-    workers: int
-    ranks: distributed.Ranks
-
-
-@dataclass
-class ProbeInputs:
-    """Training features of a frozen network, scaled for the probe, and their labels."""
-
-    scaler: probe.Scaler
-    x: Tensor  # (N, D + 1)
-    labels: Tensor  # (N,)
-    classes: int
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches of random views, for every training that needs the images
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------
 
 
 def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> tuple[int, int]:
-    """Images a rank and step, and steps, of --epochs on so many images.
+    """Batch size per process and number of steps, --steps or else --epochs, of `count` images.
 
     Raises:
-        UserError: where the images are fewer than the ranks, or a batch too small for `batch_norm`.
+        UserError: the images are fewer than the ranks, or a batch is too small for `batch_norm`.
     """
     if count < world:
         raise UserError(f"{count} labelled images are fewer than the {world} ranks; start fewer")
     batch = min(args.batch_size_per_gpu, count // world)
     if batch_norm and batch == 1:
-        few = args.batch_size_per_gpu > 1
-        advice = "more images are labelled" if few else "--batch_size_per_gpu is at least 2"
-        raise UserError(f"batch norm needs two images a rank and step; see that {advice}")
-    return batch, args.epochs * (count // (batch * world))
+        advice = "a --batch_size_per_gpu of at least 2"
+        advice = "more labelled images" if args.batch_size_per_gpu > 1 else advice
+        raise UserError(f"batch norm needs two images per process and step: give {advice}")
+    return batch, args.steps or args.epochs * (count // (batch * world))
 
 
-def training_batches(
+def training_order(
+    subject: Subject, count: int, batch: int, steps: int, seed: int
+) -> data.TrainingBatches:
+    """This rank's batches of the positions 0 to `count` - 1, shuffled by the seed."""
+    ranks = subject.ranks
+    return data.TrainingBatches(count, batch, seed, 0, steps, ranks.rank, ranks.world)
+
+
+def training_loader(
     subject: Subject, indices: Tensor, batch: int, steps: int, seed: int
 ) -> DataLoader:
-    """The loader of a training on the images at `indices`, `batch` images a rank and step."""
-    ranks = subject.ranks
-    batches = data.TrainingBatches(len(indices), batch, seed, 0, steps, ranks.rank, ranks.world)
-    chosen = Subset(subject.source.train, indices.tolist())
-    return data.training_loader(chosen, batches, subject.workers, ranks.device.type == "cuda")
+    """This rank's batches of the training images at `indices`, of `batch` images each."""
+    order = training_order(subject, len(indices), batch, steps, seed)
+    images, workers = Subset(subject.source.train, indices.tolist()), subject.args.num_workers
+    return data.training_loader(images, order, workers, subject.ranks.device.type == "cuda")
 
 
-def training_view(batch: data.Batch, subject: Subject, seed: int, step: int) -> Tensor:
-    """A random-resized crop (area 0.08 to 1) and a flip of each image: (B, 3, size, size).
+def training_view(subject: Subject, batch: data.Batch, seed: int, step: int) -> Tensor:
+    """A random-resized crop (area 0.08 to 1) and a flip of each image: (B, C, size, size).
 
-    Supervised training on ImageNet has them so.
+    These are the usual views of supervised training on ImageNet.
     """
     device = subject.ranks.device
     images, sizes = batch.images.to(device), batch.sizes.to(device)
@@ -128,48 +144,201 @@ def training_view(batch: data.Batch, subject: Subject, seed: int, step: int) -> 
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def some_of(count: int, fraction: float, seed: int, least: int = 1) -> list[int]:
-    """A seeded share of so many pictures, at least `least` of them, in order."""
+def rank_batches(subject: Subject, count: int) -> list[list[int]]:
+    """Indices of this rank's share of `count` pictures, every world-th one, in batches."""
+    batch = subject.args.batch_size_per_gpu
+    indices = range(subject.ranks.rank, count, subject.ranks.world)
+    return [list(indices[i : i + batch]) for i in range(0, len(indices), batch)]
+
+
+def picture_batches(
+    subject: Subject, pictures: Dataset, order: Iterable[list[int]]
+) -> Iterator[list[tuple]]:
+    """The pictures of each list of indices in `order`, with their targets, on the device.
+
+    A picture is (C, H, W) uint8, of any size. Its target is a tensor, or a dict of tensors.
+    """
+    device, workers = subject.ranks.device, subject.args.num_workers
+    options = dict(batch_sampler=order, collate_fn=list, pin_memory=device.type == "cuda")
+
+    def moved(target: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        if isinstance(target, dict):
+            return {name: moved(value) for name, value in target.items()}
+        return target.to(device, non_blocking=True)
+
+    for items in data.open_loader(pictures, workers, **options):
+        yield [(moved(image), moved(target)) for image, target in items]
+
+
+def open_pictures(subject: Subject, load: Callable) -> tuple[object, str]:
+    """Pictures with targets, read as the backbone needs them, and a remark on their values.
+
+    Args:
+        load: opens the pictures by `pixels`, a `PixelFormat`. Those of files have `paths`.
+
+    Raises:
+        UserError: the pictures are in memory, and have other channels than the backbone.
+    """
+    args, channels = subject.args, len(normalisation(subject.backbone)[0])
+    pixels = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
+    source, remark = load(pixels=pixels), ""
+    if hasattr(source.train, "paths"):
+        images = data.ImageFiles(source.train.paths, pixel_format=pixels)
+        known = getattr(subject.backbone, "value_range", None)
+        value_range, remark = data.choose_value_range(images, source.name, args.value_range, known)
+        source.train.pixels = source.test.pixels = pixels._replace(value_range=value_range)
+    elif channels != 3:
+        raise UserError(
+            f"{source.name} are pictures in colours, and {subject.title} is of {channels}"
+        )
+    return source, remark
+
+
+def print_pictures(subject: Subject, classes: int, remark: str) -> None:
+    """Print what the model is measured on; before the first row, the notes on the pictures."""
+    source = subject.source
+    if subject.ranks.first:
+        if subject.number == 1 and source.notes:
+            print("\n".join(source.notes))
+        counts = f"{len(source.train)} training and {len(source.test)} test pictures"
+        size = f"{classes} classes, {subject.size} px{remark}"
+        print(f"{subject.title}; {source.name}: {counts}, {size}", flush=True)
+
+
+def random_subset(count: int, fraction: float, seed: int, least: int = 1) -> list[int]:
+    """Sorted indices of a random fraction of `count` pictures, at least `least`, by the seed.
+
+    The pictures of a smaller fraction are a subset of those of a larger one.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return sorted(order[: max(round(fraction * count), least)].tolist())
 
 
-def shares(count: int, batch: int, ranks: distributed.Ranks) -> list[list[int]]:
-    """This rank's share of so many pictures, every world-th, in batches."""
-    own = range(ranks.rank, count, ranks.world)
-    return [list(own[i : i + batch]) for i in range(0, len(own), batch)]
+# --------------------------------------------------------------------------------------------------
+# Training steps
+# --------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------
-# A linear classifier on frozen features
-# ---------------------------------------------------------------------------------------------
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA, nothing elsewhere."""
+    # Named "cuda" on every device: torch 2.4 has no autocast on MPS, not even turned off.
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+class CosineAdamW:
+    """AdamW with a short warm-up and a cosine to 0; `step(loss)` is called once per batch.
+
+    The first rank prints the loss at every fifth of the steps, and at the last step.
+
+    Args:
+        subject: the first values of its --lr and --weight_decay are used.
+        groups: groups of parameters, with `scale`, the factor of their learning rate.
+        steps: number of steps; the learning rate ends near 0 at the last one.
+        max_norm: limit of the gradient's norm over all parameters.
+    """
+
+    def __init__(
+        self, subject: Subject, groups: list[dict], steps: int, max_norm: float = math.inf
+    ):
+        decay, self.lr = subject.args.weight_decay[0], subject.args.lr[0]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=decay)
+        self.printing, self.steps, self.max_norm = subject.ranks.first, steps, max_norm
+        self.done = 0
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of a loss, a scalar.
+
+        Raises:
+            Diverged: a printed loss is not finite, or a gradient that is clipped.
+        """
+        lr = schedules.cosine(self.done, self.steps, self.lr, 0.0, warmup_steps=self.steps // 20)
+        groups = self.optimizer.param_groups
+        for group in groups:
+            group["lr"] = lr * group["scale"]
+        self.done += 1
+        if self.done % max(self.steps // 5, 1) == 0 or self.done == self.steps:
+            value = loss.item()
+            self.check_finite("it", value)
+            if self.printing:
+                print(f"  step {self.done}/{self.steps} loss {value:.4f}", flush=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.max_norm < math.inf:
+            parameters = [p for group in groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
+            self.check_finite("its gradient", norm.item())
+        self.optimizer.step()
+
+    def check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            where = f"{name} is {value} at step {self.done}"
+            raise Diverged(f"diverging loss: {where}; a lower --lr may help")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse logits of test images that are not finite."""
+    if not logits.isfinite().all():
+        raise Diverged("diverging loss: trained logits are not finite; a lower --lr may help")
+
+
+@torch.no_grad()
+def estimate_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
+    """Replace batch norm's moving averages by the mean over some batches, the same on all ranks.
+
+    After few steps the moving averages lag behind the weights.
+
+    Args:
+        network: in training mode. views: its inputs, of which the first `batches` are used.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average
+    for view in itertools.islice(views, batches):
+        network(view)
+    distributed.broadcast_buffers(network)
+
+
+# --------------------------------------------------------------------------------------------------
+# Classification: a linear classifier on frozen features
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ProbeInputs:
+    """Training features of a frozen network, half-whitened, and their labels."""
+
+    whitening: probe.HalfWhitening
+    x: Tensor  # (N, D + 1)
+    labels: Tensor  # (N,)
+    classes: int
 
 
 def choose_and_fit(
-    args, subject: Subject | None, inputs: ProbeInputs, indices: Tensor, seed: int
+    subject: Subject, inputs: ProbeInputs, indices: Tensor, seed: int
 ) -> tuple[Tensor, str]:
     """The classifier of the best setting of the grid, (D + 1, C), and that setting in words.
 
     Settings are compared on --val_fraction of the labels at `indices`. The best one is then fitted
     to all of them.
     """
+    args = subject.args
     grid = list(itertools.product(args.lr, args.weight_decay))
     if len(grid) > 1:
         with user_errors():
-            parts = probe.hold_out(inputs.labels[indices], args.val_fraction, seed)
-        inner, held = (indices[part] for part in parts)
-        weights = fit(args, subject, inputs, inner, grid, seed, choosing=True)
-        errors = probe.brier_scores(inputs.x[held], inputs.labels[held], weights)
+            split = probe.split_for_choice(inputs.labels[indices], args.val_fraction, seed)
+        inner, held_out = (indices[part] for part in split)
+        weights = fit(subject, inputs, inner, grid, seed, choosing=True)
+        errors = probe.brier_scores(inputs.x[held_out], inputs.labels[held_out], weights)
         grid = [grid[int(errors.nan_to_num(nan=math.inf).argmin())]]  # NaN has diverged
-    weights = fit(args, subject, inputs, indices, grid, seed)[:, 0]
+    weights = fit(subject, inputs, indices, grid, seed)[:, 0]
     ((lr, decay),) = grid
     rate = "" if args.solver == "lbfgs" else f"lr {lr:g}, "
     return weights, f"{rate}weight decay {decay:g}"
 
 
 def fit(
-    args,
-    subject: Subject | None,
+    subject: Subject,
     inputs: ProbeInputs,
     indices: Tensor,
     grid: list[tuple[float, float]],
@@ -179,268 +348,178 @@ def fit(
     """Classifiers of all settings of `grid` on the training images at `indices`: (D + 1, G, C).
 
     Args:
-        subject: is needed for --augment alone.
-        grid: (learning rate per 256 images, weight decay) of each.
-        choosing: trains on a sixteenth of the batch, in as many steps at the same learning rates.
-            This follows the path of whole batches, with more noise. tests/bench_probe.py measures
+        grid: (learning rate per 256 images, weight decay) of each classifier.
+        choosing: train on a sixteenth of the batch, with as many steps at the same learning rates.
+            This follows the path of full batches, with more noise. tests/bench_probe.py measures
             what it saves and what it loses.
     """
-    x, labels, classes = inputs.x[indices], inputs.labels[indices], inputs.classes
+    args, classes = subject.args, inputs.classes
+    x, labels = inputs.x[indices], inputs.labels[indices]
     if args.solver == "lbfgs":
         return probe.logistic_regression(x, labels, classes, [decay for _, decay in grid])
-    # On features at hand every rank trains the whole.
+    # Without --augment every rank trains on all features.
     world = subject.ranks.world if args.augment else 1
-    batch, steps = batch_and_steps(args, len(indices), world)
+    batch, steps = batch_and_steps(args, len(x), world)
     settings = [(lr * batch * world / 256, decay) for lr, decay in grid]
     if choosing:
         batch = math.ceil(batch / 16)
     if not args.augment:
         return probe.train_probes(x, labels, classes, settings, steps, batch, seed)
-    return fit_on_views(args, subject, inputs, indices, settings, batch, steps, seed)
+    loader = training_loader(subject, indices, batch, steps, seed)
+    return fit_on_views(subject, inputs, settings, loader, seed)
 
 
 @torch.no_grad()
 def fit_on_views(
-    args,
-    subject: Subject,
-    inputs: ProbeInputs,
-    indices: Tensor,
-    settings: list[tuple[float, float]],
-    batch: int,
-    steps: int,
-    seed: int,
+    subject: Subject, inputs: ProbeInputs, settings: list, loader: DataLoader, seed: int
 ) -> Tensor:
-    """As `fit`, on the features of new random views in every step."""
-    ranks = subject.ranks
+    """As `fit`, on features of new random views in every step.
+
+    Args:
+        settings: (learning rate, weight decay) of each classifier.
+    """
+    ranks, steps = subject.ranks, len(loader)
     probes = probe.Probes(settings, inputs.x.shape[1], inputs.classes, ranks.device)
-    network = Pooled(subject.backbone, args.pool).eval()
-    for step, images in enumerate(training_batches(subject, indices, batch, steps, seed)):
-        features = network(training_view(images, subject, seed, step)).float()
-        # All ranks take the same step on the features of all.
-        x, labels = (
-            distributed.gather_strided(own, batch * ranks.world)
-            for own in (features, images.labels.to(ranks.device))
-        )
-        probes.step(inputs.scaler(x), labels, schedules.cosine(step, steps, 1.0, 0.0))
+    network = Pooled(subject.backbone, subject.args.pool).eval()
+    for step, images in enumerate(loader):
+        features = network(training_view(subject, images, seed, step)).float()
+        total = len(features) * ranks.world
+        # All ranks make the same step on the features of all.
+        features = distributed.gather_strided(features, total)
+        labels = distributed.gather_strided(images.labels.to(ranks.device), total)
+        probes.step(inputs.whitening(features), labels, schedules.cosine(step, steps, 1.0, 0.0))
     return probes.classifiers()
 
 
-# ---------------------------------------------------------------------------------------------
-# The whole network
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Classification: fine-tuning
+# --------------------------------------------------------------------------------------------------
 
 
-def finetuned(args, subject: Subject, name: str, indices: Tensor, seed: int) -> nn.Sequential:
-    """Backbone and classifier, trained together from the network `name` on.
+def finetune(subject: Subject, indices: Tensor, seed: int) -> nn.Sequential:
+    """The network and a linear classifier, trained together on the images at `indices`.
 
     Raises:
-        UserError: where there are too few labels for the ranks or for batch norm; `Diverged`.
+        UserError: there are too few labels for the ranks or for batch norm; `Diverged`.
     """
     ranks = subject.ranks
-    network = distributed.on_device(with_classifier(name, subject.source.classes, seed), ranks)
-    groups = optim.layerwise_groups(*network, args.layer_decay)
-    batch, steps = batch_and_steps(args, len(indices), ranks.world, batch_norm=True)
-    network[0].value_range = getattr(subject.backbone, "value_range", None)
-    loader = training_batches(subject, indices, batch, steps, seed)
+    network = distributed.on_device(with_classifier(subject, seed), ranks)
+    batch, steps = batch_and_steps(subject.args, len(indices), ranks.world, batch_norm=True)
+    loader = training_loader(subject, indices, batch, steps, seed)
+    groups = optim.layerwise_groups(*network, subject.args.layer_decay)
+    optimizer = CosineAdamW(subject, groups, steps)
     model = distributed.data_parallel(network).train()
-
-    def losses() -> Iterator[Tensor]:
-        for step, images in enumerate(loader):
-            view = training_view(images, subject, seed, step)
-            # Named "cuda" on every device: torch 2.4 has no autocast on MPS, not even turned off.
-            with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
-                logits = model(view)
-            yield F.cross_entropy(logits.float(), images.labels.to(ranks.device))
-
-    adamw_steps(losses(), groups, args, steps, ranks)
-    views = (training_view(images, subject, seed, steps + i) for i, images in enumerate(loader))
-    settle_batch_norm(network, views)
-    distributed.broadcast_buffers(network)
+    for step, images in enumerate(loader):
+        view = training_view(subject, images, seed, step)
+        with autocast(ranks.device):
+            logits = model(view)
+        optimizer.step(F.cross_entropy(logits.float(), images.labels.to(ranks.device)))
+    later = enumerate(loader, start=steps)
+    views = (training_view(subject, images, seed, step) for step, images in later)
+    estimate_batch_norm(network, views)
     return network
 
 
-def with_classifier(name: str, classes: int, seed: int) -> nn.Sequential:
-    """A network by name and a linear classifier of zeros, with the network's normalisation."""
-    _, backbone = open_network(name, seed)
+def with_classifier(subject: Subject, seed: int) -> nn.Sequential:
+    """The network as it starts and a linear classifier of zeros, with its normalisation."""
+    _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
-    head = nn.Linear(backbone.embed_dim, classes)
+    head = nn.Linear(backbone.embed_dim, subject.source.classes)
     nn.init.zeros_(head.weight)
     network = nn.Sequential(backbone, head)
     network.mean, network.std = normalisation(backbone)
+    backbone.value_range = getattr(subject.backbone, "value_range", None)
     return network
-
-
-def adamw_steps(
-    losses: Iterable[Tensor],
-    groups: list[dict],
-    args,
-    steps: int,
-    ranks: distributed.Ranks,
-    max_norm: float = math.inf,
-) -> None:
-    """AdamW's steps with a short warm-up and a cosine, one on each of `losses`.
-
-    Args:
-        losses: computed when they are asked for, each with the weights of the step before.
-        groups: of parameters, with `scale`, the factor of their learning rate.
-        args: its `lr` and `weight_decay` are lists, of which the first is taken.
-        steps: how many losses there are; the learning rate ends near 0 at the last one.
-        ranks: the first one prints the loss at a fifth of the steps, two fifths and so on, and at
-            the last.
-        max_norm: of the gradient of all parameters, which is clipped to it.
-
-    Raises:
-        Diverged: where a printed loss or, if it is clipped, a gradient isn't finite.
-    """
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay[0])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for step, loss in enumerate(losses, start=1):
-        lr = schedules.cosine(step - 1, steps, args.lr[0], 0.0, warmup_steps=steps // 20)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        if step % max(steps // 5, 1) == 0 or step == steps:
-            value = loss.item()
-            check_finite("it", value, step)
-            if ranks.first:
-                print(f"  step {step}/{steps} loss {value:.4f}", flush=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if max_norm < math.inf:
-            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-            check_finite("its gradient", norm.item(), step)
-        optimizer.step()
-
-
-def check_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise Diverged(f"diverging loss: {name} is {value} at step {step}; a lower --lr may help")
-
-
-def check_logits(logits: Tensor) -> None:
-    """Refuse what a trained network or classifier says of test images where it is not finite."""
-    if not logits.isfinite().all():
-        raise Diverged("diverging loss: trained logits are not finite; a lower --lr may help")
-
-
-@torch.no_grad()
-def settle_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
-    """Replace batch norm's moving averages by the mean over some batches.
-
-    The averages lag behind where steps are few.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # a plain average
-    for view in itertools.islice(views, batches):
-        network(view)
 
 
 @user_errors()
 def save_network(path: Path, network: nn.Sequential, image_size: int, epochs: int) -> None:
     """A backbone file that also holds its classifier: logits = features @ weight.T + bias."""
     backbone, head = network
-    classifier = {name: value.cpu() for name, value in head.state_dict().items()}
-    checkpoint.save_backbone(
-        path, backbone, backbone.arch, image_size, epochs, classifier=classifier
-    )
+    weights = {name: value.cpu() for name, value in head.state_dict().items()}
+    checkpoint.save_backbone(path, backbone, backbone.arch, image_size, epochs, classifier=weights)
 
 
-# ---------------------------------------------------------------------------------------------
-# Accuracies at fractions of the labels
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
 
 
-def results(
-    args,
-    learn: Callable[[Tensor, int, str], tuple[Tensor, str]],
-    labels: Tensor,
-    test_labels: Tensor,
-    ranks: distributed.Ranks,
+def measure_subsets(
+    subject: Subject,
+    subsets: dict[tuple[float, int], Sequence],
+    measure: Callable[[Sequence, int, str], tuple[dict, str]],
+    labelled: str,
 ) -> list[dict]:
-    """Learn from each fraction of the labels (N,) by each seed: a cell of the table a fraction.
+    """Train on each fraction of the labels by each seed: one cell of the table per fraction.
 
     Args:
-        learn: (indices, seed, name of the subset) -> logits of the test images (M, C), and what
-            was chosen.
+        subsets: indices of the training images by (fraction, seed).
+        measure: (indices, seed, name of the subset) -> figures by name, and the same in words.
+        labelled: what the fraction is of, such as "labels".
+
+    Returns:
+        Dicts of the fraction, the seeds and, for each name, the figures of all seeds.
     """
-    # All subsets first: one that cannot be is said before anything is trained.
+    cells = {}
+    for (fraction, seed), indices in subsets.items():
+        start = time.perf_counter()
+        figures, words = measure(indices, seed, f"{fraction:g}_seed{seed}")
+        empty = {"label_fraction": fraction, "seeds": subject.args.seeds}
+        cell = cells.setdefault(fraction, empty)
+        for name, value in ({"images": len(indices)} | figures).items():
+            cell.setdefault(name, []).append(value)
+        if subject.ranks.first:
+            fraction_words = f"{fraction:g} of the {labelled} ({len(indices)} images), seed {seed}"
+            seconds = time.perf_counter() - start
+            print(f"  {fraction_words}: {words} in {seconds:.0f} s", flush=True)
+    return [*cells.values()]
+
+
+def subsets_of(args, choose: Callable) -> dict[tuple[float, int], Sequence]:
+    """Subsets by (fraction, seed), for each --label_fraction and each of the --seeds.
+
+    Args:
+        choose: (fraction, seed) -> indices.
+    """
     with user_errors():
-        subsets = [
-            [probe.label_subset(labels, fraction, seed) for seed in args.seeds]
-            for fraction in args.label_fraction
-        ]
-    cells = []
-    for fraction, own in zip(args.label_fraction, subsets):
-        top1, top5, settings = [], [], []
-        for seed, indices in zip(args.seeds, own):
-            subset = f"{fraction:g}_seed{seed}"
-            if ranks.first:
-                listed = "".join(f"{i}\n" for i in indices.tolist())
-                (Path(args.output_dir) / f"labels_{subset}.txt").write_text(listed)
-            logits, chosen = learn(indices.to(ranks.device), seed, subset)
-            settings.append(chosen)
-            top1.append(evaluate.accuracy(logits, test_labels))
-            said = f"top-1 {top1[-1]:.4f}"
-            if logits.shape[1] > 5:
-                top5.append(evaluate.accuracy(logits, test_labels, top=5))
-                said += f" top-5 {top5[-1]:.4f}"
-            if ranks.first:
-                trained = f"{fraction:g} of the labels ({len(indices)} images), seed {seed}"
-                print(f"  {trained}: {said}{chosen and f', {chosen}'}", flush=True)
-        cell = {"label_fraction": fraction, "seeds": args.seeds}
-        cells.append(cell | {"top1": top1, "top5": top5, "chosen": settings})
-    return cells
-
-
-def learn_whole(
-    args, subject: Subject, name: str, number: int, indices: Tensor, seed: int, subset: str
-) -> tuple[Tensor, str]:
-    """Train and save the whole network: its logits of the test images, and no choice of settings.
-
-    Args:
-        subset: fraction and seed, for the file's name.
-    """
-    network = finetuned(args, subject, name, indices, seed)
-    test, size, ranks = subject.source.test, subject.size, subject.ranks
-    batch, workers = args.batch_size_per_gpu, subject.workers
-    logits = compute_features(network, test, size, ranks, batch, workers).features
-    if ranks.first:
-        path = Path(args.output_dir) / f"network{number}_{subset}.pth"
-        save_network(path, network, size, args.epochs)
-    return logits, ""
-
-
-def learn_probe(
-    args, subject, inputs: ProbeInputs, test: Tensor, indices: Tensor, seed: int, _: str
-) -> tuple[Tensor, str]:
-    """Train the linear classifier: its logits of `test` (N, D + 1), and the settings chosen."""
-    weights, chosen = choose_and_fit(args, subject, inputs, indices, seed)
-    logits = test @ weights
-    check_logits(logits)
-    return logits, chosen
+        pairs = itertools.product(args.label_fraction, args.seeds)
+        return {pair: choose(*pair) for pair in pairs}
 
 
 def percent(values: list[float]) -> str:
-    """Mean in percent and, of several, the standard deviation."""
+    """Mean in percent and, for several values, the standard deviation."""
     text = f"{100 * statistics.mean(values):.2f}"
     return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
-# ---------------------------------------------------------------------------------------------
-# What a network costs
-# ---------------------------------------------------------------------------------------------
+def figure_columns(args, figures: dict[str, str]) -> dict[str, Callable]:
+    """Columns of figures at each fraction: headings, and functions from a row to its text.
+
+    Args:
+        figures: names in the cells of `measure_subsets` by heading.
+    """
+
+    def column(i: int, name: str) -> Callable:
+        return lambda row: percent(row["trained"][i][name])
+
+    return {
+        f"{heading} {100 * fraction:g} %": column(i, name)
+        for i, fraction in enumerate(dict.fromkeys(args.label_fraction))
+        for heading, name in figures.items()
+    }
 
 
 @torch.no_grad()
 def cost(
     backbone: nn.Module, size: int, device: torch.device, batch: int = 64, repeats: int = 5
 ) -> dict[str, float]:
-    """Millions of parameters and of multiply-adds an image, both counted, and milliseconds an
-    image in batches of `batch`."""
+    """Millions of parameters, millions of multiply-adds per image, and milliseconds per image.
+
+    The first two are counted. The time is the median over `repeats` batches of `batch` images.
+    """
     backbone.eval()
-    channels = len(normalisation(backbone)[0])
-    x = torch.randn(batch, channels, size, size, device=device)
+    x = torch.randn(batch, len(normalisation(backbone)[0]), size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     # The plain form of attention is matrix products, which the counter knows on every device.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -453,5 +532,5 @@ def cost(
     return {
         "parameters_M": sum(p.numel() for p in backbone.parameters()) / 1e6,
         "multiply_adds_M": counter.get_total_flops() / 2e6,
-        "ms_an_image": statistics.median(seconds) / batch * 1e3,
+        "ms_per_image": statistics.median(seconds) / batch * 1e3,
     }

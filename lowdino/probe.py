@@ -1,8 +1,8 @@
 """Linear classifiers on frozen features: a grid of settings trained together, or L-BFGS.
 
 Both minimise the mean cross-entropy plus weight_decay / 2 * |W|^2, without the bias, on features
-that a `Scaler` has prepared. So a learning rate or a weight decay means the same whatever network
-the features come from.
+that `HalfWhitening` has prepared. So a learning rate or a weight decay means the same for every
+network.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Scaler:
-    """Centres features, half-whitens them and scales their mean squared length to 1.
+class HalfWhitening:
+    """Centre features (N, D), half-whiten them and scale their mean squared length to 1.
 
     A principal direction with a fraction v of the variance is divided by (v + 1e-5)^(1/4). So its
     standard deviation becomes about v^(1/4) instead of v^(1/2). With raw or standardised features
@@ -23,9 +23,9 @@ class Scaler:
     Half-whitening was best or near it at 500 and 5,000 labels (CIFAR-10, chosen on test images of
     one network, ResNet5M of seed 0, and not tuned further).
 
-    The result is expressed in the principal directions, which rounding rotates where variances are
-    nearly equal. SGD does not see that; an optimizer that scales each coordinate by itself, such as
-    AdamW, does, and wants `symmetric` (D, D), which stretches without rotating.
+    The coordinates of the result are the principal directions, which rounding rotates where
+    variances are nearly equal. This changes nothing for SGD. An optimizer that scales each
+    coordinate, such as AdamW, needs `symmetric` (D, D), which stretches without a rotation.
     """
 
     def __init__(self, features: Tensor):
@@ -34,10 +34,8 @@ class Scaler:
         covariance = centred.T @ centred / len(features)
         # MPS has no eigenvalue solver.
         solver = "cpu" if features.device.type == "mps" else features.device
-        variance, directions = (
-            found.to(features.device) for found in torch.linalg.eigh(covariance.to(solver))
-        )
-        variance = variance.clamp_min(0)
+        variance, directions = torch.linalg.eigh(covariance.to(solver))
+        variance, directions = variance.to(self.mean).clamp_min(0), directions.to(self.mean)
         share = variance / variance.sum().clamp_min(1e-12)
         stretch = (share + 1e-5) ** -0.25
         length = (variance * stretch**2).sum().sqrt().clamp_min(1e-12)
@@ -63,7 +61,7 @@ class Probes:
 
     Args:
         settings: (learning rate, weight decay) of each classifier.
-        inputs: D + 1, the width of what `Scaler` returns.
+        inputs: D + 1, the width of the half-whitened features.
         classes: C.
     """
 
@@ -105,10 +103,10 @@ def train_probes(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Tensor:
-    """Train `Probes` on scaled features (N, D + 1) and labels (N,): (D + 1, G, C) weights.
+    """Train `Probes` on half-whitened (N, D + 1) and labels (N,): (D + 1, G, C) weights.
 
-    The learning rates follow a cosine to 0. Images that do not fill an epoch's last batch are left
-    out of that epoch.
+    The learning rates follow a cosine to 0. Each epoch leaves out the images that do not fill its
+    last batch.
     """
     probes = Probes(settings, x.shape[1], classes, x.device)
     generator = torch.Generator().manual_seed(seed)
@@ -128,16 +126,15 @@ def logistic_regression(
 ) -> Tensor:
     """Multinomial logistic regression to its optimum by L-BFGS on all data: (D + 1, G, C) weights.
 
-    scikit-learn's `LogisticRegression(C)` on the same inputs has weight_decay = 1 / (C N). Whatever
-    the given order, the strongest decay comes first, and each one starts from the weights of the
-    one before.
+    scikit-learn's `LogisticRegression(C)` on the same inputs has weight_decay = 1 / (C N). The
+    strongest decay is solved first, and each one starts from the solution of the one before.
     """
     weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
-    found = {}
+    optima = {}
     for decay in sorted(set(weight_decays), reverse=True):
         minimise(weight, x, labels, decay, iterations)
-        found[decay] = weight.detach().clone()
-    return torch.stack([found[decay] for decay in weight_decays], dim=1)
+        optima[decay] = weight.detach().clone()
+    return torch.stack([optima[decay] for decay in weight_decays], dim=1)
 
 
 def minimise(weight: Tensor, x: Tensor, labels: Tensor, decay: float, iterations: int) -> None:
@@ -165,14 +162,14 @@ def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
     (N, D + 1), (N,), (D + 1, G, C) -> (G,). On a few hundred held-out images it compares settings
     with less noise than accuracy does. Each classifier is scored at the best of nine temperatures,
-    because one may be more accurate and yet overconfident.
+    because an accurate one may be overconfident.
     """
     scales = [2.0**i for i in range(-5, 4)]
     totals = torch.zeros(len(scales), weights.shape[1], device=x.device)
     # In chunks: with many classes the logits of all images would not fit in memory.
-    for rows, own in zip(x.split(1000), labels.split(1000)):
+    for rows, row_labels in zip(x.split(1000), labels.split(1000)):
         logits = torch.einsum("nd,dgc->gnc", rows, weights)
-        target = F.one_hot(own, weights.shape[2])
+        target = F.one_hot(row_labels, weights.shape[2])
         for total, scale in zip(totals, scales):
             total += (scale * logits).softmax(dim=2).sub_(target).square_().sum(dim=(1, 2))
     return totals.amin(dim=0) / len(x)
@@ -189,11 +186,11 @@ def shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Sorted indices of a random `fraction`, rounded, of each class's images, from (N,) labels.
 
-    It depends on the labels, `fraction` and `seed` alone, so it is the same for every model. A
-    smaller fraction's images are a subset of a larger one's.
+    It depends on the labels, `fraction` and `seed` alone, so it is the same for every model. The
+    images of a smaller fraction are a subset of those of a larger one.
 
     Raises:
-        ValueError: where a class has no image, or would keep none.
+        ValueError: a class has no image, or would keep none.
     """
     chosen = []
     for label, indices in enumerate(shuffled_classes(labels, seed)):
@@ -209,13 +206,13 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to choose settings by: a random `fraction` of each class.
+def split_for_choice(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on, and indices to choose settings by: a random `fraction` of each class.
 
-    The fraction is rounded down.
+    The fraction of each class is rounded down.
 
     Raises:
-        ValueError: where no class has enough images to hold one out.
+        ValueError: no class has enough images to hold one out.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
     for indices in shuffled_classes(labels, seed):

@@ -1,14 +1,13 @@
-"""Classes of pixels: a linear layer on a backbone's frozen maps, or an FCN trained whole.
+"""Classes of pixels: a linear layer on a backbone's frozen maps, or an FCN, all of it trained.
 
 `eval_linear.py --task segmentation` runs it.
 """
 
-import argparse
 import itertools
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,109 +21,117 @@ from lowdino import (
     demo,
     dense,
     distributed,
-    image_io,
     linear,
     masks,
     optim,
     probe,
     schedules,
-    settings,
 )
 from lowdino.distributed import UserError
 from lowdino.features import check_finite, normalisation, open_network
+from lowdino.settings import Settings
 
-# The flags of eval_linear.py that this task has beside those of every task.
+# The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("finetune", "from_scratch", "layer_decay", "epochs", "test_fraction", "maps")
 
 VIEWS = 2  # the stream of random numbers of the training views, see augment.derived_seed
 
 
-def check(args: argparse.Namespace) -> str | None:
-    """The first thing wrong with the flags of what is trained, in one sentence, or None."""
-    whole = args.finetune or args.from_scratch
-    if not args.models or "pixels" in args.models:
-        return "--task segmentation needs one backbone or more"
+def check(args: Settings) -> str | None:
+    """The first error in the flags of this task, in one sentence, or None."""
+    if error := linear.check_dense(args):
+        return error
     if args.finetune and args.from_scratch:
         return "--finetune and --from_scratch are two ways of training; give one"
-    if whole and args.maps != "last":
-        return "--maps is of the linear layer; a network that is trained whole has the last map"
-    if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
-        return "--task segmentation takes one --lr and one --weight_decay"
-    if args.image_size is not None and args.image_size < 32:
-        return f"--image_size must be at least 32 pixels, not {args.image_size}"
-    if args.test_fraction is not None and not 0 < args.test_fraction < 1:
-        return f"--test_fraction must lie between 0 and 1, not {args.test_fraction}"
-    if args.test_fraction is not None and args.data_path in ("demo_scenes", "voc2012"):
-        return f"--test_fraction is for a folder; {args.data_path} has test pictures of its own"
-    return linear.check_whole(args) or settings.check_reading(args)
+    if linear.trains_network(args) and args.maps != "last":
+        return "--maps is for the linear layer; --finetune and --from_scratch use the last map"
+    if args.test_fraction is not None and args.data_path == "voc2012":
+        return "--test_fraction is for a folder; voc2012 has test pictures"
+    return linear.check_network_training(args)
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults.
+def defaults(args: Settings) -> dict:
+    """Values of the flags that are not given.
 
-    The linear layer's rate was the best of 0.1 and 0.3 on 400 training scenes of the demo, held
-    out, for a network at random weights and a trained one. Whole networks have classification's.
+    The linear layer's learning rate was the best of 0.1 and 0.3 on 400 training scenes of the demo,
+    held out, for a network at random weights and a trained one. The others are classification's.
     """
-    whole = args.finetune or args.from_scratch
-    args.lr = args.lr or [1e-3 if whole else 0.3]
-    args.weight_decay = args.weight_decay or [0.05 if whole else 0.0]
-    args.layer_decay = args.layer_decay or (0.75 if args.finetune else 1.0)
-    args.epochs, args.batch_size_per_gpu = args.epochs or 20, args.batch_size_per_gpu or 16
+    network = linear.trains_network(args)
+    return dict(
+        lr=[1e-3 if network else 0.3],
+        weight_decay=[0.05 if network else 0.0],
+        layer_decay=0.75 if args.finetune else 1.0,
+        epochs=20,
+        batch_size_per_gpu=16,
+    )
 
 
-def protocol(args: argparse.Namespace) -> str:
-    """What is done, in a sentence for people who compare."""
+def protocol(args: Settings) -> str:
+    """The training and its settings, in one sentence for people who compare."""
     rates = f"AdamW, learning rate {args.lr[0]:g}"
     squares = "pictures resized to squares; mean IoU at their own size"
-    if args.finetune or args.from_scratch:
+    if linear.trains_network(args):
         start = "from random weights" if args.from_scratch else "fine-tuned"
         return (
-            f"FCN on the last feature map, {start}: {rates}, x {args.layer_decay:g} a block "
+            f"FCN on the last feature map, {start}: {rates}, x {args.layer_decay:g} per block "
             f"downwards, {args.epochs} epochs of crops and flips; {squares}"
         )
-    of = "the last feature map" if args.maps == "last" else "all maps, resized to the finest"
+    maps = "the last feature map" if args.maps == "last" else "all maps, resized to the finest"
     return (
-        f"linear layer on {of}, half-whitened, upsampled: {rates}, {args.epochs} epochs; {squares}"
+        f"linear layer on {maps}, half-whitened, upsampled: {rates}, {args.epochs} epochs; "
+        f"{squares}"
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures and masks as tensors
+# Pictures and masks as squares
 # --------------------------------------------------------------------------------------------------
 
 
-def whole_box(image: Tensor) -> Tensor:
-    """The box of a whole picture: (1, 4)."""
+def full_box(image: Tensor) -> Tensor:
+    """The box of all pixels of a picture (C, H, W): (1, 4)."""
     return torch.tensor([[0.0, 0.0, *image.shape[1:]]], device=image.device)
 
 
-def square(image: Tensor, size: int, box: Tensor, flip: Tensor | None = None) -> Tensor:
-    """A box of a picture (C, H, W), resized: (1, C, size, size) in [0, 1]."""
-    return augment.resized_crop(image[None], box, size, flip)
-
-
 def square_mask(mask: Tensor, size: int, box: Tensor, flip: bool = False) -> Tensor:
-    """The same box of a mask (H, W), each pixel the nearest one: (size, size)."""
+    """A box (1, 4) of a mask (H, W), resized by the nearest pixel: (size, size)."""
     top, left, height, width = box[0].tolist()
-    at = (torch.arange(size, device=mask.device) + 0.5) / size
-    rows, columns = ((low + side * at).long() for low, side in ((top, height), (left, width)))
+    centres = (torch.arange(size, device=mask.device) + 0.5) / size
+    rows, columns = ((top + height * centres).long(), (left + width * centres).long())
     return mask[rows][:, columns.flip(0) if flip else columns]
 
 
-def batches(
-    args, images: Dataset, order: Iterable[list[int]], device: torch.device
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Lists of pictures and masks, those of each list of indices in `order`."""
-    workers = data.loader_processes(images, args.num_workers)
-    loader = data.open_loader(images, workers, batch_sampler=order, collate_fn=flat)
-    for tensors in loader:
-        tensors = [tensor.to(device) for tensor in tensors]
-        yield list(zip(tensors[::2], tensors[1::2]))
+def squares(subject: linear.Subject, pictures: list[tuple]) -> Tensor:
+    """Pictures with masks as a network's input: (B, C, size, size), normalised."""
+    x = [augment.resized_crop(image[None], full_box(image), subject.size) for image, _ in pictures]
+    return augment.normalize(torch.cat(x), *normalisation(subject.backbone))
 
 
-def flat(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """One list of tensors, which a loader's processes can send."""
-    return [tensor for pair in pairs for tensor in pair]
+def training_squares(
+    subject: linear.Subject, pictures: list[tuple], seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """A random-resized crop (area 0.25 to 1) and a flip of each picture and its mask.
+
+    Returns:
+        Images (B, C, size, size), normalised, and masks (B, size, size).
+    """
+    device, size = subject.ranks.device, subject.size
+    generator = augment.seeded_generator(device, VIEWS, seed, step, subject.ranks.rank)
+    sizes = torch.tensor([image.shape[1:] for image, _ in pictures], device=device)
+    boxes = augment.random_boxes(sizes, (0.25, 1.0), generator)
+    flips = torch.rand(len(pictures), generator=generator, device=device) < 0.5
+    crops, crop_masks = [], []
+    for (image, mask), box, flip in zip(pictures, boxes[:, None], flips):
+        crops.append(augment.resized_crop(image[None], box, size, flip[None]))
+        crop_masks.append(square_mask(mask, size, box, bool(flip)))
+    x = augment.normalize(torch.cat(crops), *normalisation(subject.backbone))
+    return x, torch.stack(crop_masks)
+
+
+def pixel_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of (B, C, H, W) over the pixels of (B, H, W) that count; 0 for none."""
+    loss = F.cross_entropy(logits, mask.long(), ignore_index=masks.IGNORED, reduction="sum")
+    return loss / (mask != masks.IGNORED).sum().clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,43 +142,40 @@ def flat(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 @torch.no_grad()
 def maps_of(backbone: nn.Module, x: Tensor, which: str) -> Tensor:
     """The last map, or all maps side by side, resized to the finest: (B, D, h, w)."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
+    with linear.autocast(x.device):
         if which == "last":
             return backbone.forward_features(x).float()
-        maps = [found.float() for found in backbone.forward_pyramid(x)]
-    finest = maps[0].shape[-2:]
-    resized = (F.interpolate(m, finest, mode="bilinear", align_corners=False) for m in maps[1:])
-    return torch.cat([maps[0], *resized], dim=1)
+        finest, *coarser = (level.float() for level in backbone.forward_pyramid(x))
+    size = finest.shape[-2:]
+    resized = (F.interpolate(m, size, mode="bilinear", align_corners=False) for m in coarser)
+    return torch.cat([finest, *resized], dim=1)
 
 
-def frozen_maps(
-    args, backbone: nn.Module, images: Dataset, size: int, ranks
-) -> tuple[Tensor, Tensor]:
+def frozen_maps(subject: linear.Subject, images: Dataset) -> tuple[Tensor, Tensor]:
     """Maps of pictures, float32 (N, D, h, w), and their masks, (N, size, size), on the device.
 
     Raises:
-        UserError: where they would not fit into half of its memory, or are not finite.
+        UserError: they would not fit into half of its memory, or are not finite.
     """
-    mean, std = normalisation(backbone)
-    count, maps, found = len(images), [], []
-    order = linear.shares(count, args.batch_size_per_gpu, ranks)
-    for batch in batches(args, images, order, ranks.device):
-        x = torch.cat([square(image, size, whole_box(image)) for image, _ in batch])
-        maps.append(maps_of(backbone, augment.normalize(x, mean, std), args.maps))
-        found += [square_mask(mask, size, whole_box(mask[None])) for _, mask in batch]
+    args, ranks, size = subject.args, subject.ranks, subject.size
+    count, maps, square_masks = len(images), [], []
+    order = linear.rank_batches(subject, count)
+    for pictures in linear.picture_batches(subject, images, order):
+        maps.append(maps_of(subject.backbone, squares(subject, pictures), args.maps))
+        square_masks += [square_mask(mask, size, full_box(image)) for image, mask in pictures]
         if len(maps) == 1:
-            # Four bytes a number, once in parts and once together, on every rank.
+            # Four bytes per number, once in parts and once together, on every rank.
             needed = 8 * maps[0][0].numel() * count
-            # On the host all ranks share one memory, on GPUs each has its own.
+            # On the host all ranks share one memory; each GPU has its own.
             needed *= 1 if ranks.device.type == "cuda" else ranks.world
             check_memory(args, needed, count, memory_of(ranks.device))
-    maps, found = torch.cat(maps), torch.stack(found)
+    maps, square_masks = torch.cat(maps), torch.stack(square_masks)
     check_finite(maps, "maps")
-    return tuple(distributed.gather_strided(part, count) for part in (maps, found))
+    return tuple(distributed.gather_strided(part, count) for part in (maps, square_masks))
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that are free on a GPU, or that the host has; infinity where it does not say."""
+    """Free bytes of a GPU, or all bytes of the host; infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf"):  # Windows
@@ -180,7 +184,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def check_memory(args, needed: int, count: int, memory: float) -> None:
-    """Refuse maps of `needed` bytes where they are more than half of the memory."""
+    """Refuse maps of `needed` bytes, more than half of the memory."""
     if needed > memory / 2:
         advice = "a smaller --image_size or --label_fraction"
         advice += ", or --maps last" if args.maps != "last" else ""
@@ -190,44 +194,36 @@ def check_memory(args, needed: int, count: int, memory: float) -> None:
         )
 
 
-def loss_of(logits: Tensor, found: Tensor) -> Tensor:
-    """Mean cross-entropy of (B, C, H, W) over the pixels of (B, H, W) that count; 0 of none."""
-    loss = F.cross_entropy(logits, found.long(), ignore_index=masks.IGNORED, reduction="sum")
-    return loss / (found != masks.IGNORED).sum().clamp(min=1)
-
-
 class LinearLayer(nn.Module):
-    """A linear layer on scaled maps, upsampled: (B, D, h, w) -> logits (B, C, *size)."""
+    """A linear layer on half-whitened maps, upsampled: (B, D, h, w) -> logits (B, C, *size)."""
 
-    def __init__(self, scaler: probe.Scaler, width: int, classes: int):
+    def __init__(self, whitening: probe.HalfWhitening, width: int, classes: int):
         super().__init__()
-        self.mean, self.stretch = scaler.mean, scaler.symmetric
+        self.mean, self.stretch = whitening.mean, whitening.symmetric
         self.weight = nn.Parameter(torch.zeros(width + 1, classes, device=self.mean.device))
 
     def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        # The scaler is linear too: both are one layer on the maps as they are.
+        # Half-whitening is linear too: both are one layer on the maps as they are.
         weight = self.stretch @ self.weight[:-1]  # (D, C)
         bias = self.weight[-1] - self.mean @ weight
         logits = F.conv2d(maps, weight.T[:, :, None, None], bias)
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def learn_linear(
-    args, maps: Tensor, found: Tensor, chosen: list[int], classes: int, seed: int
+def fit_linear_layer(
+    subject: linear.Subject, maps: Tensor, square_masks: Tensor, rows: list[int], seed: int
 ) -> LinearLayer:
-    """Train on the chosen of maps (N, D, h, w) and masks (N, size, size), all of them on every
-    rank."""
-    few = max(len(chosen) * maps[0, 0].numel() // 100_000, 1)
-    some = maps[chosen[::few]]  # about 100,000 cells tell their scale
-    rows = some.movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
-    layer = LinearLayer(probe.Scaler(rows), maps.shape[1], classes)
+    """Train on `rows` of maps (N, D, h, w) and masks (N, size, size), the same on every rank."""
+    args = subject.args
+    stride = max(len(rows) * maps[0, 0].numel() // 100_000, 1)  # 100,000 cells show the variance
+    cells = maps[rows[::stride]].movedim(1, 3).flatten(0, 2)  # (n * h * w, D)
+    layer = LinearLayer(probe.HalfWhitening(cells), maps.shape[1], subject.source.classes)
     optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=args.weight_decay[0])
-    batch = min(args.batch_size_per_gpu, len(chosen))
-    steps = args.epochs * (len(chosen) // batch)
-    order = data.TrainingBatches(len(chosen), batch, seed, 0, steps)
-    for step, picks in enumerate(order):
-        indices = [chosen[i] for i in picks]
-        loss = loss_of(layer(maps[indices], found.shape[1:]), found[indices])
+    batch = min(args.batch_size_per_gpu, len(rows))
+    steps = args.epochs * (len(rows) // batch)
+    for step, picks in enumerate(data.TrainingBatches(len(rows), batch, seed, 0, steps)):
+        indices = [rows[i] for i in picks]
+        loss = pixel_loss(layer(maps[indices], square_masks.shape[1:]), square_masks[indices])
         optimizer.param_groups[0]["lr"] = schedules.cosine(step, steps, args.lr[0], 0.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -235,84 +231,36 @@ def learn_linear(
     return layer
 
 
-def learn_frozen(
-    args,
-    backbone: nn.Module,
-    maps: Tensor,
-    found: Tensor,
-    used: list[int],
-    classes: int,
-    size: int,
-    chosen: list[int],
-    seed: int,
-) -> Callable[[Tensor], Tensor]:
-    """The backbone and a linear layer on it, trained on the pictures at indices `chosen`.
-
-    Args:
-        maps, found: of the pictures at indices `used`, see `frozen_maps`.
-
-    Returns:
-        A function: images (B, C, size, size) -> logits (B, classes, size, size).
-    """
-    place = {index: i for i, index in enumerate(used)}
-    layer = learn_linear(args, maps, found, [place[i] for i in chosen], classes, seed)
-    return lambda x: layer(maps_of(backbone, x, args.maps), (size, size))
-
-
 # --------------------------------------------------------------------------------------------------
-# The whole network
+# Fine-tuning
 # --------------------------------------------------------------------------------------------------
 
 
-def training_batch(batch, size: int, network, seed: int, step: int, ranks) -> tuple[Tensor, Tensor]:
-    """A random-resized crop (area 0.25 to 1) and a flip of each picture and its mask."""
-    device = ranks.device
-    generator = augment.seeded_generator(device, VIEWS, seed, step, ranks.rank)
-    sizes = torch.tensor([image.shape[1:] for image, _ in batch], device=device)
-    boxes = augment.random_boxes(sizes, (0.25, 1.0), generator)
-    flips = torch.rand(len(batch), generator=generator, device=device) < 0.5
-    parts = [(*pair, box[None], flip) for pair, box, flip in zip(batch, boxes, flips)]
-    x = torch.cat([square(image, size, box, flip[None]) for image, _, box, flip in parts])
-    found = [square_mask(mask, size, box, bool(flip)) for _, mask, box, flip in parts]
-    return augment.normalize(x, *normalisation(network)), torch.stack(found)
-
-
-def learn_whole(
-    args, name: str, source: masks.Data, size: int, ranks, chosen: list[int], seed: int
-) -> Callable[[Tensor], Tensor]:
-    """The network `name`, trained whole on the pictures at indices `chosen`.
-
-    Returns:
-        A function: images (B, C, size, size) -> logits (B, classes, size, size).
+def finetune(subject: linear.Subject, indices: list[int], seed: int) -> nn.Module:
+    """An FCN on the network, all of it trained on the pictures at `indices`.
 
     Raises:
-        UserError: where the pictures are too few for the ranks or for batch norm; `Diverged`.
+        UserError: the pictures are too few for the ranks or for batch norm; `Diverged`.
     """
-    _, backbone = open_network(name, seed)
+    args, ranks, source = subject.args, subject.ranks, subject.source
+    _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
-    network = dense.segmenter(backbone, source.classes)
-    network.mean, network.std = normalisation(backbone)
-    network = distributed.on_device(network, ranks)
+    network = distributed.on_device(dense.segmenter(backbone, source.classes), ranks)
+    batch, steps = linear.batch_and_steps(args, len(indices), ranks.world, batch_norm=True)
+    order = linear.training_order(subject, len(indices), batch, steps, seed)
+    pictures = Subset(source.train, indices)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
-    images = Subset(source.train, chosen)
-    batch, steps = linear.batch_and_steps(args, len(chosen), ranks.world, batch_norm=True)
-    order = data.TrainingBatches(len(chosen), batch, seed, 0, steps, ranks.rank, ranks.world)
+    optimizer = linear.CosineAdamW(subject, groups, steps)
     model = distributed.data_parallel(network).train()
-
-    def losses() -> Iterator[Tensor]:
-        for step, pairs in enumerate(batches(args, images, order, ranks.device)):
-            x, found = training_batch(pairs, size, network, seed, step, ranks)
-            with torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda"):
-                logits = model(x)["out"]
-            yield loss_of(logits.float(), found)
-
-    linear.adamw_steps(losses(), groups, args, steps, ranks)
-    pairs = enumerate(batches(args, images, order, ranks.device), start=steps)
-    views = (training_batch(p, size, network, seed, step, ranks)[0] for step, p in pairs)
-    linear.settle_batch_norm(network, views)
-    distributed.broadcast_buffers(network)
-    network.eval()
-    return lambda x: network(x)["out"]
+    for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
+        x, mask = training_squares(subject, items, seed, step)
+        with linear.autocast(ranks.device):
+            logits = model(x)["out"]
+        optimizer.step(pixel_loss(logits.float(), mask))
+    later = enumerate(linear.picture_batches(subject, pictures, order), start=steps)
+    views = (training_squares(subject, items, seed, step)[0] for step, items in later)
+    linear.estimate_batch_norm(network, views)
+    return network.eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,137 +268,122 @@ def learn_whole(
 # --------------------------------------------------------------------------------------------------
 
 
-LOGITS = 2**25  # so many are interpolated at once, 128 MiB
+MOST_LOGITS = 2**25  # logits that are interpolated at once, 128 MiB
 
 
-def predicted(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The class of each pixel, of logits (C, h, w) that are interpolated: (H, W) int64.
+def predicted_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class of each pixel, for logits (C, h, w) that are interpolated to `size`: (H, W) int64.
 
     A few classes at a time: all logits of a large picture may take gigabytes.
     """
-    count = max(LOGITS // math.prod(size), 1)
+    count = max(MOST_LOGITS // math.prod(size), 1)
+    highest, predicted = torch.tensor(-torch.inf, device=logits.device), 0
     for first in range(0, len(logits), count):
         part = logits[None, first : first + count].float()
         part = F.interpolate(part, size, mode="bilinear", align_corners=False)[0]
-        top, name = part.max(dim=0)
-        if first == 0:
-            highest, said = top, name
-        else:
-            said = torch.where(top > highest, first + name, said)
-            highest = torch.maximum(top, highest)
-    return said
+        top, label = part.max(dim=0)
+        predicted = torch.where(top > highest, first + label, predicted)
+        highest = torch.maximum(top, highest)
+    return predicted
 
 
 @torch.no_grad()
-def evaluate(args, logits_of, normalisation, source, size: int, ranks) -> float:
+def evaluate(subject: linear.Subject, logits_of: Callable[[Tensor], Tensor]) -> float:
     """Mean IoU on the test pictures, each at its own size.
 
     Args:
         logits_of: squares (B, C, size, size) -> logits (B, classes, h, w), of any h and w.
 
     Raises:
-        Diverged: where logits are not finite.
+        Diverged: logits are not finite.
     """
-    total = torch.zeros(source.classes, source.classes, dtype=torch.int64, device=ranks.device)
-    order = linear.shares(len(source.test), args.batch_size_per_gpu, ranks)
-    for batch in batches(args, source.test, order, ranks.device):
-        x = torch.cat([square(image, size, whole_box(image)) for image, _ in batch])
-        found = logits_of(augment.normalize(x, *normalisation))
-        linear.check_logits(found)
-        for logits, (_, mask) in zip(found, batch):
-            said = predicted(logits, tuple(mask.shape))
-            total += dense.confusion_of(said, mask, source.classes, masks.IGNORED)
+    ranks, test, classes = subject.ranks, subject.source.test, subject.source.classes
+    total = torch.zeros(classes, classes, dtype=torch.int64, device=ranks.device)
+    order = linear.rank_batches(subject, len(test))
+    for pictures in linear.picture_batches(subject, test, order):
+        batch_logits = logits_of(squares(subject, pictures))
+        linear.check_logits(batch_logits)
+        for logits, (_, mask) in zip(batch_logits, pictures):
+            predicted = predicted_classes(logits, tuple(mask.shape))
+            total += dense.confusion(predicted, mask, classes, masks.IGNORED)
     if ranks.world > 1:
         torch.distributed.all_reduce(total)
     return dense.mean_iou(total)
 
 
+# --------------------------------------------------------------------------------------------------
+# One model
+# --------------------------------------------------------------------------------------------------
+
+
 def check_size(size: int, stride: int) -> None:
-    """Refuse an --image_size that is not in whole strides of the network."""
+    """Refuse an --image_size that is no multiple of the network's stride."""
     if size % stride:
         raise UserError(
             f"--image_size must be a multiple of the network's stride, {stride}, not {size}"
         )
 
 
-def size_of(args, backbone: nn.Module, images: Dataset) -> int:
-    """--image_size, or the median of the shorter side of some pictures, of 512 pixels at most, in
-    whole strides of the network: its last map would not cover the rest.
+def suitable_size(args, backbone: nn.Module, images: Dataset) -> int:
+    """--image_size, or the median of the shorter sides of a sample, at most 512 pixels.
+
+    The median is rounded down to whole strides of the network: its last map would not cover the
+    rest.
 
     Raises:
-        UserError: where --image_size is no multiple of the stride.
+        UserError: --image_size is no multiple of the stride.
     """
     stride = backbone.pyramid_strides[-1]
     if args.image_size:
         check_size(args.image_size, stride)
         return args.image_size
-    some = range(0, len(images), max(len(images) // 32, 1))
-    sides = torch.tensor([float(min(images[i][1].shape)) for i in some])
+    sample = range(0, len(images), max(len(images) // 32, 1))
+    sides = torch.tensor([float(min(images[i][1].shape)) for i in sample])
     return max(min(int(sides.median()), 512) // stride, 1) * stride
 
 
-def measure(args, name: str, opened, number: int, ranks: distributed.Ranks) -> dict:
-    """All figures of one model: row `number` of the table."""
-    title, backbone = opened
-    channels = len(normalisation(backbone)[0])
-    as_read = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
-    where = args.data_path, args.data_root, args.download
-    source = masks.load(*where, as_read, args.test_fraction, args.seeds[0], ranks.rank)
-    said = ""
-    if isinstance(source.train, masks.MaskedImages):
-        paths = source.train.images
-        known = getattr(backbone, "value_range", None)
-        images = data.ImageFiles(paths, pixel_format=as_read)
-        value_range, said = data.choose_value_range(images, source.name, args.value_range, known)
-        as_read = as_read._replace(value_range=value_range)
-        source.train.pixels = source.test.pixels = as_read
-    elif channels != 3:
-        raise UserError(f"{source.name} are pictures in colours, and {title} is of {channels}")
-    size = size_of(args, backbone, source.train)
-    subsets = {
-        (fraction, seed): linear.some_of(len(source.train), fraction, seed, least=2)
-        for fraction in args.label_fraction
-        for seed in args.seeds
-    }
+def measure(subject: linear.Subject) -> dict:
+    """All figures of one model: its row of the table."""
+    args, ranks = subject.args, subject.ranks
+    where = dict(source=args.data_path, root=args.data_root, download=args.download)
+    split = dict(test_fraction=args.test_fraction, seed=args.seeds[0], rank=ranks.rank)
+    load = partial(masks.load, **where, **split)
+    source, remark = linear.open_pictures(subject, load)
+    size, count = suitable_size(args, subject.backbone, source.train), len(source.train)
+    backbone = subject.backbone.to(ranks.device).eval()
+    subject = replace(subject, backbone=backbone, source=source, size=size)
+    choose = partial(linear.random_subset, count, least=2)
+    subsets = linear.subsets_of(args, choose)
     used = sorted({*itertools.chain(*subsets.values())})
     if min(len(used), len(source.test)) < ranks.world:
         raise UserError(f"{source.name} has fewer pictures than there are ranks; start fewer")
-    if ranks.first:
-        if number == 1 and source.notes:
-            print("\n".join(source.notes))
-        counts = f"{len(source.train)} training and {len(source.test)} test pictures"
-        counts += f", {source.classes} classes"
-        print(f"{title}; {source.name}: {counts}, {size} px{said}", flush=True)
-    backbone = backbone.to(ranks.device).eval()
-    if args.finetune or args.from_scratch:
-        learn = partial(learn_whole, args, name, source, size, ranks)
-    else:
-        maps, found = frozen_maps(args, backbone, Subset(source.train, used), size, ranks)
-        learn = partial(learn_frozen, args, backbone, maps, found, used, source.classes, size)
-    results = []
-    for fraction in args.label_fraction:
-        results.append([])
-        for seed in args.seeds:
-            start, chosen = time.perf_counter(), subsets[fraction, seed]
-            logits_of = learn(chosen, seed)
-            score = evaluate(args, logits_of, normalisation(backbone), source, size, ranks)
-            results[-1].append(score)
-            if ranks.first:
-                subset = f"{fraction:g} of the masks ({len(chosen)} pictures), seed {seed}"
-                seconds = time.perf_counter() - start
-                print(f"  {subset}: mean IoU {score:.4f} in {seconds:.0f} s", flush=True)
-    return {"model": title, "image_size": size, "mean_iou": results}
+    linear.print_pictures(subject, source.classes, remark)
+    if not linear.trains_network(args):
+        maps, square_masks = frozen_maps(subject, Subset(source.train, used))
+
+    def learn(indices: Sequence[int], seed: int, _: str) -> tuple[dict, str]:
+        if linear.trains_network(args):
+            network = finetune(subject, indices, seed)
+        else:
+            rows = [used.index(i) for i in indices]
+            layer = fit_linear_layer(subject, maps, square_masks, rows, seed)
+
+        def logits_of(x: Tensor) -> Tensor:
+            if linear.trains_network(args):
+                return network(x)["out"]
+            return layer(maps_of(backbone, x, args.maps), (size, size))
+
+        iou = evaluate(subject, logits_of)
+        return {"mean_iou": iou}, f"mean IoU {iou:.4f}"
+
+    cells = linear.measure_subsets(subject, subsets, learn, "masks")
+    return {"model": subject.title, "image_size": size, "trained": cells}
 
 
-def headings(args: argparse.Namespace) -> list[str]:
-    """The columns behind the model's name."""
-    way = linear.way_of(args)
-    return ["pixels", *(f"mIoU, {way} {100 * f:g} %" for f in args.label_fraction)]
-
-
-def cells(args: argparse.Namespace, row: dict) -> list[str]:
-    """What a row has in these columns, in percent."""
-    return [str(row["image_size"]), *map(linear.percent, row["mean_iou"])]
+def columns(args: Settings) -> dict:
+    """Columns after the model's name: headings, and functions from a row to its text."""
+    size = {"pixels": lambda row: str(row["image_size"])}
+    return size | linear.figure_columns(args, {f"mIoU, {linear.training_name(args)}": "mean_iou"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,36 +401,35 @@ def propagated_iou(
     films: int = 40,
     frames: int = 8,
 ) -> tuple[float, float]:
-    """Mean IoU of labels carried through films of demo scenes by `dense.propagate`, and of labels
-    that stay where they were.
+    """Mean IoU of labels that `dense.propagate` carries through films, and of labels that stay.
 
-    DAVIS's J in small: of the classes in a film's first frame, over its other frames.
+    A small version of DAVIS's J, on demo scenes: the mean over the classes in a film's first frame
+    and over its other frames.
 
     Args:
         features: images (B, 3, size, size) -> maps (B, D, h, w).
     """
-    carried, still = [], []
+    carried_ious, still_ious = [], []
     for index in demo.splits(0, films)[1]:
         drawn = [demo.demo_scenes([index], frame) for frame in range(frames)]
         scenes = torch.cat([scene for scene, _ in drawn]).to(ranks.device)
-        shown = torch.stack([demo.semantic_mask(target) for _, (target,) in drawn])
-        shown = shown.to(ranks.device).long()
-        boxes = whole_box(scenes[0]).expand(frames, -1)
-        views = augment.resized_crop(scenes, boxes, size)
+        truth = torch.stack([demo.semantic_mask(target) for _, (target,) in drawn])
+        truth = truth.to(ranks.device).long()  # (T, H, W)
+        views = augment.resized_crop(scenes, full_box(scenes[0]).expand(frames, -1), size)
         maps = features(augment.normalize(views, mean, std)).float()
-        classes = [0, *shown[0].unique().tolist()[1:]]
-        first = torch.stack([shown[0] == name for name in classes]).float()  # (C, H, W)
+        classes = [0, *truth[0].unique().tolist()[1:]]
+        first = torch.stack([truth[0] == label for label in classes]).float()  # (C, H, W)
         labels = F.adaptive_avg_pool2d(first, maps.shape[-2:])  # the shares of each cell
-        found = dense.propagate(maps, labels)
-        found = F.interpolate(found, shown.shape[1:], mode="bilinear", align_corners=False)
-        said = torch.tensor(classes, device=ranks.device)[found.argmax(dim=1)]
-        for name in classes[1:]:
-            carried.append(iou(said[1:] == name, shown[1:] == name))
-            still.append(iou(shown[:1] == name, shown[1:] == name))
-    return torch.stack(carried).mean().item(), torch.stack(still).mean().item()
+        carried = dense.propagate(maps, labels)
+        carried = F.interpolate(carried, truth.shape[1:], mode="bilinear", align_corners=False)
+        predicted = torch.tensor(classes, device=ranks.device)[carried.argmax(dim=1)]
+        for label in classes[1:]:
+            carried_ious.append(iou(predicted[1:] == label, truth[1:] == label))
+            still_ious.append(iou(truth[:1] == label, truth[1:] == label))
+    return torch.stack(carried_ious).mean().item(), torch.stack(still_ious).mean().item()
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over frames of intersection over union of two films of pixels, (T, H, W) bool."""
+    """Mean over frames of the intersection over union of two films of pixels, (T, H, W) bool."""
     both, either = (x.flatten(1).sum(dim=1).cpu().double() for x in (a & b, a | b))
     return (both / either.clamp_min(1)).mean()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a pyramid of maps costs over the last map alone: time and, on CUDA, memory.
+"""The cost of a pyramid of maps over the last map alone: time and, on CUDA, memory.
 
     python tests/bench_dense.py --image_size 224 --batch_size 8
 
@@ -52,13 +52,13 @@ def main() -> None:
         x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
         times, peaks = [], []
         for training in (False, True):
-            found = {}
+            results = {}
             for i in range(args.rounds + 2):  # the first two warm up
                 for forward in ("forward_features", "forward_pyramid"):
                     result = timed(network, forward, x, training)
                     if i >= 2:
-                        found.setdefault(forward, []).append(result)
-            pairs = list(zip(found["forward_pyramid"], found["forward_features"]))
+                        results.setdefault(forward, []).append(result)
+            pairs = list(zip(results["forward_pyramid"], results["forward_features"]))
             times.append(f"{statistics.median(a[0] / b[0] for a, b in pairs):.3f}")
             peaks.append(f"{pairs[-1][0][1] / pairs[-1][1][1]:.3f}" if x.is_cuda else "-")
         print(row(f"`{arch}`", *times, *peaks), flush=True)

@@ -88,8 +88,8 @@ def test_run_lengths_equal_pycocotools(share):
 def test_polygons_equal_pycocotools_up_to_their_edges(points, text):
     """Theirs is drawn on a grid five times as fine, so that it differs at edges."""
     wanted = run_length_mask(np.array(run_lengths(text)), 30, 40)
-    found = polygon_mask(np.array(points), 30, 40)
-    assert (found != wanted).sum() <= 0.2 * wanted.sum()
+    ours = polygon_mask(np.array(points), 30, 40)
+    assert (ours != wanted).sum() <= 0.2 * wanted.sum()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,13 +119,13 @@ def content():
 def write(folder, train=None, val=None, names=("instances_train", "instances_val")):
     """A small folder in COCO's form, with JSON of `content` or as given."""
     (folder / "annotations").mkdir(parents=True)
-    for name, own in zip(names, (train, val)):
+    for name, coco in zip(names, (train, val)):
         pictures = folder / name.removeprefix("instances_")
         (pictures / "sub").mkdir(parents=True)
         Image.new("RGB", (40, 30), "red").save(pictures / "a.png")
         Image.new("RGB", (40, 30), "blue").save(pictures / "sub/b.jpg")
-        own = content() if own is None else own
-        text = own if isinstance(own, str) else json.dumps(own)
+        coco = content() if coco is None else coco
+        text = coco if isinstance(coco, str) else json.dumps(coco)
         (folder / f"annotations/{name}.json").write_text(text)
     return folder
 
@@ -159,10 +159,10 @@ def test_coco(tmp_path, names):
 
 
 def test_without_masks_nothing_is_asked_of_them(tmp_path):
-    own = content()
-    del own["annotations"][1]["segmentation"]
-    own["annotations"][0]["segmentation"] = "nonsense"
-    source = load(str(write(tmp_path, own, own)))
+    coco = content()
+    del coco["annotations"][1]["segmentation"]
+    coco["annotations"][0]["segmentation"] = "nonsense"
+    source = load(str(write(tmp_path, coco, coco)))
     assert set(source.train[0][1]) == {"boxes", "labels", "crowd", "difficult"}
 
 
@@ -175,11 +175,11 @@ def test_files_beside_the_folders(tmp_path):
 
 
 def test_boxes_that_leave_their_picture_are_cut(tmp_path):
-    own = content()
-    own["annotations"][0]["bbox"] = [-5, 20, 10, 1e200]
-    own["annotations"][1]["bbox"] = [40, 5, 5, 5]  # outside
-    own["annotations"][2] |= {"bbox": [5, 5, 0, 3], "iscrowd": 0}  # of no area
-    source = load(str(write(tmp_path, own)), masks=True)
+    coco = content()
+    coco["annotations"][0]["bbox"] = [-5, 20, 10, 1e200]
+    coco["annotations"][1]["bbox"] = [40, 5, 5, 5]  # outside
+    coco["annotations"][2] |= {"bbox": [5, 5, 0, 3], "iscrowd": 0}  # of no area
+    source = load(str(write(tmp_path, coco)), masks=True)
     target = source.train[0][1]
     assert target["boxes"].tolist() == [[0, 20, 5, 30]]
     assert target["labels"].tolist() == [2] and len(target["masks"]) == 1
@@ -193,11 +193,11 @@ def test_boxes_that_leave_their_picture_are_cut(tmp_path):
 def change(*path, to):
     """A function that sets one value deep in the JSON."""
 
-    def apply(own):
+    def apply(coco):
         *way, last = path
         for key in way:
-            own = own[key]
-        own[last] = to
+            coco = coco[key]
+        coco[last] = to
 
     return apply
 
@@ -214,7 +214,10 @@ WRONG = {
     ),
     "category that is a list": (change(*ROW, "category_id", to=[18]), r"has category \[18\]"),
     "unknown image": (change(*ROW, "image_id", to=8), "annotation 1 is of image 8, which is not"),
-    "category without a name": (change("categories", 0, "name", to=3), "category 90 needs a whole"),
+    "category without a name": (
+        change("categories", 0, "name", to=3),
+        "category 90 needs an integer",
+    ),
     "category with a name as id": (change("categories", 0, "id", to="x"), "category 'x' needs a"),
     "no list": (change("annotations", to={}), 'it lacks a list "annotations"'),
     "no images": (change("images", to=[]), "it has no images"),
@@ -259,10 +262,10 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_json(tmp_path, case):
     spoil, sentence = WRONG[case]
-    own = content()
-    spoil(own)
+    coco = content()
+    spoil(coco)
     with pytest.raises(UserError, match=sentence) as error:
-        load(str(write(tmp_path, own)), masks=True)
+        load(str(write(tmp_path, coco)), masks=True)
     assert str(error.value).startswith(str(tmp_path / "annotations/instances_train.json"))
 
 
@@ -274,25 +277,25 @@ def test_damaged_json(tmp_path, text):
 
 
 def test_splits_must_agree(tmp_path):
-    own = content()
-    own["categories"][0]["name"] = "cow"
-    said = "instances_val.json: category 90 is 'cow' here, and 'cat' in the training file"
-    with pytest.raises(UserError, match=said):
-        load(str(write(tmp_path, val=own)))
+    coco = content()
+    coco["categories"][0]["name"] = "cow"
+    message = "instances_val.json: category 90 is 'cow' here, and 'cat' in the training file"
+    with pytest.raises(UserError, match=message):
+        load(str(write(tmp_path, val=coco)))
 
 
 def test_test_split_may_lack_a_category(tmp_path):
-    own = content()
-    del own["categories"][1], own["annotations"][1:]
-    source = load(str(write(tmp_path, val=own)))
+    coco = content()
+    del coco["categories"][1], coco["annotations"][1:]
+    source = load(str(write(tmp_path, val=coco)))
     assert source.test[0][1]["labels"].tolist() == [2]
 
 
 def test_no_box_at_all(tmp_path):
-    own = content()
-    del own["annotations"][:2]  # a crowd alone is left
+    coco = content()
+    del coco["annotations"][:2]  # a crowd alone is left
     with pytest.raises(UserError, match="instances_val.json has no box of an object that"):
-        load(str(write(tmp_path, val=own)))
+        load(str(write(tmp_path, val=coco)))
 
 
 def test_damaged_picture(tmp_path):
@@ -326,9 +329,9 @@ def test_pictures_that_are_arrays(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (5, 30, 40), dtype=np.uint8)
     for split, array in (("train", values), ("val", values.transpose(1, 2, 0))):
         np.save(tmp_path / f"{split}/a.npy", array)
-        own = content()
-        own["images"] = [own["images"][0] | {"file_name": "a.npy"}]
-        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(own))
+        coco = content()
+        coco["images"] = [coco["images"][0] | {"file_name": "a.npy"}]
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     source = load(str(tmp_path), masks=True, pixels=PixelFormat(channels=5))
     for part in (source.train, source.test):
         assert part.sizes == [(30, 40)]
@@ -344,8 +347,8 @@ def test_pictures_that_are_arrays(tmp_path):
 def test_what_was_looked_for(tmp_path, missing):
     write(tmp_path)
     (tmp_path / missing).rename(tmp_path / "elsewhere")
-    said = r"lacks val pictures in COCO's form: looked for annotations/instances_val\*.json"
-    with pytest.raises(UserError, match=said):
+    message = r"lacks val pictures in COCO's form: looked for annotations/instances_val\*.json"
+    with pytest.raises(UserError, match=message):
         load(str(tmp_path))
 
 
@@ -405,7 +408,7 @@ def test_voc_is_what_torchvision_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("<annotation>", "no element found"),
         (voc_object("unicorn"), "'unicorn' is not in list"),
@@ -413,11 +416,11 @@ def test_voc_is_what_torchvision_reads(tmp_path):
         (f"<a>{voc_object(box=('nan', 1, 2, 3))}</a>", "a box that is no numbers"),
     ],
 )
-def test_wrong_voc(tmp_path, text, said):
+def test_wrong_voc(tmp_path, text, message):
     root = write_voc(tmp_path, voc_object())
     text = text if text.startswith("<a") else f"<a>{text}</a>"
     (tmp_path / "VOCdevkit/VOC2007/Annotations/000001.xml").write_text(text)
-    with pytest.raises(UserError, match=rf"000001\.xml .*{re.escape(said)}"):
+    with pytest.raises(UserError, match=rf"000001\.xml .*{re.escape(message)}"):
         load("voc2007", root)
 
 

@@ -29,17 +29,17 @@ def objects(*rows):
 
 
 def score(*pictures, kind="boxes"):
-    return average_precision([match(found, true, kind) for found, true in pictures])
+    return average_precision([match(detected, true, kind) for detected, true in pictures])
 
 
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
 
 
 def test_by_hand():
-    """Of two objects one is found first and one third: precision 1 to recall 1/2, then 2/3."""
-    found = detections((0.9, 1, A), (0.8, 1, C), (0.7, 1, B))
+    """The first and the third detection are right: precision 1 to recall 1/2, then 2/3."""
+    detected = detections((0.9, 1, A), (0.8, 1, C), (0.7, 1, B))
     wanted = (51 * 1 + 50 * 2 / 3) / 101  # recalls 0, 0.01, ..., 0.5, and the 50 others
-    got = score((found, objects((1, A), (1, B))))
+    got = score((detected, objects((1, A), (1, B))))
     assert got.ap50 == pytest.approx(wanted, abs=1e-12)
     assert got.ap == pytest.approx(wanted, abs=1e-12)
 
@@ -59,14 +59,14 @@ def test_thresholds_of_overlap():
 
 
 def test_a_second_detection_of_an_object_is_wrong():
-    found = detections((0.9, 1, A), (0.8, 1, A), (0.7, 1, B))
+    detected = detections((0.9, 1, A), (0.8, 1, A), (0.7, 1, B))
     wanted = (51 + 50 * 2 / 3) / 101
-    assert score((found, objects((1, A), (1, B)))).ap50 == pytest.approx(wanted, abs=1e-12)
+    assert score((detected, objects((1, A), (1, B)))).ap50 == pytest.approx(wanted, abs=1e-12)
 
 
 def test_the_mean_is_over_classes_that_have_objects():
-    found = detections((0.9, 1, A), (0.9, 7, B))  # nothing is of class 7
-    got = score((found, objects((1, A), (2, C))))
+    detected = detections((0.9, 1, A), (0.9, 7, B))  # nothing is of class 7
+    got = score((detected, objects((1, A), (2, C))))
     assert got.ap50 == 0.5 and set(got.by_class) == {1, 2}
 
 
@@ -74,9 +74,9 @@ def test_detections_on_a_crowd_do_not_count():
     crowd = (20, 0, 60, 10)
     true = objects((1, A), (1, crowd, True))
     # Both lie in the crowd wholly, which by IoU they would not match.
-    found = detections((0.9, 1, B), (0.8, 1, C), (0.7, 1, A))
-    assert score((found, true)).ap50 == 1
-    assert score((found, objects((1, A)))).ap50 == pytest.approx(1 / 3)
+    detected = detections((0.9, 1, B), (0.8, 1, C), (0.7, 1, A))
+    assert score((detected, true)).ap50 == 1
+    assert score((detected, objects((1, A)))).ap50 == pytest.approx(1 / 3)
     # An object is taken before a crowd that overlaps more.
     both = objects((1, (0, 0, 10, 6)), (1, A, True))
     assert score((detections((0.9, 1, A)), both)).ap50 == 1
@@ -140,16 +140,16 @@ def random_picture(rng, side=40, classes=4, most=9):
     true = objects(
         *zip(rng.randint(1, classes + 1, count), boxes(count), rng.random_sample(count) < 0.2)
     )
-    found = []
+    detected = []
     for label, box in zip(true["labels"], true["boxes"]):
         for _ in range(rng.randint(0, 4)):
             near = box + rng.randint(-2, 3, 4)
             near[:2] = near[:2].clip(0)
             near[2:] = np.maximum(near[2:], near[:2] + 1).clip(max=side)
-            found.append((rng.randint(0, 6) / 5, label, near))
+            detected.append((rng.randint(0, 6) / 5, label, near))
     for box in boxes(rng.randint(0, 4)):
-        found.append((rng.randint(0, 6) / 5, rng.randint(1, classes + 1), box))
-    return detections(*found), true
+        detected.append((rng.randint(0, 6) / 5, rng.randint(1, classes + 1), box))
+    return detections(*detected), true
 
 
 def as_masks(picture, side=40):
@@ -192,15 +192,15 @@ def test_equals_pycocotools(kind, seed):
     assert got.ap50 == pytest.approx(ap50, abs=1e-6)
     assert got.ap == pytest.approx(np.mean(by_class), abs=1e-6)
     assert sorted(got.by_class) == [1, 2, 3, 4]
-    found = [got.by_class[label].mean() for label in (1, 2, 3, 4)]
-    np.testing.assert_allclose(found, by_class, atol=1e-6)
+    means = [got.by_class[label].mean() for label in (1, 2, 3, 4)]
+    np.testing.assert_allclose(means, by_class, atol=1e-6)
 
 
 def test_overlaps_by_hand():
-    found, true = [[0, 0, 4, 4]], [[0, 0, 2, 4], [2, 2, 6, 6], [8, 8, 9, 9]]
+    detected, true = [[0, 0, 4, 4]], [[0, 0, 2, 4], [2, 2, 6, 6], [8, 8, 9, 9]]
     no, all_crowd = np.zeros(3, dtype=bool), np.ones(3, dtype=bool)
-    np.testing.assert_allclose(box_iou(found, true, no), [[1 / 2, 4 / 28, 0]])
-    np.testing.assert_allclose(box_iou(found, true, all_crowd), [[1 / 2, 4 / 16, 0]])
+    np.testing.assert_allclose(box_iou(detected, true, no), [[1 / 2, 4 / 28, 0]])
+    np.testing.assert_allclose(box_iou(detected, true, all_crowd), [[1 / 2, 4 / 16, 0]])
 
     def masks(boxes):
         filled = np.zeros((len(boxes), 10, 10), dtype=np.uint8)
@@ -209,8 +209,8 @@ def test_overlaps_by_hand():
         return filled
 
     for crowd in (no, all_crowd):
-        overlaps = mask_iou(masks(found), masks(true), crowd)
-        np.testing.assert_allclose(overlaps, box_iou(found, true, crowd))
+        overlaps = mask_iou(masks(detected), masks(true), crowd)
+        np.testing.assert_allclose(overlaps, box_iou(detected, true, crowd))
 
 
 def test_boxes_and_masks_without_area_overlap_nothing():
@@ -220,6 +220,6 @@ def test_boxes_and_masks_without_area_overlap_nothing():
 
 
 def test_takes_tensors():
-    found, true = detections((0.9, 1, A)), objects((1, A))
-    tensors = [{k: torch.from_numpy(v) for k, v in part.items()} for part in (found, true)]
+    detected, true = detections((0.9, 1, A)), objects((1, A))
+    tensors = [{k: torch.from_numpy(v) for k, v in part.items()} for part in (detected, true)]
     assert score(tensors).ap == 1

@@ -83,11 +83,11 @@ def test_fpn_of_convnets_has_all_strides():
 
 
 def target(masks=False):
-    found = dict(boxes=torch.tensor([[4.0, 8.0, 40.0, 50.0]]), labels=torch.tensor([3]))
+    target = dict(boxes=torch.tensor([[4.0, 8.0, 40.0, 50.0]]), labels=torch.tensor([3]))
     if masks:
-        found["masks"] = torch.zeros(1, 64, 64, dtype=torch.uint8)
-        found["masks"][0, 8:50, 4:40] = 1
-    return found
+        target["masks"] = torch.zeros(1, 64, 64, dtype=torch.uint8)
+        target["masks"][0, 8:50, 4:40] = 1
+    return target
 
 
 def step(detector, **masks):
@@ -149,11 +149,11 @@ def test_bad_strides_are_refused():
         with pytest.raises(distributed.UserError, match="powers of 2, each twice the one before"):
             dense.fpn_backbone(small("resnet5m"), strides=strides)
     for strides in ((32, 64), (4, 8)):
-        said = (
+        message = (
             rf"strides must reach the backbone's coarsest, 16, not \({strides[0]}, {strides[1]}\)"
         )
         for network in (small("resnet5m"), small("vit_tiny", patch_size=14, image_size=56)):
-            with pytest.raises(distributed.UserError, match=said):
+            with pytest.raises(distributed.UserError, match=message):
                 dense.fpn_backbone(network, strides=strides)
 
 
@@ -169,15 +169,14 @@ def test_segmenter_gives_logits_of_every_pixel_and_trains(arch):
 
 def test_mean_iou_against_sets_of_pixels():
     generator = np.random.default_rng(0)
-    mask, found = generator.integers(0, 4, (2, 20, 30))
+    mask, predicted = generator.integers(0, 4, (2, 20, 30))
     mask[:, :3] = 255
-    logits = F.one_hot(torch.from_numpy(found), 6).permute(2, 0, 1).float()
     ious = []
     for name in range(6):
-        real, said = ((array == name) & (mask != 255) for array in (mask, found))
-        if (real | said).any():
-            ious.append((real & said).sum() / (real | said).sum())
-    matrix = dense.confusion(logits, torch.from_numpy(mask))
+        true, here = ((array == name) & (mask != 255) for array in (mask, predicted))
+        if (true | here).any():
+            ious.append((true & here).sum() / (true | here).sum())
+    matrix = dense.confusion(torch.from_numpy(predicted), torch.from_numpy(mask), 6)
     assert len(ious) == 4 and dense.mean_iou(matrix) == pytest.approx(np.mean(ious))
 
 
@@ -185,7 +184,7 @@ def test_propagation_against_a_loop():
     torch.manual_seed(0)
     maps, labels = torch.randn(4, 6, 3, 5), torch.rand(2, 3, 5)
     memory, k, radius, temperature = 1, 3, 2, 0.3
-    found = dense.propagate(maps, labels, memory, k, radius, temperature)
+    carried_by_torch = dense.propagate(maps, labels, memory, k, radius, temperature)
     known = [labels]
     for t in range(1, 4):
         carried = torch.zeros(2, 3, 5)
@@ -204,7 +203,7 @@ def test_propagation_against_a_loop():
                 for weight, (_, label) in zip(weights / weights.sum(), near):
                     carried[:, y, x] += weight * label
         known.append(carried)
-    torch.testing.assert_close(found, torch.stack(known), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(carried_by_torch, torch.stack(known), rtol=1e-4, atol=1e-5)
 
 
 def test_propagation_follows_a_square_that_moves():
@@ -212,8 +211,8 @@ def test_propagation_follows_a_square_that_moves():
     for t in range(6):
         frames[t, 0, 4:8, t : t + 4] = 1
     maps = torch.cat([frames, 1 - frames], dim=1)
-    found = dense.propagate(maps, maps[0])
-    assert torch.equal(found.argmax(dim=1), 1 - frames[:, 0].long())
+    carried = dense.propagate(maps, maps[0])
+    assert torch.equal(carried.argmax(dim=1), 1 - frames[:, 0].long())
 
 
 @pytest.mark.parametrize("patch", [14, 16])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 from torchvision.transforms.v2 import functional
 
+import eval_linear
 import lowdino
 from lowdino import annotations, checkpoint, data, demo, detection, distributed, features, linear
 from lowdino.evaluate import average_precision, match
@@ -22,43 +24,30 @@ ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
 
 
 def arguments(**changes):
-    """What eval_linear.py gives to this task, with a step of two pictures."""
-    args = argparse.Namespace(
-        models=["mobilevit_xxs"],
-        detector="faster_rcnn",
-        steps=1,
-        batch_size_per_gpu=2,
-        lr=None,
-        weight_decay=None,
-        layer_decay=None,
-        image_size=None,
-        num_workers=None,
-        data_path="demo_scenes",
-        data_root="data",
-        download=False,
-        label_fraction=[1.0],
-        seeds=[0],
-        value_range=None,
-        max_megapixels=256.0,
-    )
-    vars(args).update(changes)
-    return args
+    """The flags of this task, with a step of two pictures."""
+    flags = "mobilevit_xxs --task detection --data_path demo_scenes --steps 1".split()
+    flags += ["--batch_size_per_gpu", "2"]
+    return eval_linear.get_parser().parse(flags, eval_linear.check).replace(**changes)
 
 
-def settled(**changes):
-    args = arguments(**changes)
-    detection.settle(args)
-    return args
+def with_defaults(**changes):
+    return eval_linear.with_defaults(arguments(**changes))
+
+
+def subject_of(name="mobilevit_xxs", source=None, size=64, ranks=ALONE, **changes):
+    """A network and its scenes."""
+    source = source or scenes(masks=changes.get("detector") == "mask_rcnn")
+    backbone = features.open_network(name)[1]
+    return linear.Subject(with_defaults(**changes), ranks, 1, name, name, backbone, source, size)
 
 
 def scenes(train=4, test=2, masks=False):
-    parts = (annotations.Scenes(range(count), masks) for count in (train, test))
-    return annotations.Source("scenes", *parts, demo.SCENE_CLASSES)
+    splits = (annotations.Scenes(range(count), masks) for count in (train, test))
+    return annotations.BoxSource("scenes", *splits, demo.SCENE_CLASSES)
 
 
-def learn(name="mobilevit_xxs", chosen=(0, 1, 2, 3), size=64, seed=0, source=None, **changes):
-    source = source or scenes(masks=changes.get("detector") == "mask_rcnn")
-    return detection.learn(settled(**changes), name, source, list(chosen), size, seed, ALONE)
+def train(name="mobilevit_xxs", indices=(0, 1, 2, 3), seed=0, **changes):
+    return detection.train(subject_of(name, **changes), list(indices), seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -69,13 +58,13 @@ def learn(name="mobilevit_xxs", chosen=(0, 1, 2, 3), size=64, seed=0, source=Non
 def test_flips_equal_torchvisions():
     image, target = scenes(masks=True).train[0]
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(96, 96))
-    found, own = detection.flipped(image, target)
-    assert (found == functional.horizontal_flip(image)).all()
-    assert (own["boxes"] == functional.horizontal_flip(boxes)).all()
-    assert (own["masks"] == functional.horizontal_flip(target["masks"])).all()
-    assert (own["labels"] == target["labels"]).all()
+    flipped_image, flipped = detection.flipped(image, target)
+    assert (flipped_image == functional.horizontal_flip(image)).all()
+    assert (flipped["boxes"] == functional.horizontal_flip(boxes)).all()
+    assert (flipped["masks"] == functional.horizontal_flip(target["masks"])).all()
+    assert (flipped["labels"] == target["labels"]).all()
     # The boxes are still those of the masks.
-    for box, mask in zip(own["boxes"].int().tolist(), own["masks"]):
+    for box, mask in zip(flipped["boxes"].int().tolist(), flipped["masks"]):
         columns = mask.any(dim=0).nonzero()
         assert [columns.min(), columns.max() + 1] == [box[0], box[2]]
 
@@ -99,9 +88,9 @@ def test_training_batches_depend_on_seed_and_step_alone():
 def test_crowds_and_difficult_objects_are_not_trained_on(kind):
     image, target = scenes(masks=True).train[0]
     target = target | {kind: torch.arange(len(target["labels"])) == 1}
-    _, (own,) = detection.training_batch([(image, target)], 0, 0, 0)
-    assert set(own) == {"boxes", "labels", "masks"}
-    assert all(len(value) == len(target["labels"]) - 1 for value in own.values())
+    _, (kept,) = detection.training_batch([(image, target)], 0, 0, 0)
+    assert set(kept) == {"boxes", "labels", "masks"}
+    assert all(len(value) == len(target["labels"]) - 1 for value in kept.values())
 
 
 def test_anchors_at_800_pixels_are_cocos():
@@ -141,11 +130,11 @@ def test_boxes_are_pooled_where_they_lie(size, height, width):
 
 
 def test_shares_of_the_pictures_are_nested():
-    small, large = (detection.some_of(100, fraction, 3) for fraction in (0.1, 0.5))
+    small, large = (linear.random_subset(100, fraction, 3) for fraction in (0.1, 0.5))
     assert (len(small), len(large)) == (10, 50) and set(small) < set(large)
-    assert small == sorted(small) == detection.some_of(100, 0.1, 3)
-    assert small != detection.some_of(100, 0.1, 4)
-    assert len(detection.some_of(5, 0.01, 0)) == 1
+    assert small == sorted(small) == linear.random_subset(100, 0.1, 3)
+    assert small != linear.random_subset(100, 0.1, 4)
+    assert len(linear.random_subset(5, 0.01, 0)) == 1
 
 
 def test_size_is_the_pictures_own():
@@ -161,24 +150,23 @@ def test_size_is_the_pictures_own():
 def test_batches_are_the_items(workers, shared_memory, monkeypatch):
     monkeypatch.setattr(data, "lacks_shared_memory", lambda *_: not shared_memory)
     source, order = scenes(masks=True).train, [[2, 0], [1]]
-    kinds = ["boxes", "masks"]
-    found = list(detection.batches(source, kinds, order, workers, ALONE.device))
-    assert [len(items) for items in found] == [2, 1]
-    for (image, target), i in zip((item for items in found for item in items), (2, 0, 1)):
+    batches = list(linear.picture_batches(subject_of(num_workers=workers), source, order))
+    assert [len(items) for items in batches] == [2, 1]
+    for (image, target), i in zip((item for items in batches for item in items), (2, 0, 1)):
         assert (image == source[i][0]).all()
         assert {*target} == {"boxes", "labels", "masks", "crowd", "difficult"}
         assert all((value == source[i][1][name]).all() for name, value in target.items())
 
 
 def test_batches_read_what_they_give_alone(monkeypatch):
-    source, read = scenes(masks=True).train, []
+    source, read = scenes(masks=False).train, []
     item = annotations.Scenes.__getitem__
     monkeypatch.setattr(
-        annotations.Scenes, "__getitem__", lambda own, i: read.append(i) or item(own, i)
+        annotations.Scenes, "__getitem__", lambda data_set, i: read.append(i) or item(data_set, i)
     )
-    found = list(detection.batches(source, ["boxes"], [[2], [1]], 0, ALONE.device))
+    batches = list(linear.picture_batches(subject_of(), source, [[2], [1]]))
     assert read == [2, 1]
-    assert all("masks" not in target for items in found for _, target in items)
+    assert all("masks" not in target for items in batches for _, target in items)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,7 +175,7 @@ def test_batches_read_what_they_give_alone(monkeypatch):
 
 
 def test_a_run_repeats_itself():
-    one, same, other = (learn(steps=3, seed=seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (train(steps=3, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all((one[name] == same[name]).all() for name in one)
     assert any((one[name] != other[name]).any() for name in one)
 
@@ -214,19 +202,19 @@ def test_batch_norm_of_pretrained_weights(saved, large, monkeypatch):
     small = detection.SMALL._replace(freeze_bn=large)
     monkeypatch.setattr(detection, "SMALL", small)
     _, backbone = features.open_network(saved)
-    trained = learn(saved).backbone.body.backbone
+    trained = train(saved).backbone.body.backbone
     same = [bool((a == b).all()) for a, b in zip(statistics(backbone), statistics(trained))]
     assert all(same) if large else not any(same)
     assert any(isinstance(module, FrozenBatchNorm2d) for module in trained.modules()) == large
     weights = dict(backbone.named_parameters())
     assert any((p != weights[name]).any() for name, p in trained.named_parameters())
-    assert detection.recipe_for(200).freeze_bn and detection.recipe_for(199) is small
+    assert detection.detector_size(200).freeze_bn and detection.detector_size(199) is small
 
 
 def test_batch_norm_of_random_weights_is_trained(monkeypatch):
     monkeypatch.setattr(detection, "SMALL", detection.SMALL._replace(freeze_bn=True))
     _, backbone = features.open_network("resnet5m")
-    trained = learn("resnet5m").backbone.body.backbone
+    trained = train("resnet5m").backbone.body.backbone
     assert all((a != b).any() for a, b in zip(statistics(backbone), statistics(trained)))
 
 
@@ -242,7 +230,7 @@ def test_learning_rates_of_blocks(monkeypatch):
             super().step()
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    detector = learn(steps=2, lr=[1e-4], layer_decay=0.5)
+    detector = train(steps=2, lr=[1e-4], layer_decay=0.5)
     first, last = optimizers
     assert sum(count for count, _, _ in first) == len([*detector.parameters()])
     assert all(rate == pytest.approx(1e-4) for _, rate, _ in first)
@@ -253,19 +241,19 @@ def test_learning_rates_of_blocks(monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_divergence_is_one_sentence():
     with pytest.raises(linear.Diverged, match="diverging loss: it.* at step .; a lower --lr may"):
-        learn(steps=8, lr=[1e12])
+        train(steps=8, lr=[1e12])
 
 
 def test_fewer_pictures_than_ranks():
     ranks = distributed.Ranks(0, 3, torch.device("cpu"))
-    with pytest.raises(distributed.UserError, match="2 pictures are fewer than the 3 ranks"):
-        detection.learn(settled(), "mobilevit_xxs", scenes(), [0, 1], 64, 0, ranks)
+    with pytest.raises(distributed.UserError, match="2 labelled images are fewer than the 3 ranks"):
+        train(indices=[0, 1], ranks=ranks)
 
 
 def test_one_small_picture_is_too_few_for_batch_norm():
-    with pytest.raises(distributed.UserError, match="batch norm needs two pictures a rank or more"):
-        learn(chosen=[0], size=32)
-    learn(chosen=[0], size=33)
+    with pytest.raises(distributed.UserError, match="batch norm needs two images per process"):
+        train(indices=[0], size=32)
+    train(indices=[0], size=33)
 
 
 def test_pictures_without_boxes_are_negatives():
@@ -273,17 +261,16 @@ def test_pictures_without_boxes_are_negatives():
     for target in source.train.targets[1:]:
         for name, value in target.items():
             target[name] = value[:0]
-    learn(source=source, steps=2)
-    learn(source=source, chosen=(1, 2))
+    train(source=source, steps=2)
+    train(source=source, indices=(1, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
 def test_a_detector_learns_two_scenes_by_heart(kind):
     source = scenes(2, 2, masks=kind == "mask_rcnn")
-    changes = {"steps": 100, "lr": [1e-3], "detector": kind}
-    detector = learn(chosen=(0, 1), size=96, source=source, **changes)
-    scores = detection.evaluate(detector, source.test, 2, 0, ALONE)
+    subject = subject_of(source=source, size=96, steps=100, lr=[1e-3], detector=kind)
+    scores = detection.evaluate(subject, detection.train(subject, [0, 1], 0))
     assert set(scores) == {"boxes", *["masks"] * (kind == "mask_rcnn")}
     assert all(score.ap50 > 0.9 for score in scores.values())
 
@@ -292,8 +279,8 @@ def test_large_pictures_take_torchvisions_own_numbers():
     _, backbone = features.open_network("mobilevit_xxs")
     detector = detection.build("mask_rcnn", backbone, 90, 320, freeze_bn=True)
     usual = MaskRCNN(detector.backbone, 91)
-    own, theirs = ({n: v.shape for n, v in m.state_dict().items()} for m in (detector, usual))
-    assert own == theirs
+    ours, theirs = ({n: v.shape for n, v in m.state_dict().items()} for m in (detector, usual))
+    assert ours == theirs
     for name in ("_pre_nms_top_n", "_post_nms_top_n", "nms_thresh"):
         assert getattr(detector.rpn, name) == getattr(usual.rpn, name)
     for part in ("rpn", "roi_heads"):
@@ -326,7 +313,7 @@ def test_evaluation_is_that_of_average_precision():
         scores = torch.linspace(0.9, 0.1, len(boxes))
         answers.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
     detector = Known(answers)
-    score = detection.evaluate(detector, pictures, 2, 0, ALONE)["boxes"]
+    score = detection.evaluate(subject_of(source=scenes(test=5)), detector)["boxes"]
     assert detector.sizes == [2, 2, 1]
     wanted = average_precision([match(*pair) for pair in zip(answers, pictures.targets)])
     assert score.ap == wanted.ap and 0.2 < score.ap < score.ap50
@@ -339,17 +326,18 @@ def test_ranks_share_the_evaluation(monkeypatch):
         scores = torch.full((len(target["labels"]),), 0.5)  # their order is that of the pictures
         boxes = target["boxes"] + 30 * (i % 2)
         answers.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
-    wanted = detection.evaluate(Known(answers), pictures, 2, 0, ALONE)["boxes"]
+    subject = subject_of(source=scenes(test=5))
+    wanted = detection.evaluate(subject, Known(answers))["boxes"]
 
     class Gathered(Exception):
         pass
 
-    def gather(own):
-        raise Gathered(own)
+    def gather(matches):
+        raise Gathered(matches)
 
     def evaluate(rank):
-        detector, ranks = Known(answers[rank::2]), distributed.Ranks(rank, 2, ALONE.device)
-        return detection.evaluate(detector, pictures, 2, 0, ranks)["boxes"]
+        of_rank = replace(subject, ranks=distributed.Ranks(rank, 2, ALONE.device))
+        return detection.evaluate(of_rank, Known(answers[rank::2]))["boxes"]
 
     monkeypatch.setattr(distributed, "gather_objects", gather)
     parts = []
@@ -358,7 +346,7 @@ def test_ranks_share_the_evaluation(monkeypatch):
             evaluate(rank)
         parts.append(caught.value.args[0])
     assert [len(part["boxes"]) for part in parts] == [3, 2]
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: parts)
+    monkeypatch.setattr(distributed, "gather_objects", lambda matches: parts)
     for rank in (0, 1):
         assert evaluate(rank)[:2] == wanted[:2]
 
@@ -369,7 +357,7 @@ def test_ranks_share_the_evaluation(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, sentence",
     [
         ({"models": []}, "--task detection needs one backbone or more"),
         ({"models": ["pixels"]}, "--task detection needs one backbone or more"),
@@ -377,12 +365,10 @@ def test_ranks_share_the_evaluation(monkeypatch):
         ({"weight_decay": [1, 2]}, "--task detection takes one --lr and one --weight_decay"),
         ({"layer_decay": 1.5}, "--layer_decay lies above 0, up to 1, not at 1.5"),
         ({"layer_decay": 0.0}, "--layer_decay lies above 0, up to 1, not at 0.0"),
-        ({"steps": 0}, "--steps must be at least 1, not 0"),
-        ({"image_size": 31}, "--image_size must be at least 32 pixels, not 31"),
     ],
 )
-def test_wrong_flags(changes, said):
-    assert detection.check(arguments(**changes)) == said
+def test_wrong_flags(changes, sentence):
+    assert detection.check(arguments(**changes)) == sentence
     assert detection.check(arguments()) is None
 
 
@@ -392,29 +378,30 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr(demo, "SCENE_TEST", 3)
 
 
-def rows(args):
-    opened = features.open_network(args.models[0])
-    return detection.measure(args, args.models[0], opened, 1, ALONE)
+def row_of(args):
+    (subject,) = eval_linear.open_subjects(args, ALONE)
+    return detection.measure(subject)
 
 
 def test_a_row(few_scenes, capsys):
-    args = settled(detector="mask_rcnn", label_fraction=[0.5], seeds=[0, 1])
-    row = rows(args)
+    args = with_defaults(detector="mask_rcnn", label_fraction=[0.5], seeds=[0, 1])
+    row = row_of(args)
     json.dumps(row)
     assert row["image_size"] == 96 and row["parameters_M"] == pytest.approx(0.951024)
     (half,) = row["trained"]
-    assert half["pictures"] == [2, 2]
+    assert half["images"] == [2, 2]
     for kind in ("boxes", "masks"):
         for ap, ap50 in zip(half[f"{kind}_ap"], half[f"{kind}_ap50"]):
             assert 0 <= ap <= ap50 <= 1
-    args.label_fraction, row["trained"] = [0.5, 1.0], [half, half]
-    heads, cells = detection.headings(args), detection.cells(args, row)
-    assert len(heads) == len(cells) == 9
-    assert heads[:3] == ["pixels", "AP50 of boxes, 50 %", "AP of boxes, 50 %"]
-    assert heads[-1] == "AP of masks, 100 %" and "±" in cells[-1]
-    said = capsys.readouterr().out
-    assert "4 training and 3 test pictures, 10 classes, 96 px" in said
-    assert "0.5 of the pictures (2), seed 1: AP50 of boxes " in said
+    args, row["trained"] = args.replace(label_fraction=[0.5, 1.0]), [half, half]
+    columns = detection.columns(args)
+    headings, cells = [*columns], [cell(row) for cell in columns.values()]
+    assert len(headings) == 9
+    assert headings[:3] == ["pixels", "AP50 of boxes, 50 %", "AP of boxes, 50 %"]
+    assert headings[-1] == "AP of masks, 100 %" and "±" in cells[-1]
+    printed = capsys.readouterr().out
+    assert "4 training and 3 test pictures, 10 classes, 96 px" in printed
+    assert "0.5 of the pictures (2 images), seed 1: AP50 of boxes " in printed
 
 
 @pytest.fixture
@@ -438,11 +425,11 @@ def coco_folder(tmp_path):
 
 
 def test_a_folder_in_cocos_form(coco_folder, capsys):
-    row = rows(settled(data_path=coco_folder, num_workers=0))
+    row = row_of(with_defaults(data_path=coco_folder, num_workers=0))
     assert row["image_size"] == 32 and len(row["trained"]) == 1
     assert "instances_train.json: 2 boxes reach beyond" in capsys.readouterr().out
     with pytest.raises(distributed.UserError, match="annotation 0 has no segmentation"):
-        rows(settled(data_path=coco_folder, detector="mask_rcnn"))
+        row_of(with_defaults(data_path=coco_folder, detector="mask_rcnn"))
 
 
 def test_networks_of_other_channels(few_scenes, tmp_path):
@@ -451,15 +438,15 @@ def test_networks_of_other_channels(few_scenes, tmp_path):
     backbone.mean, backbone.std = (0.5,), (0.2,)
     checkpoint.save_backbone(tmp_path / "grey.pth", backbone, "resnet5m", 64, 1)
     with pytest.raises(distributed.UserError, match="are pictures in colours, and .* is of 1"):
-        rows(settled(models=[str(tmp_path / "grey.pth")]))
+        row_of(with_defaults(models=[str(tmp_path / "grey.pth")]))
 
 
 def test_protocol_says_what_is_done():
-    args = settled(steps=70, lr=[0.002], layer_decay=0.7)
+    args = with_defaults(steps=70, lr=[0.002], layer_decay=0.7)
     assert "Faster R-CNN on an FPN" in detection.protocol(args)
-    for part in ("learning rate 0.002, x 0.7 a block", "70 steps of 2 pictures"):
+    for part in ("learning rate 0.002, x 0.7 per block", "70 steps of 2 pictures per process"):
         assert part in detection.protocol(args)
-    assert "Mask R-CNN" in detection.protocol(settled(detector="mask_rcnn"))
+    assert "Mask R-CNN" in detection.protocol(with_defaults(detector="mask_rcnn"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -482,7 +469,7 @@ def test_eval_linear(few_scenes, call_script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, sentence",
     [
         (("--data_path", "demo"), "no pictures with boxes at demo: give a folder in COCO's form"),
         (("--solver", "lbfgs"), "--solver goes with --task classification"),
@@ -491,11 +478,12 @@ def test_eval_linear(few_scenes, call_script, tmp_path):
             "--value_range is of values of more than 8 bits, and demo_scenes has none",
         ),
         (("--steps", 0), "--steps must be at least 1, not 0"),
+        (("--image_size", 31), "--image_size must be at least 32, not 31"),
     ],
 )
-def test_eval_linear_says_what_is_wrong(call_script, flags, said):
+def test_eval_linear_says_what_is_wrong(call_script, flags, sentence):
     done = call_script("eval_linear.py", "resnet5m", "--task", "detection", *flags, check=False)
-    assert done.returncode == 2 and said in done.stderr
+    assert done.returncode == 2 and sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -506,7 +494,7 @@ def test_other_tasks_have_no_steps(call_script):
 
 @pytest.fixture
 def run_ranks(run_script, coco_folder, tmp_path):
-    """What eval_linear.py has found of one training, on so many ranks."""
+    """The cell of the table that eval_linear.py makes of one training, on so many ranks."""
 
     def run(arch, ranks, **flags):
         flags = {"image_size": 64, "batch_size_per_gpu": 1, "num_workers": 0} | flags

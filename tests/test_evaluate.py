@@ -35,10 +35,10 @@ def test_knn_is_the_loop(k, classes):
 
 def test_chunks_change_nothing():
     train, test = torch.randn(50, 4), torch.randn(33, 4)
-    whole = evaluate.nearest_neighbours(train, test, 5)
+    at_once = evaluate.nearest_neighbours(train, test, 5)
     pieces = evaluate.nearest_neighbours(train, test, 5, chunk_bytes=50 * 4 * 7)
-    torch.testing.assert_close(whole[0], pieces[0])
-    assert torch.equal(whole[1], pieces[1])
+    torch.testing.assert_close(at_once[0], pieces[0])
+    assert torch.equal(at_once[1], pieces[1])
 
 
 def test_accuracy_counts_the_first_ranks():

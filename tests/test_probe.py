@@ -27,9 +27,9 @@ def blobs(n, classes=4, width=12, seed=0):
     return torch.tensor(x, dtype=torch.float32), torch.tensor(labels)
 
 
-def test_scaler_half_whitens():
+def test_half_whitening_is_that_of_eigenvalues():
     x = blobs(300)[0]
-    y = probe.Scaler(x)(x).double().numpy()
+    y = probe.HalfWhitening(x)(x).double().numpy()
     assert y.shape == (300, 13) and (y[:, -1] == 1).all()
     y = y[:, :-1]
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
@@ -42,23 +42,22 @@ def test_scaler_half_whitens():
     )
 
 
-def test_symmetric_scaling_does_not_rotate():
+def test_symmetric_whitening_does_not_rotate():
     """Features of equal variance in all directions, whose eigenvectors are rounding's, stay."""
     x = torch.linalg.qr(torch.randn(300, 12, generator=torch.Generator().manual_seed(0))).Q
     x = x - x.mean(dim=0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x)).T  # the covariance is 1 / 300
-    matrix = probe.Scaler(x).symmetric
+    matrix = probe.HalfWhitening(x).symmetric
     torch.testing.assert_close(matrix / matrix[0, 0], torch.eye(12), atol=1e-4, rtol=0)
-    scaler = probe.Scaler(blobs(300)[0])
-    torch.testing.assert_close(scaler.symmetric, scaler.symmetric.T)
-    torch.testing.assert_close(
-        scaler.symmetric @ scaler.symmetric, scaler.matrix @ scaler.matrix.T, atol=1e-3, rtol=1e-4
-    )
+    whitening = probe.HalfWhitening(blobs(300)[0])
+    symmetric, matrix = whitening.symmetric, whitening.matrix
+    torch.testing.assert_close(symmetric, symmetric.T)
+    torch.testing.assert_close(symmetric @ symmetric, matrix @ matrix.T, atol=1e-3, rtol=1e-4)
 
 
 def test_probes_are_separate_classifiers_trained_by_sgd():
     x, labels = blobs(64)
-    x = probe.Scaler(x)(x)
+    x = probe.HalfWhitening(x)(x)
     settings = [(0.5, 0.0), (5.0, 1e-3), (20.0, 1e-1)]
     together = probe.Probes(settings, x.shape[1], 4)
     factors = [1.0, 0.7, 0.2, 0.1]
@@ -108,8 +107,8 @@ def optimum(x, labels, classes, decay):
 
 def test_logistic_regression_reaches_the_optimum_and_sgd_its_accuracy():
     (x, labels), (test, test_labels) = blobs(600), blobs(2000, seed=1)
-    scaler = probe.Scaler(x)
-    x, test = scaler(x), scaler(test)
+    whitening = probe.HalfWhitening(x)
+    x, test = whitening(x), whitening(test)
     decays = [1e-4, 1e-2, 1e-3]  # in any order
     weights = probe.logistic_regression(x, labels, 4, decays)
     assert weights.shape == (13, 3, 4)
@@ -165,11 +164,11 @@ def test_label_subsets_are_balanced_nested_and_of_the_labels_alone():
 
 def test_held_out_images_are_balanced_and_apart():
     labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 3)
-    inner, held = probe.hold_out(labels, 0.2, 0)
-    assert torch.bincount(labels[held]).tolist() == [8, 4]
-    assert sorted([*inner.tolist(), *held.tolist()]) == list(range(63))
+    inner, held_out = probe.split_for_choice(labels, 0.2, 0)
+    assert torch.bincount(labels[held_out]).tolist() == [8, 4]
+    assert sorted([*inner.tolist(), *held_out.tolist()]) == list(range(63))
     with pytest.raises(ValueError, match="6 labels are too few to hold 0.2 of each class out"):
-        probe.hold_out(torch.tensor([0, 0, 0, 1, 1, 1]), 0.2, 0)
+        probe.split_for_choice(torch.tensor([0, 0, 0, 1, 1, 1]), 0.2, 0)
 
 
 def test_learning_rates_fall_from_block_to_block():
@@ -189,9 +188,9 @@ def test_learning_rates_fall_from_block_to_block():
 
 
 def test_cost_is_counted():
-    found = linear.cost(nn.Conv2d(3, 8, 3, padding=1, bias=False), 32, torch.device("cpu"))
-    assert found["multiply_adds_M"] == pytest.approx(32 * 32 * 8 * 27 / 1e6)
-    assert found["parameters_M"] == pytest.approx(216 / 1e6)
+    cost = linear.cost(nn.Conv2d(3, 8, 3, padding=1, bias=False), 32, torch.device("cpu"))
+    assert cost["multiply_adds_M"] == pytest.approx(32 * 32 * 8 * 27 / 1e6)
+    assert cost["parameters_M"] == pytest.approx(216 / 1e6)
 
 
 QUICK = ["--device", "cpu", "--epochs", "3", "--val_fraction", "0.3"]
@@ -209,7 +208,7 @@ def test_a_table_of_several_models(picture_folder, tmp_path, call_script):
     assert written in done.stdout
     heads, _, pixels, network = written.splitlines()
     assert heads == (
-        "| model | parameters (M) | multiply-adds (M) | ms an image | pixels | k-NN (k=20) "
+        "| model | parameters (M) | multiply-adds (M) | ms per image | pixels | k-NN (k=20) "
         "| linear 50 % | linear 100 % |"
     )
     assert re.match(r"\| raw pixels \| 0.00 \| 0.0 \| .* \| 32 \| 87.50 \| 87.50 ± 0.00 \|", pixels)
@@ -241,9 +240,9 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
     assert row["trained"][0]["top1"][0] > 0.9  # dark against light
     assert row["image_size"] == (48 if "48" in flags else 32)
     file = tmp_path / "out" / "network1_1_seed0.pth"
-    whole = flags[0] in ("--finetune", "--from_scratch")
-    assert ("whole network" in done.stdout) == whole == file.exists()
-    if whole:  # what was trained is kept: backbone and classifier give that accuracy again
+    network = flags[0] in ("--finetune", "--from_scratch")
+    assert ("whole network" in done.stdout) == network == file.exists()
+    if network:  # what was trained is kept: backbone and classifier give that accuracy again
         features = ["--data_path", picture_folder, "--features", tmp_path / "f.npz"]
         call_script("eval_knn.py", "--weights", file, *features)
         _, _, test = evaluate.load_features(tmp_path / "f.npz")
@@ -255,12 +254,12 @@ def test_other_ways_of_training(flags, picture_folder, tmp_path, call_script):
     "count, batch, sentence",
     [
         (1, 8, "1 labelled images are fewer than the 2 ranks; start fewer"),
-        (8, 1, "batch norm needs two images a rank and step; see that --batch_size_per_gpu is"),
-        (3, 8, "batch norm needs two images a rank and step; see that more images are labelled"),
+        (8, 1, "batch norm needs two images per process and step: give a --batch_size_per_gpu"),
+        (3, 8, "batch norm needs two images per process and step: give more labelled images"),
     ],
 )
 def test_batches_that_are_too_small_are_one_sentence(count, batch, sentence):
-    args = SimpleNamespace(batch_size_per_gpu=batch, epochs=5)
+    args = SimpleNamespace(batch_size_per_gpu=batch, epochs=5, steps=None)
     with pytest.raises(distributed.UserError, match=sentence):
         linear.batch_and_steps(args, count, 2, batch_norm=True)
     assert count < 2 or linear.batch_and_steps(args, count, 2)[0] == 1
@@ -287,10 +286,12 @@ def test_features_are_computed_in_batches_of_the_flag(
 def test_a_last_loss_that_is_not_finite_is_told():
     weight = torch.nn.Parameter(torch.ones(1))
     args = SimpleNamespace(lr=[0.1], weight_decay=[0.0])
-    losses = (weight.sum() * (math.nan if step == 13 else 1) for step in range(1, 14))
-    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    subject = linear.Subject(args, distributed.Ranks(0, 1, torch.device("cpu")), 1, "", "")
+    optimizer = linear.CosineAdamW(subject, [{"params": [weight], "scale": 1.0}], 13)
+    for _ in range(12):
+        optimizer.step(weight.sum())
     with pytest.raises(linear.Diverged, match="it is nan at step 13"):
-        linear.adamw_steps(losses, [{"params": [weight], "scale": 1.0}], args, 13, ranks)
+        optimizer.step(weight.sum() * math.nan)
 
 
 def test_a_probe_that_diverged_is_not_chosen_and_has_no_figure(picture_folder, call_script):
@@ -323,9 +324,9 @@ def test_two_ranks_train_too(flags, picture_folder, tmp_path, run_script):
     tables = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        own = ["--batch_size_per_gpu", 8 // ranks, "--output_dir", out]
-        own += ["--data_path", picture_folder]
-        run_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, *own, ranks=ranks)
+        batch = ["--batch_size_per_gpu", 8 // ranks]
+        folders = ["--output_dir", out, "--data_path", picture_folder]
+        run_script("eval_linear.py", "mobilevit_xxs", *QUICK, *flags, *batch, *folders, ranks=ranks)
         tables.append(json.loads((out / "table.json").read_text())["rows"][0])
     assert tables[0]["knn"] == tables[1]["knn"]
     assert min(t["trained"][0]["top1"][0] for t in tables) > 0.8
@@ -354,14 +355,14 @@ def test_features_go_through_a_file(picture_folder, tmp_path, call_script):
     assert arrays["train_labels"].tolist() == [0] * 12 + [1] * 12
     assert str(arrays["test_files"][0]).endswith("pictures/val/dark/0.png")
     assert (arrays["train"][:, 320:] >= arrays["train"][:, :320]).all()  # a maximum against a mean
-    own = linear_result(call_script, file, tmp_path / "out")
+    direct = linear_result(call_script, file, tmp_path / "out")
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| mobilevit_xxs at random initialisation, seed 0 | 100.00 | 100.00 |" in table
     # Test labels choose nothing: with others, the same choice and the opposite accuracy.
     np.savez(tmp_path / "others.npz", **arrays | {"test_labels": 1 - arrays["test_labels"]})
     other = linear_result(call_script, tmp_path / "others.npz", tmp_path / "others")
-    assert own["chosen"] == other["chosen"] != [""]
-    assert own["top1"] == [1.0] and other["top1"] == [0.0]
+    assert direct["chosen"] == other["chosen"] != [""]
+    assert direct["top1"] == [1.0] and other["top1"] == [0.0]
 
 
 def test_what_retrieval_needs_is_asked_for(picture_folder, tmp_path, call_script):
@@ -390,13 +391,13 @@ def test_features_without_labels_are_kept_but_not_probed(picture_folder, tmp_pat
     assert np.load(file)["train"].shape == (24, 320)
     flags = ["--from_features", file, "--output_dir", tmp_path / "no"]
     refused = call_script("eval_linear.py", *flags, check=False)
-    assert refused.returncode == 2 and "whole numbers" in refused.stderr
+    assert refused.returncode == 2 and "should be integers from 0" in refused.stderr
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"test": np.zeros((2, 3), np.float32)}, "train has 4 features an image, test 3"),
+        ({"test": np.zeros((2, 3), np.float32)}, "train has 4 features per image, test 3"),
         (
             {"test": np.full((2, 4), np.nan, np.float32)},
             "test has values that are not finite numbers",
@@ -405,7 +406,7 @@ def test_features_without_labels_are_kept_but_not_probed(picture_folder, tmp_pat
             {"train_labels": np.zeros(5, int)},
             r"train should be \(N, D\) with N labels, not \(6, 4\) with labels \(5,\)",
         ),
-        ({"train_labels": np.full(6, 0.5)}, "train_labels should be whole numbers from 0"),
+        ({"train_labels": np.full(6, 0.5)}, "train_labels should be integers from 0"),
         ({"train": np.array([object()] * 6)}, "damaged, or not an .npz file of plain arrays"),
     ],
 )
@@ -442,7 +443,7 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
     val = picture_folder / "val"
     (val / "void").mkdir()
     shutil.copy(val / "dark" / "0.png", val / "void" / "0.png")
-    assert "train/void has no image, and" in message(picture_folder)
+    assert "train/void has no image, but" in message(picture_folder)
     (val / "0.png").write_bytes((val / "dark" / "0.png").read_bytes())
     assert "has no labels to test on" in message(picture_folder)
 
@@ -469,7 +470,10 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
             ["resnet18", "--finetune", "--lr", "1", "2"],
             "the whole network is trained with one --lr",
         ),
-        (["pixels", "--finetune"], "the whole network is trained as it is"),
+        (
+            ["pixels", "--finetune"],
+            "the whole network is trained without --pool, and pixels have none",
+        ),
         (["pixels", "--augment"], "--augment and --pool need backbones"),
         (["pixels", "resnet18", "--pool", "max"], "--augment and --pool need backbones"),
         (["--from_features", "x.npz", "--pool", "max"], "--pool and --image_size need the images"),
@@ -490,4 +494,6 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    assert eval_linear.check(eval_linear.get_parser().parse_args(flags)).startswith(message)
+    with pytest.raises(distributed.UserError) as refused:
+        eval_linear.get_parser().parse(flags, eval_linear.check)
+    assert str(refused.value).startswith(message)

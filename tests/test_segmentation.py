@@ -53,6 +53,12 @@ def make(folder, count=6, **options):
     return folder
 
 
+def subject_of(backbone, source, size, ranks=RANK):
+    """A network and its pictures, of which a batch has two."""
+    args = SimpleNamespace(maps="pyramid", batch_size_per_gpu=2, num_workers=0)
+    return linear.Subject(args, ranks, 1, "", "", backbone, source, size)
+
+
 def load(folder, **options):
     return masks.load(str(folder), "", False, image_io.PixelFormat(), **options)
 
@@ -70,8 +76,8 @@ def test_a_folder_with_a_split(tmp_path):
 def test_a_part_is_held_out_by_seed(tmp_path):
     make(tmp_path, 10)
     first, again, other = (load(tmp_path, test_fraction=0.3, seed=seed) for seed in (0, 0, 1))
-    assert len(first.test) == 3 and not {*first.test.images} & {*first.train.images}
-    assert first.test.images == again.test.images != other.test.images
+    assert len(first.test) == 3 and not {*first.test.paths} & {*first.train.paths}
+    assert first.test.paths == again.test.paths != other.test.paths
     assert first.notes == ["3 of 10 pictures are held out by seed 0"]
 
 
@@ -135,14 +141,15 @@ def test_large_pictures_come_through_pipes_where_shared_memory_is_short(tmp_path
     free = SimpleNamespace(f_bavail=2 * 2**30, f_frsize=1)
     monkeypatch.setattr(data.os, "statvfs", lambda path: free)
     order = [[0, 1], [1]]
-    options = dict(batch_sampler=order, collate_fn=segmentation.flat)
+    options = dict(batch_sampler=order, collate_fn=list)
     assert data.open_loader(source.train, 2, **options).worker_init_fn is data.start_worker
     monkeypatch.setattr(source.train, "item_bytes", 300 * 2**20)
     large = data.open_loader(source.train, 2, **options)
     assert large.worker_init_fn is data.start_worker_with_pipe
-    for tensors, indices in zip(large, order, strict=True):
-        expected = segmentation.flat([source.train[i] for i in indices])
-        assert all(map(torch.equal, tensors, expected)) and not tensors[0].is_shared()
+    for pictures, indices in zip(large, order, strict=True):
+        for picture, index in zip(pictures, indices, strict=True):
+            assert all(map(torch.equal, picture, source.train[index]))
+            assert not any(tensor.is_shared() for tensor in picture)
     # Five batches of two fit where 64 pictures each would not.
     monkeypatch.setattr(source.train, "item_bytes", 100 * 2**20)
     assert data.open_loader(source.train, 2, **options).worker_init_fn is data.start_worker
@@ -203,10 +210,10 @@ def test_no_folder_and_no_split_are_refused(tmp_path):
 def test_a_mask_is_resized_as_pillow_does():
     mask = torch.randint(0, 9, (37, 53), dtype=torch.uint8)
     expected = Image.fromarray(mask.numpy()).resize((24, 24), Image.Resampling.NEAREST)
-    found = segmentation.square_mask(mask, 24, segmentation.whole_box(mask[None]))
-    assert torch.equal(found, torch.from_numpy(np.array(expected)))
-    flipped = segmentation.square_mask(mask, 24, segmentation.whole_box(mask[None]), flip=True)
-    assert torch.equal(flipped, found.flip(1))
+    resized = segmentation.square_mask(mask, 24, segmentation.full_box(mask[None]))
+    assert torch.equal(resized, torch.from_numpy(np.array(expected)))
+    flipped = segmentation.square_mask(mask, 24, segmentation.full_box(mask[None]), flip=True)
+    assert torch.equal(flipped, resized.flip(1))
     box = torch.tensor([[5.0, 7.0, 20.0, 30.0]])
     crop = Image.fromarray(mask[5:25, 7:37].numpy()).resize((24, 24), Image.Resampling.NEAREST)
     assert torch.equal(segmentation.square_mask(mask, 24, box), torch.from_numpy(np.array(crop)))
@@ -215,35 +222,34 @@ def test_a_mask_is_resized_as_pillow_does():
 def test_the_linear_layer_is_the_probe_of_every_cell():
     torch.manual_seed(0)
     maps = torch.randn(2, 6, 3, 4)
-    scaler = probe.Scaler(torch.randn(50, 6))
-    layer = segmentation.LinearLayer(scaler, 6, 5)
+    whitening = probe.HalfWhitening(torch.randn(50, 6))
+    layer = segmentation.LinearLayer(whitening, 6, 5)
     torch.nn.init.normal_(layer.weight)
-    cells = (maps.movedim(1, 3).flatten(0, 2) - scaler.mean) @ scaler.symmetric
+    cells = (maps.movedim(1, 3).flatten(0, 2) - whitening.mean) @ whitening.symmetric
     expected = cells @ layer.weight[:-1] + layer.weight[-1]
-    found = layer(maps, (3, 4)).movedim(1, 3).flatten(0, 2)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    logits = layer(maps, (3, 4)).movedim(1, 3).flatten(0, 2)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_mean_iou_is_of_the_pictures_own_size(tmp_path):
-    """A network that says the mask of each square, against sets of pixels by numpy."""
+    """A network that predicts the mask of each square, against sets of pixels by numpy."""
     for i, size in enumerate([(48, 40), (33, 70)]):
         draw(tmp_path / "train", f"{i}", size)
         draw(tmp_path / "val", f"{i}", size)
     source = load(tmp_path)
-    squares = [segmentation.square_mask(m, 32, segmentation.whole_box(i)) for i, m in source.test]
+    squares = [segmentation.square_mask(m, 32, segmentation.full_box(i)) for i, m in source.test]
     logits = F.one_hot(torch.stack(squares).long(), 3).permute(0, 3, 1, 2).float()
-    args = SimpleNamespace(batch_size_per_gpu=2, num_workers=0)
-    constant = (0.0,) * 3, (1.0,) * 3
-    found = segmentation.evaluate(args, lambda x: logits, constant, source, 32, RANK)
+    subject = subject_of(torch.nn.Identity(), source, 32)
+    iou = segmentation.evaluate(subject, lambda x: logits)
     both, either = np.zeros(3), np.zeros(3)
     for one, (_, mask) in zip(logits, source.test):
-        own = F.interpolate(one[None], mask.shape, mode="bilinear", align_corners=False)
-        said, real = own[0].argmax(0).numpy(), mask.numpy()
+        one = F.interpolate(one[None], mask.shape, mode="bilinear", align_corners=False)
+        predicted, true = one[0].argmax(0).numpy(), mask.numpy()
         for name in range(3):
-            both[name] += ((said == name) & (real == name)).sum()
-            either[name] += ((said == name) | (real == name)).sum()
-    assert either[1] == 0 and found == pytest.approx((both[[0, 2]] / either[[0, 2]]).mean())
-    assert found > 0.95
+            both[name] += ((predicted == name) & (true == name)).sum()
+            either[name] += ((predicted == name) | (true == name)).sum()
+    assert either[1] == 0 and iou == pytest.approx((both[[0, 2]] / either[[0, 2]]).mean())
+    assert iou > 0.95
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -259,9 +265,9 @@ def test_classes_are_predicted_a_few_at_a_time(layout, monkeypatch):
 
     expected = interpolate(logits[None], (31, 20), mode="bilinear", align_corners=False)[0]
     monkeypatch.setattr(F, "interpolate", watched)
-    assert torch.equal(segmentation.predicted(logits, (31, 20)), expected.argmax(dim=0))
-    monkeypatch.setattr(segmentation, "LOGITS", 3 * 31 * 20 + 5)
-    assert torch.equal(segmentation.predicted(logits, (31, 20)), expected.argmax(dim=0))
+    assert torch.equal(segmentation.predicted_classes(logits, (31, 20)), expected.argmax(dim=0))
+    monkeypatch.setattr(segmentation, "MOST_LOGITS", 3 * 31 * 20 + 5)
+    assert torch.equal(segmentation.predicted_classes(logits, (31, 20)), expected.argmax(dim=0))
     assert sizes == [7, 3, 3, 1]
 
 
@@ -271,14 +277,16 @@ def run(call_script, folder, *flags):
     return done, json.loads((folder / "out/table.json").read_text())["rows"]
 
 
+def ious(row):
+    return [cell["mean_iou"] for cell in row["trained"]]
+
+
 def test_linear_segmentation_from_outside(tmp_path, call_script):
     make(tmp_path / "data", 8, size=(64, 64))
     common = ["--test_fraction", "0.25", "--label_fraction", "0.5", "1", "--epochs", "30"]
     done, (row,) = run(call_script, tmp_path, "resnet5m", *common, "--maps", "pyramid")
     assert "linear layer on all maps, resized to the finest" in done.stdout
-    assert (
-        row["image_size"] == 64 and np.min(row["mean_iou"]) > 0.9
-    )  # of one answer 0.25, of coins 0.33
+    assert row["image_size"] == 64 and np.min(ious(row)) > 0.9  # of one answer 0.25, of coins 0.33
     assert "| mIoU, linear 50 % | mIoU, linear 100 % |" in done.stdout
 
 
@@ -296,7 +304,7 @@ def test_whole_networks_learn_masks(tmp_path, call_script, way):
     make(tmp_path / "data", 8, size=(64, 64))
     flags = ["--test_fraction", "0.25", "--epochs", "10", "--batch_size_per_gpu", "6"]
     done, (row,) = run(call_script, tmp_path, "mobilenet_v3_small", *flags, way)
-    assert "step 10/10 loss" in done.stdout and np.isfinite(row["mean_iou"]).all()
+    assert "step 10/10 loss" in done.stdout and np.isfinite(ious(row)).all()
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if " loss " in line]
     assert losses[-1] < losses[0]
 
@@ -307,12 +315,12 @@ def test_whole_networks_learn_masks(tmp_path, call_script, way):
         (["resnet5m", "--solver", "lbfgs"], "--solver goes with --task classification"),
         (["resnet5m", "--nb_knn", "5"], "--nb_knn goes with --task classification"),
         (["pixels"], "--task segmentation needs one backbone or more"),
-        (["resnet5m", "--maps", "pyramid", "--finetune"], "--maps is of the linear layer"),
+        (["resnet5m", "--maps", "pyramid", "--finetune"], "--maps is for the linear layer"),
         (["resnet5m", "--lr", "1", "2"], "--task segmentation takes one --lr"),
         (["resnet5m", "--test_fraction", "2"], "--test_fraction must lie between 0 and 1"),
         (
             ["resnet5m", "--data_path", "voc2012", "--test_fraction", "0.2"],
-            "--test_fraction is for a folder; voc2012 has test pictures of its own",
+            "--test_fraction is for a folder; voc2012 has test pictures",
         ),
         (
             ["resnet5m", "--data_path", "demo_scenes", "--value_range", "0", "9"],
@@ -332,7 +340,7 @@ def test_a_batch_of_one_is_not_for_batch_norm(tmp_path, call_script):
     flags = ["--task", "segmentation", "--data_path", tmp_path / "data", "--test_fraction", "0.5"]
     flags += ["--finetune", "--batch_size_per_gpu", "1", "--output_dir", tmp_path / "out"]
     done = call_script("eval_linear.py", "mobilenet_v3_small", *flags, check=False)
-    assert done.returncode == 2 and "see that --batch_size_per_gpu is at least 2" in done.stderr
+    assert done.returncode == 2 and "give a --batch_size_per_gpu of at least 2" in done.stderr
 
 
 def test_maps_are_refused_for_classification(call_script):
@@ -342,23 +350,23 @@ def test_maps_are_refused_for_classification(call_script):
 
 RANKS = """
 import sys
-from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, {root!r})
-from lowdino import distributed, features, masks, image_io, segmentation
+sys.path[:0] = {root!r}, {root!r} + "/tests"
+from test_segmentation import load, subject_of
+from lowdino import distributed, features, segmentation
 
 
 def main(_, ranks):
-    source = masks.load({data!r}, "", False, image_io.PixelFormat(), test_fraction=0.34)
-    _, backbone = open_network("resnet5m")
-    args = SimpleNamespace(maps="pyramid", batch_size_per_gpu=2, num_workers=0)
-    found = segmentation.frozen_maps(args, backbone.eval(), source.train, 64, ranks)
-    plain = (0.0,) * 3, (1.0,) * 3
-    iou = segmentation.evaluate(args, lambda x: x, plain, source, 64, ranks)
+    source = load({data!r}, test_fraction=0.34)
+    _, backbone = features.open_network("resnet5m")
+    subject = subject_of(backbone.eval(), source, 64, ranks)
+    maps, square_masks = segmentation.frozen_maps(subject, source.train)
+    backbone.mean, backbone.std = (0.0,) * 3, (1.0,) * 3
+    iou = segmentation.evaluate(subject, lambda x: x)
     if ranks.first:
-        torch.save((*found, iou), {out!r})
+        torch.save((maps, square_masks, iou), {out!r})
 
 
 distributed.launch("ranks", lambda: None, main)
@@ -378,9 +386,9 @@ def test_two_ranks_equal_one(tmp_path, run_script):
         script.write_text(RANKS.format(root=str(ROOT), data=str(tmp_path / "data"), out=out))
         run_script(script, ranks=ranks)
         results.append(torch.load(out))
-    (maps, found, iou), (maps2, found2, iou2) = results
+    (maps, square_masks, iou), (maps2, square_masks2, iou2) = results
     torch.testing.assert_close(maps2, maps, rtol=1e-4, atol=1e-5)
-    assert torch.equal(found2, found) and len(found) == 6
+    assert torch.equal(square_masks2, square_masks) and len(square_masks) == 6
     assert 0 < iou < 1 and iou2 == pytest.approx(iou)
 
 
@@ -396,45 +404,45 @@ def test_maps_that_would_not_fit_are_refused():
 def test_maps_are_of_the_pictures_that_are_used(tmp_path, call_script, monkeypatch):
     make(tmp_path / "data", 10, size=(64, 64))
     seen, learned = [], []
-    frozen_maps, learn_linear = segmentation.frozen_maps, segmentation.learn_linear
+    frozen_maps, fit_linear_layer = segmentation.frozen_maps, segmentation.fit_linear_layer
 
-    def watched(args, backbone, images, *others):
+    def watched(subject, images):
         seen.append(images)
-        return frozen_maps(args, backbone, images, *others)
+        return frozen_maps(subject, images)
 
-    def learn(args, maps, found, chosen, *others):
-        learned.append([seen[0].indices[i] for i in chosen])
-        return learn_linear(args, maps, found, chosen, *others)
+    def fit(subject, maps, square_masks, rows, seed):
+        learned.append([seen[0].indices[i] for i in rows])
+        return fit_linear_layer(subject, maps, square_masks, rows, seed)
 
     monkeypatch.setattr(segmentation, "frozen_maps", watched)
-    monkeypatch.setattr(segmentation, "learn_linear", learn)
+    monkeypatch.setattr(segmentation, "fit_linear_layer", fit)
     flags = ["--test_fraction", "0.2", "--label_fraction", "0.25", "--seeds", "0", "1"]
     run(call_script, tmp_path, "resnet5m", *flags, "--epochs", "1")
-    assert learned == [linear.some_of(8, 0.25, seed, least=2) for seed in (0, 1)]
+    assert learned == [linear.random_subset(8, 0.25, seed, least=2) for seed in (0, 1)]
     assert seen[0].indices == sorted({*learned[0], *learned[1]}) and len(seen[0]) < 5
 
 
 @pytest.mark.slow
 def test_label_propagation_from_outside(call_script):
     flags = ["--data_path", "demo_scenes", "--propagate", "--image_size", "192"]
-    said = call_script("eval_knn.py", "--arch", "resnet5m", *flags).stdout
-    found, still = (float(word) for word in re.findall(r"\d\.\d{4}", said))
-    ious = []  # of labels that stay, by sets of pixels
+    printed = call_script("eval_knn.py", "--arch", "resnet5m", *flags).stdout
+    carried, still = (float(word) for word in re.findall(r"\d\.\d{4}", printed))
+    by_sets = []  # of labels that stay, by sets of pixels
     for index in demo.splits(0, 40)[1]:
         targets = [demo.demo_scenes([index], frame)[1][0] for frame in range(8)]
         first, *others = (demo.semantic_mask(target).numpy() for target in targets)
         for name in sorted({*first.flat} - {0}):
             pairs = [(first == name, other == name) for other in others]
-            ious.append(np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs]))
-    assert still == pytest.approx(np.mean(ious), abs=6e-5)
-    assert still < found < 1
+            by_sets.append(np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs]))
+    assert still == pytest.approx(np.mean(by_sets), abs=6e-5)
+    assert still < carried < 1
 
 
 def test_labels_are_propagated_through_demo_films():
     # Glyphs keep their colours, by which the mean of a few pixels finds them again.
     colours = (lambda x: F.avg_pool2d(x, 4)), 96, (0.35,) * 3, (1.0,) * 3
-    found, still = segmentation.propagated_iou(*colours, RANK, films=4)
-    assert found > still + 0.1
+    carried, still = segmentation.propagated_iou(*colours, RANK, films=4)
+    assert carried > still + 0.1
 
 
 FILMS = ["--arch", "resnet5m", "--data_path", "demo_scenes"]
@@ -523,7 +531,7 @@ def test_masks_whose_values_would_change_are_refused(tmp_path):
     for content in (b"P5 3 1 20\n\x00\x01\x14", b"P2 3 1 20\n0 1 20\n"):
         path.write_bytes(content)
         with pytest.raises(
-            distributed.UserError, match="its greatest value is said to be 20, not 255"
+            distributed.UserError, match="its header gives 20 as its greatest value, not 255"
         ):
             masks.read_mask(str(path))
     write_tiff(tmp_path / "mask.tif", 2, bytes([0, 1]), photometric=0)
@@ -534,11 +542,11 @@ def test_masks_whose_values_would_change_are_refused(tmp_path):
 
 
 def test_pixels_that_are_ignored_give_no_loss():
-    logits, found = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
-    found[0, :2] = 255
-    expected = F.cross_entropy(logits, found.long(), ignore_index=255)
-    torch.testing.assert_close(segmentation.loss_of(logits, found), expected)
-    assert segmentation.loss_of(logits, torch.full_like(found, 255)) == 0
+    logits, mask = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    mask[0, :2] = 255
+    expected = F.cross_entropy(logits, mask.long(), ignore_index=255)
+    torch.testing.assert_close(segmentation.pixel_loss(logits, mask), expected)
+    assert segmentation.pixel_loss(logits, torch.full_like(mask, 255)) == 0
 
 
 def test_images_are_whole_strides_of_the_network(tmp_path, call_script):
