@@ -21,9 +21,7 @@ from lowdino import demo, image_io
 from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, PixelFormat
 
-# --------------------------------------------------------------------------------------------------
-# Masks by polygons, and by COCO's run lengths, which go down the columns and begin with zeros
-# --------------------------------------------------------------------------------------------------
+# -- Masks by polygons, and by COCO's run lengths, which go down the columns and begin with zeros --
 
 
 def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -73,9 +71,7 @@ def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-# --------------------------------------------------------------------------------------------------
-# Data sets
-# --------------------------------------------------------------------------------------------------
+# -- Data sets -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -238,9 +234,7 @@ def need_objects(name: str | Path, pictures: list[Picture]) -> None:
         raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
 
 
-# --------------------------------------------------------------------------------------------------
-# COCO's form
-# --------------------------------------------------------------------------------------------------
+# -- COCO's form -----------------------------------------------------------------------------------
 
 
 def load_coco(folder: Path, masks: bool = False, pixels: PixelFormat = RGB) -> BoxSource:
@@ -449,9 +443,7 @@ def is_polygon(value) -> bool:
     return pairs and all(map(is_number, value))
 
 
-# --------------------------------------------------------------------------------------------------
-# PASCAL VOC
-# --------------------------------------------------------------------------------------------------
+# -- PASCAL VOC ------------------------------------------------------------------------------------
 
 # Label 1 is the first; in the order of the classes' names.
 VOC_CLASSES = (
@@ -535,9 +527,7 @@ def read_voc(path: str, file: str, pixels: PixelFormat, changes: Counter) -> Pic
     return Picture(path, height, width, boxes[kept], labels[kept], crowd, difficult[kept])
 
 
-# --------------------------------------------------------------------------------------------------
-# Any source by name
-# --------------------------------------------------------------------------------------------------
+# -- Any source by name ----------------------------------------------------------------------------
 
 
 @user_errors()

@@ -19,9 +19,7 @@ from lowdino.heads import Projector, WeightNormLinear
 from lowdino.losses import autocast_off, balanced, own_rows, rows_of_all_ranks, variance_hinge
 from lowdino.methods import Flag, ProjectionMethod, check_pairs, shared, teacher_momentum
 
-# ---------------------------------------------------------------------------------------------
-# BYOL
-# ---------------------------------------------------------------------------------------------
+# -- BYOL ------------------------------------------------------------------------------------------
 
 
 class BYOL(ProjectionMethod):
@@ -67,9 +65,7 @@ def mean_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1).mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# MoCo v2
-# ---------------------------------------------------------------------------------------------
+# -- MoCo v2 ---------------------------------------------------------------------------------------
 
 
 class MoCoLoss(nn.Module):
@@ -205,9 +201,7 @@ def check_queue(args) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# SwAV
-# ---------------------------------------------------------------------------------------------
+# -- SwAV ------------------------------------------------------------------------------------------
 
 
 class SwAV(ProjectionMethod):
@@ -280,9 +274,7 @@ def cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits / temperature, target)
 
 
-# ---------------------------------------------------------------------------------------------
-# SimCLR, VICReg, Barlow Twins
-# ---------------------------------------------------------------------------------------------
+# -- SimCLR, VICReg, Barlow Twins ------------------------------------------------------------------
 
 
 class TwoViews(ProjectionMethod):

@@ -101,9 +101,7 @@ def protocol(args: Settings) -> str:
     return f"linear classifier on {views}, half-whitened by all training images: {solver}; {grid}"
 
 
-# --------------------------------------------------------------------------------------------------
-# One model
-# --------------------------------------------------------------------------------------------------
+# -- One model -------------------------------------------------------------------------------------
 
 
 def measure(subject: linear.Subject) -> dict:

@@ -230,9 +230,7 @@ def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
     return min(max(int(side) // 32 * 32, 32), 224)
 
 
-# --------------------------------------------------------------------------------------------------
-# Canvas of a batch
-# --------------------------------------------------------------------------------------------------
+# -- Canvas of a batch -----------------------------------------------------------------------------
 
 # A canvas has at most this many bytes, or sides of twice the longest of the shorter sides.
 CANVAS_BYTES = 2**29
@@ -296,9 +294,7 @@ def collate(items: Batch | list[Item], part: Callable[[Tensor], Tensor] | None =
     return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices), sum(bad, []))
 
 
-# --------------------------------------------------------------------------------------------------
-# Loaders
-# --------------------------------------------------------------------------------------------------
+# -- Loaders ---------------------------------------------------------------------------------------
 
 
 def cores() -> int:
@@ -447,9 +443,7 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield batch._replace(images=images, sizes=sizes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Value range: the deep values of files that become 0 and 255, see `image_io.PixelFormat`
-# --------------------------------------------------------------------------------------------------
+# -- Value range: the deep values of files that become 0 and 255, see `image_io.PixelFormat` -------
 
 
 def describe_value_range(value_range: Sequence[float] | None, origin: str) -> str:
@@ -530,9 +524,7 @@ def fit_images_to_backbone(args, backbone: nn.Module, source) -> str:
     return remark
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# -- Views -----------------------------------------------------------------------------------------
 
 
 def build_views(s, backbone: nn.Module) -> MultiCrop:

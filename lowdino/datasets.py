@@ -139,9 +139,7 @@ NAMED = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# Image files and their splits
-# --------------------------------------------------------------------------------------------------
+# -- Image files and their splits ------------------------------------------------------------------
 
 
 class NoLabels(UserError):
@@ -297,9 +295,7 @@ def notes_on_names(splits: Splits, tops: list[Path], test_tops: list[Path]) -> l
     return [f"{path} is read like any other folder: {folder} has no train/" for path in named[:1]]
 
 
-# --------------------------------------------------------------------------------------------------
-# Labels and splits by a table
-# --------------------------------------------------------------------------------------------------
+# -- Labels and splits by a table ------------------------------------------------------------------
 
 
 def read_table(file: Path) -> list[Row]:
@@ -404,9 +400,7 @@ def split_by_table(splits: Splits, paths: list[str], file: Path) -> None:
         splits.unused.append(f"{others} images of other splits of {file}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Sources
-# --------------------------------------------------------------------------------------------------
+# -- Sources ---------------------------------------------------------------------------------------
 
 
 def labels_of_splits(splits: Splits) -> tuple[Labels, Labels]:

@@ -99,9 +99,7 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
     return torch.from_numpy(images), torch.from_numpy(indices % 10)
 
 
-# --------------------------------------------------------------------------------------------------
-# Scenes
-# --------------------------------------------------------------------------------------------------
+# -- Scenes ----------------------------------------------------------------------------------------
 
 
 def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -50,9 +50,7 @@ def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
     return F.avg_pool2d(votes.flatten(1, 2), cell).flatten(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Scattering
-# --------------------------------------------------------------------------------------------------
+# -- Scattering ------------------------------------------------------------------------------------
 
 
 def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:

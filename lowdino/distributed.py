@@ -49,9 +49,7 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes and devices
-# --------------------------------------------------------------------------------------------------
+# -- Processes and devices -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,7 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a large block, which would go when it is freed
 
 
-# --------------------------------------------------------------------------------------------------
-# Stopping
-# --------------------------------------------------------------------------------------------------
+# -- Stopping --------------------------------------------------------------------------------------
 
 # SLURM, torchrun and clouds announce by the first two that they will kill; Ctrl-C is SIGINT.
 NAMES_OF_STOP_SIGNALS = "SIGTERM", "SIGUSR1", "SIGINT"  # Windows lacks SIGUSR1
@@ -261,9 +257,7 @@ class StopSignals:
         self.held = True
 
 
-# --------------------------------------------------------------------------------------------------
-# Modules and exchanges
-# --------------------------------------------------------------------------------------------------
+# -- Modules and exchanges -------------------------------------------------------------------------
 
 
 def on_device(module: nn.Module, ranks: Ranks) -> nn.Module:
@@ -337,9 +331,7 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Errors and the launch of a script
-# --------------------------------------------------------------------------------------------------
+# -- Errors and the launch of a script -------------------------------------------------------------
 
 # Errors of the operating system that are no bug: a full, read-only or failing disk, a permission.
 NAMES_OF_MACHINE_ERRORS = "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO"

@@ -99,9 +99,7 @@ def run_length(s: settings.Settings, source: datasets.Source, ranks) -> tuple[fl
     return (s.epochs * epoch_steps if s.epochs else math.inf), epoch_steps
 
 
-# ---------------------------------------------------------------------------------------------
-# A step
-# ---------------------------------------------------------------------------------------------
+# -- A step ----------------------------------------------------------------------------------------
 
 
 def set_schedules(t: Training, progress: Progress) -> None:
@@ -134,9 +132,7 @@ def forward(t: Training, model: nn.Module, views: list[Tensor], batch: data.Batc
         return model(views, batch, step)
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------
+# -- The loop --------------------------------------------------------------------------------------
 
 
 def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str] = str) -> Method:
@@ -292,9 +288,7 @@ def log_step(t: Training, progress: Progress) -> None:
     t.log.step(progress, t.method, t.optimizer.param_groups[0], images, s.log_freq)
 
 
-# ---------------------------------------------------------------------------------------------
-# Around a step
-# ---------------------------------------------------------------------------------------------
+# -- Around a step ---------------------------------------------------------------------------------
 
 
 class Checkpointer:

@@ -56,9 +56,7 @@ class Normalised(nn.Module):
         return self.backbone((x - self.mean) / self.std)
 
 
-# --------------------------------------------------------------------------------------------------
-# Programs
-# --------------------------------------------------------------------------------------------------
+# -- Programs --------------------------------------------------------------------------------------
 
 
 def at_one_size(backbone: vit.VisionTransformer, side: int) -> vit.VisionTransformer:
@@ -193,9 +191,7 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-# --------------------------------------------------------------------------------------------------
-# Export, and a run of the file
-# --------------------------------------------------------------------------------------------------
+# -- Export, and a run of the file -----------------------------------------------------------------
 
 
 class Exported(NamedTuple):

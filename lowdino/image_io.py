@@ -80,9 +80,7 @@ def scale_to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None)
     return np.nan_to_num(scaled, nan=0.0).clip(0, 255).round().astype(np.uint8)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
-# --------------------------------------------------------------------------------------------------
+# -- Pictures --------------------------------------------------------------------------------------
 
 # How to turn a picture upright, by its EXIF orientation; 1 is upright.
 TURNS = {
@@ -214,9 +212,7 @@ def picture_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -
     return layers
 
 
-# --------------------------------------------------------------------------------------------------
-# Arrays
-# --------------------------------------------------------------------------------------------------
+# -- Arrays ----------------------------------------------------------------------------------------
 
 
 def is_array(path: str) -> bool:
@@ -256,9 +252,7 @@ def array_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -> 
     return layers if len(layers) == pixel_format.channels else layers * pixel_format.channels
 
 
-# --------------------------------------------------------------------------------------------------
-# One file, and a sample of several
-# --------------------------------------------------------------------------------------------------
+# -- One file, and a sample of several -------------------------------------------------------------
 
 
 def reduced(image: Image.Image, max_side: int) -> Image.Image:
@@ -366,9 +360,7 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
 
 
-# --------------------------------------------------------------------------------------------------
-# Image files of a folder
-# --------------------------------------------------------------------------------------------------
+# -- Image files of a folder -----------------------------------------------------------------------
 
 # Formats that Pillow only identifies, or reads by running another program.
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}

@@ -58,9 +58,7 @@ class Subject:
     size: int | None = None
 
 
-# --------------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------------
+# -- Flags -----------------------------------------------------------------------------------------
 
 
 def trains_network(args) -> bool:
@@ -91,9 +89,7 @@ def check_dense(args) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------
+# -- Batches ---------------------------------------------------------------------------------------
 
 
 def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> tuple[int, int]:
@@ -214,9 +210,7 @@ def random_subset(count: int, fraction: float, seed: int, least: int = 1) -> lis
     return sorted(order[: max(round(fraction * count), least)].tolist())
 
 
-# --------------------------------------------------------------------------------------------------
-# Training steps
-# --------------------------------------------------------------------------------------------------
+# -- Training steps --------------------------------------------------------------------------------
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -299,9 +293,7 @@ def estimate_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: in
     distributed.broadcast_buffers(network)
 
 
-# --------------------------------------------------------------------------------------------------
-# Classification: a linear classifier on frozen features
-# --------------------------------------------------------------------------------------------------
+# -- Classification: a linear classifier on frozen features ----------------------------------------
 
 
 @dataclass
@@ -391,9 +383,7 @@ def fit_on_views(
     return probes.classifiers()
 
 
-# --------------------------------------------------------------------------------------------------
-# Classification: fine-tuning
-# --------------------------------------------------------------------------------------------------
+# -- Classification: fine-tuning -------------------------------------------------------------------
 
 
 def finetune(subject: Subject, indices: Tensor, seed: int) -> nn.Sequential:
@@ -440,9 +430,7 @@ def save_network(path: Path, network: nn.Sequential, image_size: int, epochs: in
     checkpoint.save_backbone(path, backbone, backbone.arch, image_size, epochs, classifier=weights)
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+# -- The table -------------------------------------------------------------------------------------
 
 
 def measure_subsets(

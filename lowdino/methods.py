@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from lowdino import augment, data, descriptors, distributed, ema, health, losses, schedules
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 
-# ---------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------
+# -- Flags -----------------------------------------------------------------------------------------
 
 
 class Flag(NamedTuple):
@@ -105,9 +103,7 @@ def shared(*names: str) -> tuple[Flag, ...]:
     return tuple(flag for name in names for flag in SHARED if flag.name == name)
 
 
-# ---------------------------------------------------------------------------------------------
-# The base classes
-# ---------------------------------------------------------------------------------------------
+# -- The base classes ------------------------------------------------------------------------------
 
 
 class Method(nn.Module):
@@ -266,9 +262,7 @@ def teacher_metrics(method: Method, step: int) -> dict[str, float]:
     return {"momentum": momentum, "teacher_moved": moved}
 
 
-# ---------------------------------------------------------------------------------------------
-# DINO
-# ---------------------------------------------------------------------------------------------
+# -- DINO ------------------------------------------------------------------------------------------
 
 
 UPDATES = ("momentum", "epoch", "step")
@@ -371,13 +365,16 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# MV-MR
-# ---------------------------------------------------------------------------------------------
+# -- MV-MR -----------------------------------------------------------------------------------------
 
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
-MVMR_WEIGHTS = ("invariance_weight", "variance_weight", "dependence_weight", "representation_weight")
+MVMR_WEIGHTS = (
+    "invariance_weight",
+    "variance_weight",
+    "dependence_weight",
+    "representation_weight",
+)
 
 
 class MVMR(ProjectionMethod):
@@ -451,9 +448,7 @@ def plain_view(batch: data.Batch, size: int, backbone: nn.Module) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------
-# EMP-SSL
-# ---------------------------------------------------------------------------------------------
+# -- EMP-SSL ---------------------------------------------------------------------------------------
 
 
 class EMP(ProjectionMethod):

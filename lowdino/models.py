@@ -355,9 +355,7 @@ class ResNet5M(nn.Module):
         return self.forward_features(x).mean(dim=(2, 3))
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks of torchvision under the same contract, with torchvision's parameter names.
-# --------------------------------------------------------------------------------------------------
+# -- Networks of torchvision under the same contract, with torchvision's parameter names. ----------
 
 
 class ResNet(torchvision.models.ResNet):
@@ -410,9 +408,7 @@ class MobileNet(nn.Module):
         return self.features(x).mean(dim=(2, 3))
 
 
-# --------------------------------------------------------------------------------------------------
-# Factories: one per architecture, with random weights.
-# --------------------------------------------------------------------------------------------------
+# -- Factories: one per architecture, with random weights. -----------------------------------------
 
 ARCHS = (
     "mobilevit_xxs",

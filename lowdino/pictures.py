@@ -34,9 +34,7 @@ MEMORY = 512  # images to seek neighbours among where nobody has computed all fe
 CELLS = 8  # smallest side of a feature map that is shown
 GREY, GREEN, RED = (0.5, 0.5, 0.5), (0.1, 0.7, 0.2), (0.9, 0.1, 0.1)
 
-# --------------------------------------------------------------------------------------------------
-# Images to cells, cells to a file
-# --------------------------------------------------------------------------------------------------
+# -- Images to cells, cells to a file --------------------------------------------------------------
 
 
 def random_indices(images, count: int, seed: int = 0) -> list[int]:
@@ -77,9 +75,7 @@ def write(file: str | BinaryIO, cells: Tensor, columns: int, caption: str) -> No
     Image.fromarray(values.numpy()).save(file, kind, pnginfo=info, compress_level=3)
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# -- Views -----------------------------------------------------------------------------------------
 
 
 def save_views(file: BinaryIO, views: list[Tensor], mean, std, images: int = 8) -> None:
@@ -105,9 +101,7 @@ def save_views(file: BinaryIO, views: list[Tensor], mean, std, images: int = 8) 
     write(file, torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), len(views), caption)
 
 
-# --------------------------------------------------------------------------------------------------
-# Nearest neighbours
-# --------------------------------------------------------------------------------------------------
+# -- Nearest neighbours ----------------------------------------------------------------------------
 
 
 def label_cells(cells: Tensor, words: Sequence[str]) -> None:
@@ -169,9 +163,7 @@ def save_neighbours(
     save_rows(file, queries, rows, memory, near, names, caption)
 
 
-# --------------------------------------------------------------------------------------------------
-# Feature maps
-# --------------------------------------------------------------------------------------------------
+# -- Feature maps ----------------------------------------------------------------------------------
 
 
 def principal_components(maps: Tensor) -> Tensor:
@@ -295,9 +287,7 @@ def save_all(
     backbone.train(training)
 
 
-# --------------------------------------------------------------------------------------------------
-# Curves
-# --------------------------------------------------------------------------------------------------
+# -- Curves ----------------------------------------------------------------------------------------
 
 Curve = dict[float, float | None]  # x -> y, None where y is not finite
 

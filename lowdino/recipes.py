@@ -210,8 +210,8 @@ RECIPES = {
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.08, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.2, blur=1.0, solarize=0.2,
-        projector=[8192] * 3, descriptors=[*DESCRIPTORS], invariance_weight=1.0, variance_weight=1.0,
-        dependence_weight=1.0, representation_weight=1.0,
+        projector=[8192] * 3, descriptors=[*DESCRIPTORS], invariance_weight=1.0,
+        variance_weight=1.0, dependence_weight=1.0, representation_weight=1.0,
     ),
     # The papers' settings for ImageNet and ResNet-50, or those of their code where the two differ.
     # Their batch of 4,096 is 64 GPUs of 64 images. Colours, blur and solarisation are DINO's, which

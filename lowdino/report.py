@@ -29,9 +29,7 @@ from lowdino import checkpoint, datasets, distributed, health, logger
 from lowdino.distributed import UserError, user_errors
 from lowdino.pictures import COLOURS, Curve, draw_curves, save_all, thinned
 
-# --------------------------------------------------------------------------------------------------
-# The record of a run
-# --------------------------------------------------------------------------------------------------
+# -- The record of a run ---------------------------------------------------------------------------
 
 
 class Chart(NamedTuple):
@@ -234,9 +232,7 @@ def facts(method, source: datasets.Source, device: torch.device) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# The page
-# --------------------------------------------------------------------------------------------------
+# -- The page --------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1d2226; --soft: #66707a;

@@ -71,9 +71,7 @@ class Settings:
         return dataclasses.replace(self, values=self.values | {name: value}, reasons=reasons)
 
 
-# ---------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------
+# -- Flags -----------------------------------------------------------------------------------------
 
 BACKBONES = f"backbone: {', '.join(lowdino.ARCHS)}"
 AMP = ("auto", "bf16", "fp16", "none")
@@ -274,9 +272,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Resolve
-# ---------------------------------------------------------------------------------------------
+# -- Resolve ---------------------------------------------------------------------------------------
 
 
 def training_parser(script: str, doc: str) -> Parser:
@@ -350,9 +346,7 @@ def foreign_flags(method: str) -> set[str]:
     return every - {flag.name for flag in METHODS[method].flags}
 
 
-# ---------------------------------------------------------------------------------------------
-# Fit
-# ---------------------------------------------------------------------------------------------
+# -- Fit -------------------------------------------------------------------------------------------
 
 
 def fit_to_data(settings: Settings, images: int, side: int, world: int = 1) -> Settings:
@@ -426,9 +420,7 @@ def fit_epochs(settings: Settings, epochs: float) -> Settings:
     return settings
 
 
-# ---------------------------------------------------------------------------------------------
-# Checks: the first thing wrong with the flags by themselves, in one sentence, or None
-# ---------------------------------------------------------------------------------------------
+# -- Checks: the first thing wrong with the flags by themselves, in one sentence, or None ----------
 
 
 def check(s: Settings) -> str | None:
@@ -490,9 +482,7 @@ def check_evaluation(args) -> str | None:
     return check_data(args)
 
 
-# ---------------------------------------------------------------------------------------------
-# Settings on disk
-# ---------------------------------------------------------------------------------------------
+# -- Settings on disk ------------------------------------------------------------------------------
 
 # A resumed run may change these: they do not change what is computed. A teacher and an --init are
 # compared by their weights, wherever their files lie.
@@ -537,9 +527,7 @@ def make_output_folder(path: str) -> Path:
     return Path(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
+# -- Images ----------------------------------------------------------------------------------------
 
 
 def open_training_images(
