@@ -188,7 +188,7 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
         if stopping or checkpointer.is_due(progress) or evaluator.is_due():
             checkpointer.save(t, progress)
         if stopping:
-            log.say(f"stopped by a signal after step {progress.step}: run it again to resume")
+            log.say(f"stopped by a signal after step {progress.step}, which is saved: run it again")
             sys.exit(signals.status)
         evaluator.after_step(signals)
         if replanning and not progress.finished:

@@ -212,22 +212,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def train_here(flags, build=None, change=None):
+def train_here(flags, build=None):
     """As train.py, in this process and without `launch`: what the run raises comes out of it.
 
     Args:
         build: makes the method in place of the class that --method names.
-        change: takes and returns the settings that were fitted to the images.
     """
     s = settings.resolve(train.get_parser(), [str(flag) for flag in flags])
-    opened = settings.open_training_images
-
-    def open_and_change(s, ranks):
-        source, s = opened(s, ranks)
-        return source, change(s) if change else s
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "open_training_images", open_and_change)
         if build:
             patch.setitem(recipes.METHODS, s.method, build)
         try:

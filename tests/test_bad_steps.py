@@ -24,7 +24,7 @@ from runs import (
 )
 
 import train
-from lowdino import data, methods
+from lowdino import budget, data, methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,10 +64,10 @@ def test_nothing_changes_in_a_step_that_is_not_finite(where, picture_folder, tmp
     flags += ["--skip_nonfinite", "2"]
     with poisoned({3, 4, 5}, where):
         done = call_script("train.py", *flags, check=False)
-    assert is_one_sentence(done) and done.stdout.count("left out") == 2
+    assert is_one_sentence(done) and done.stdout.count("undone") == 2
     with poisoned({3, 5}, where):
         done = call_script("train.py", *flags, "--output_dir", tmp_path / "b")
-    assert done.stdout.count("left out, 1 in a row") == 2
+    assert done.stdout.count("undone, 1 in a row") == 2
     last, before = (
         torch.load(tmp_path / "b" / f"checkpoint{which}.pth", weights_only=True)
         for which in ("", ".prev")
@@ -79,18 +79,18 @@ def test_nothing_changes_in_a_step_that_is_not_finite(where, picture_folder, tmp
 
 @pytest.mark.slow
 def test_float16_that_overflows_is_left_out_and_stops_where_no_scale_helps(
-    picture_folder, tmp_path, capsys
+    picture_folder, tmp_path, capsys, monkeypatch
 ):
+    # A CPU is slow at it, and `amp_of` refuses it there.
+    monkeypatch.setattr(budget, "amp_of", lambda *_: "fp16")
     text = "--save_every_steps 0 --knn_freq 0 --skip_nonfinite 1 --accept_changes --epochs"
 
     def run(epochs):
-        # A CPU is slow at it, so `settle` would refuse it there.
-        flags = stepwise(picture_folder, tmp_path, f"{text} {epochs}")
-        train_here(flags, change=lambda args: setattr(args, "amp", "fp16"))
+        train_here(stepwise(picture_folder, tmp_path, f"{text} {epochs}"))
 
     with poisoned({1}):
         run(epochs=1)
-    assert "left out, 1 in a row" in capsys.readouterr().out and saved_step(tmp_path) == 6
+    assert "undone, 1 in a row" in capsys.readouterr().out and saved_step(tmp_path) == 6
     said = r"diverging gradients at step \d+: at no scale does float16"
     with poisoned(range(100), "gradients"), pytest.raises(FloatingPointError, match=said):
         run(epochs=8)

@@ -255,5 +255,5 @@ def test_scripts_agree_on_what_is_held_out(picture_folder, tmp_path, call_script
     other = stepwise(train, out, "--epochs 1 --seed 3", labels=moved)
     refused = call_script("train.py", *other, check=False)
     assert is_one_sentence(
-        refused, "holds a run with .*test_fraction 0.2, not None; images 20, names .*, not 24, "
+        refused, "cannot resume from .*test_fraction 0.2, not None; images 20, names .*, not 24, "
     )

@@ -95,7 +95,7 @@ def test_training_writes_what_it_should(picture_folder, tmp_path, call_script, d
     again = call_script("train.py", *flags)
     assert "already finished: 2 epochs" in again.stdout and "health:" not in again.stdout
     other = call_script("train.py", *flags, "--epochs", 3, check=False)
-    assert is_one_sentence(other, "holds a run with.* epochs 2, not 3")
+    assert is_one_sentence(other, "cannot resume from.* epochs 2, not 3")
 
 
 def test_schedules_are_those_that_the_flags_ask_for(picture_folder, tmp_path, call_script):
@@ -223,11 +223,11 @@ def test_unlabelled_data_has_no_knn(picture_folder, tmp_path, call_script):
 def test_bad_output_folder_is_one_sentence(picture_folder, tmp_path):
     (tmp_path / "file").touch()
     flags = small(data_path=picture_folder, output_dir=tmp_path / "file")
-    args = settings.resolve(train.get_parser(), flags)
+    s = settings.resolve(train.get_parser(), flags)
     with pytest.raises(
         distributed.UserError, match="--output_dir .*/file cannot be made: File exi"
     ):
-        settings.settle(args, distributed.Ranks(0, 1, torch.device("cpu")))
+        settings.open_training_images(s, distributed.Ranks(0, 1, torch.device("cpu")))
 
 
 def test_torch_distributed_launch_may_pass_the_local_rank(picture_folder, tmp_path, call_script):
