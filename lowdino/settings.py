@@ -538,6 +538,9 @@ def open_training_images(
     Raises:
         UserError: where there is nothing to read, or too little.
     """
+    kind = ranks.device.type
+    if settings.amp == "fp16" and kind != "cuda":
+        raise UserError(f"--amp fp16 needs a CUDA device, and this is {kind}; use bf16 or none")
     source = datasets.open_source(settings, ranks.rank)
     source.set_pixel_format(channels=settings.in_chans, max_megapixels=settings.max_megapixels)
     images = source.pretrain

@@ -91,7 +91,8 @@ def test_similarity_looks_at_the_batch_and_the_last_images():
 
 @pytest.mark.parametrize("objective", ["kd", "simkd", "similarity", "mvmr"])
 def test_an_objective_is_learned_on_a_batch(objective):
-    method = distill_method(Counted(), f"--objective {objective} --queue_size 0")
+    queue = " --queue_size 0" * (objective == "similarity")
+    method = distill_method(Counted(), f"--objective {objective}{queue}")
     batch = batch_of_demo(range(16))
     views = two_corners(batch)
     losses = losses_on_a_batch(method, views, batch)
@@ -120,7 +121,7 @@ def test_the_loss_is_the_objectives_by_their_weights():
 def test_kd_follows_the_classifier_in_the_teachers_file(tmp_path):
     weight, bias = torch.randn(10, 320), torch.randn(10)
     path = save_teacher(tmp_path / "teacher.pth", classifier={"weight": weight, "bias": bias})
-    flags = "--teacher_head file --temperature 2 --kd_weight 0.7"
+    flags = "--objective kd --teacher_head file --temperature 2 --kd_weight 0.7"
     method = distill_method(None, flags, teacher=path)
     logits, features, labels = torch.randn(6, 10), torch.randn(6, 320), torch.arange(6)
     theirs = (features @ weight.T + bias).tolist()
@@ -288,7 +289,7 @@ def test_two_ranks_distil_too(picture_folder, tmp_path, run_script):
         ),
         ("--cache_teacher b", "--cache_teacher should end in .npy"),
         (
-            "--teacher a.npz --teacher_head file",
+            "--teacher a.npz --objective kd --teacher_head file",
             "--teacher_head file needs a teacher's file of weights",
         ),
         (

@@ -92,7 +92,8 @@ def test_a_cache_serves_with_a_classifier_and_without(tmp_path):
     classifier = {"weight": torch.randn(10, 320), "bias": torch.randn(10)}
     path, cache = save_teacher(tmp_path / "t.pth", classifier=classifier), tmp_path / "cache.npy"
     without = distill_method(None, teacher=path, cache_teacher=cache)
-    with_one = distill_method(None, "--teacher_head file", teacher=path, cache_teacher=cache)
+    kd = "--objective kd --teacher_head file"
+    with_one = distill_method(None, kd, teacher=path, cache_teacher=cache)
     assert np.array_equal(without.teacher.features, with_one.teacher.features)
     # A run that is resumed needs the same classifier all the same.
     assert without.teacher.fingerprint != with_one.teacher.fingerprint
