@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lowdino  # noqa: E402
 import train  # noqa: E402
-from lowdino import augment, demo, distributed, engine, methods, models, settings  # noqa: E402
+from lowdino import augment, demo, distributed, methods, models, recipes, settings  # noqa: E402
 from lowdino.heads import DINOHead  # noqa: E402
 from lowdino.report import read_log  # noqa: E402
 
@@ -90,15 +91,14 @@ def trained(make: Callable[[str], nn.Module], flags: list[str]) -> list[dict]:
     """Train from the backbone that `make` makes; the records of the log."""
     with tempfile.TemporaryDirectory() as output:
         flags = ["--preset", "small", "--device", "cpu", "--output_dir", output, *flags]
-        args = settings.resolve(train.get_parser(), flags)
-        assert train.check(args) is None
-        ranks = distributed.start("cpu")
+        s = settings.resolve(train.get_parser(), flags)
 
-        def build(_, args, **steps) -> methods.DINO:
-            torch.manual_seed(args.seed)
-            return methods.DINO(make(args.arch), args, **steps)
+        def build(_, s, **steps) -> methods.DINO:
+            torch.manual_seed(s.seed)
+            return methods.DINO(make(s.arch), s, **steps)
 
-        engine.train(args, ranks, settings.settle(args, ranks), build)
+        with patch.dict(recipes.METHODS, dino=build):
+            train.run(s, distributed.start("cpu"))
         return read_log(Path(output) / "log.jsonl")
 
 

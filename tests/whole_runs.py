@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from comparison import ROOT
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from lowdino import data, demo, distributed, engine, recipes, settings  # noqa: E402
+from lowdino import data, demo, distributed, recipes, settings  # noqa: E402
 from lowdino.report import read_log  # noqa: E402
 
 BLOCK = 5  # steps of train.py between two stops for as many bare passes
@@ -127,16 +128,23 @@ def measure_train(flags: list[str], steps: int) -> dict:
     With the share of time that it waits for data, and its peak memory; to be called in a process of
     its own, with flags of `training_flags`, for an epoch of so many steps.
     """
-    args = settings.resolve(train.get_parser(), flags)
-    batch = args.batch_size_per_gpu
-    ranks = distributed.start(args.device)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        source = settings.settle(args, ranks)
-        images = Repeated(pictures(4 * batch, args.global_crops_size), steps * batch)
-        source = replace(source, pretrain=images)
-        method = type("Stopped", (Interrupted, recipes.METHODS[args.method]), {})
-        blocks = engine.train(args, ranks, source, method).blocks
-    records = logged(Path(args.output_dir))
+    s, opened = settings.resolve(train.get_parser(), flags), settings.open_training_images
+    batch = s.batch_size_per_gpu
+    method = type("Stopped", (Interrupted, recipes.METHODS[s.method]), {})
+
+    def repeated(s: settings.Settings, ranks: distributed.Ranks):
+        source, s = opened(s, ranks)
+        images = Repeated(pictures(4 * batch, s.global_crops_size), steps * batch)
+        return replace(source, pretrain=images), s
+
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        patch.object(settings, "open_training_images", repeated),
+        patch.dict(recipes.METHODS, {s.method: method}),
+    ):
+        blocks = train.run(s, distributed.start(s.device)).blocks
+    records = logged(Path(s.output_dir))
     # A block of steps lies between two of bare passes. The first is a warm-up, the last has no end.
     pairs = [
         ((bare + bare_after) / 2, trained)
