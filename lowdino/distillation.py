@@ -443,6 +443,15 @@ class Distillation(Method):
         return mean_terms(self) | feature_metrics(self.last)
 
     @classmethod
+    def fit(cls, s):
+        if s.cache_teacher or s.teacher.endswith((".npy", ".npz")):
+            area = [0.9, 1.0]
+            s = s.fit("global_crops_scale", area, "the teacher's features are of whole images")
+        if "dino" in s.objective:
+            s = s.fit("global_crops_number", 2, "--objective dino pairs two views")
+        return s
+
+    @classmethod
     def check(cls, args):
         weights, objectives = args.objective_weight, " ".join(args.objective)
         if not args.teacher:
@@ -462,6 +471,9 @@ def check_objectives(args) -> str | None:
                 f"--{min(foreign)} is a flag of --objective {objective}, and that is "
                 f"{' '.join(args.objective)}: give --objective {objective}"
             )
+    number = args.global_crops_number
+    if "dino" in args.objective and {"preset", "global_crops_number"} & args.typed and number != 2:
+        return f"--objective dino takes --global_crops_number 2, not {number}"
     no_classifier = args.teacher_head == "none"
     if args.kd_weight < 1 and no_classifier:
         return "--kd_weight below 1 weighs labels against kd's logits: it needs a --teacher_head"

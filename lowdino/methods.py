@@ -34,7 +34,7 @@ class Flag(NamedTuple):
 
     Attributes:
         type: a function of the text; `bool` for a flag without a value.
-        range: of numbers: "> 0", ">= 2" (and finite), or "0 to 1".
+        range: of numbers: "> 0", ">= 2" (both finite), or "0 to 1".
         default: where no recipe sets the flag; recipes.py has the values of all others.
     """
 
@@ -61,15 +61,16 @@ class Flag(NamedTuple):
 
 
 def in_range(value: float, range: str) -> bool:
-    if range == "0 to 1":
-        return 0 <= value <= 1
-    sign, low = range.split()
-    return (value > float(low) if sign == ">" else value >= float(low)) and value < math.inf
+    first, *_, last = range.split()
+    if " to " in range:
+        return float(first) <= value <= float(last)
+    return (value > float(last) if first == ">" else value >= float(last)) and value < math.inf
 
 
 def in_words(range: str) -> str:
-    known = {"0 to 1": "must lie between 0 and 1", "> 0": "must be above 0"}
-    known[">= 0"] = "must be 0 or more"
+    known = {"> 0": "must be above 0", ">= 0": "must be 0 or more"}
+    if " to " in range:
+        return f"must lie between {range.replace(' to ', ' and ')}"
     return known.get(range) or f"must be at least {range.split()[1]}"
 
 
@@ -133,6 +134,14 @@ class Method(nn.Module):
     def check(cls, args) -> str | None:
         """The first contradiction between flags, in one sentence, or None."""
         return None
+
+    @classmethod
+    def fit(cls, s):
+        """Settings where some follow from others that are typed, without --preset."""
+        if "alpha" in s.typed:
+            number = 6  # SSLight's
+            s = s.fit("local_crops_number", number, "--alpha balances global against local views")
+        return s
 
     @property
     def backbone(self) -> nn.Module:
@@ -460,6 +469,7 @@ class EMP(ProjectionMethod):
 
     name = "emp"
     remedy = "lower --cosine_weight, or --lr"
+    views_per_step = 512  # on a rank, where the number of views is typed
     flags = (
         *shared("projector"),
         Flag("cosine_weight", "weight of the cosine to the image's mean", float, ">= 0"),
@@ -476,6 +486,13 @@ class EMP(ProjectionMethod):
         cosine, rate = self.loss(z)
         self.keep(step, features, outputs["projector"], views, cosine=cosine, coding_rate=rate)
         return self.loss.total(cosine, rate)
+
+    @classmethod
+    def fit(cls, s):
+        if "global_crops_number" in s.typed:
+            batch = max(cls.views_per_step // s.global_crops_number, 16)
+            s = s.fit("batch_size_per_gpu", batch, f"{cls.views_per_step} views per step")
+        return s
 
     @classmethod
     def check(cls, args):

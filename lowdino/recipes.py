@@ -302,8 +302,6 @@ OPTIMIZERS = {
     ),
 }
 
-VIEWS_PER_STEP = 512  # of "emp" on each rank, where the number of views is typed
-
 
 def default_recipe(method: str) -> str:
     """The name of the first row of a method."""

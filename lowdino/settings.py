@@ -22,14 +22,7 @@ import lowdino
 from lowdino import checkpoint, data, datasets, distributed
 from lowdino.distributed import UserError, user_errors
 from lowdino.methods import Flag, default_momentum
-from lowdino.recipes import (
-    METHODS,
-    OPTIMIZERS,
-    RECIPES,
-    VIEWS_PER_STEP,
-    default_recipe,
-    preset_for,
-)
+from lowdino.recipes import METHODS, OPTIMIZERS, RECIPES, default_recipe, preset_for
 
 LEAST_STEPS = 2000  # where neither --epochs, --minutes nor --preset says how long a run is
 IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "queue_epochs")
@@ -37,22 +30,14 @@ IN_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer",
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Values of flags as attributes, which cannot be written to.
+    """Values of flags as attributes, which cannot be written to."""
 
-    Attributes:
-        values: by name, of the flags that the method knows.
-        typed: names of the flags on the command line.
-        row: of recipes.py. recipe: its name.
-        reasons: a line per value that was fitted to data and machine.
-        started: `time.perf_counter()` when --minutes began.
-    """
-
-    values: dict[str, Any]
-    typed: frozenset[str] = frozenset()
-    row: dict[str, Any] = dataclasses.field(default_factory=dict)
-    recipe: str = ""
-    reasons: tuple[str, ...] = ()
-    started: float = 0.0
+    values: dict[str, Any]  # of the flags that the method knows
+    typed: frozenset[str] = frozenset()  # names of the flags on the command line
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)  # of recipes.py
+    recipe: str = ""  # its name
+    reasons: tuple[str, ...] = ()  # a line per value that was fitted to data and machine
+    started: float = 0.0  # `time.perf_counter()` when --minutes began
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -94,22 +79,22 @@ DATA_FLAGS = (
     Flag("device", "where to compute", default="auto", choices=("auto", "cuda", "mps", "cpu")),
     Flag("value_range", "values that become black and white", float, nargs=2),
     Flag("max_megapixels", "larger images count as unreadable", float, "> 0", 256.0),
-    Flag("num_workers", "loader processes per rank; default: fits the machine", int, ">= 0"),
+    Flag("num_workers", "loader processes per rank; default: fits", int, "0 to 1000"),
 )
 # Flags of every training, by the heading of --help_all.
 TRAINING_FLAGS = {
     "network": (
         Flag("arch", BACKBONES, default="mobilevit_s", choices=lowdino.ARCHS),
-        Flag("patch_size", "side of a ViT's patches in pixels", int, default=16),
+        Flag("patch_size", "side of a ViT's patches in pixels", int, "1 to 32", 16),
         Flag("drop_path_rate", "stochastic depth of a ViT's last block", float, "0 to 1"),
         Flag("init", "backbone file to start from", metavar="FILE"),
-        Flag("in_chans", "number of input channels, 1 to 16", int, default=3),
+        Flag("in_chans", "number of input channels, 1 to 16", int, "1 to 16", 3),
     ),
     "optimisation": (
         Flag("optimizer", "muon brings its own --lr, as the others do", choices=(*OPTIMIZERS,)),
         Flag("epochs", "default: 30 epochs, at least 2,000 steps", int, ">= 1"),
         Flag("minutes", "length of the run in minutes, in place of --epochs", float, "> 0"),
-        Flag("batch_size_per_gpu", "batch size per process", int),
+        Flag("batch_size_per_gpu", "batch size per process", int, ">= 2"),
         Flag("lr", "peak learning rate, for a total batch of --lr_reference_batch", float, ">= 0"),
         Flag("lr_reference_batch", LINEAR_SCALING, int, ">= 0"),
         Flag("warmup_epochs", "epochs over which the learning rate rises", float, ">= 0"),
@@ -120,14 +105,14 @@ TRAINING_FLAGS = {
         Flag("amp", "autocast type; auto: the fastest", default="auto", choices=AMP),
     ),
     "views": (
-        Flag("global_crops_size", "side of global views; default: fits the images", int),
+        Flag("global_crops_size", "side of global views; default: fits the images", int, ">= 32"),
         Flag("global_crops_number", "global views per image", int, ">= 1"),
         Flag("global_crops_scale", "area of global crops, as a fraction of the image", **AREA),
         Flag("local_crops_number", "local views per image", int, ">= 0"),
-        Flag("local_crops_size", "side of local views; default: 3/7 of global ones", int),
+        Flag("local_crops_size", "side of local views; default: 3/7 of global ones", int, ">= 32"),
         Flag("local_crops_scale", "area of local crops, as a fraction of the image", **AREA),
         Flag("vertical_flip", "probability of a top-bottom flip", float, "0 to 1"),
-        Flag("jitter", "strength of colour jitter: 1 is DINO's, 0.4 0.4 0.2 0.1", float),
+        Flag("jitter", "strength of colour jitter: DINO's is 1", float, "0 to 2.5"),
         Flag("grayscale", "probability of a view without colour", float, "0 to 1"),
         Flag("blur", "factor of DINO's probabilities of blur, 1, 0.1, 0.5", float, "0 to 1"),
         Flag("solarize", "probability for global views but the first", float, "0 to 1"),
@@ -170,27 +155,21 @@ class Parser(argparse.ArgumentParser):
             the flags. groups: flags by heading. positional: arguments without a flag.
     """
 
-    def __init__(
-        self,
-        script: str,
-        doc: str,
-        groups: dict[str, Iterable[Flag]],
-        positional: Iterable[Flag] = (),
-    ):
+    def __init__(self, script: str, doc: str, groups: dict[str, Iterable[Flag]], positional=()):
         description, *rest = (" ".join(part.split()) for part in doc.strip().split("\n\n"))
+        names = [flag.name.upper() for flag in positional]
         super().__init__(
             prog=script,
             description=description,
             epilog=rest[1] if len(rest) > 1 else None,
-            usage=" ".join(["%(prog)s", *(flag.name.upper() for flag in positional), "[flags]"]),
+            usage=" ".join(["%(prog)s", *names, "[flags]"]),
             allow_abbrev=False,
             add_help=False,
             argument_default=argparse.SUPPRESS,
         )
         self.flags = {flag.name: flag for flags in groups.values() for flag in flags}
-        self.positional = {flag.name: flag for flag in positional}
-        for flag in positional:
-            name = flag.name.upper()
+        self.positional = positional
+        for flag, name in zip(positional, names):
             self.add_argument(flag.name, nargs=flag.nargs or "?", help=flag.help, metavar=name)
         for title, flags in groups.items():
             group = self.add_argument_group(title)
@@ -198,72 +177,57 @@ class Parser(argparse.ArgumentParser):
                 if flag.type is bool:
                     group.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
                     continue
-                shown = {int: "N", float: "X", str: "NAME"}.get(flag.type, "X")
+                value = {int: "N", str: "NAME"}.get(flag.type, "X")
                 if 0 < len(flag.choices) < 8:
-                    shown = f"{{{','.join(flag.choices)}}}"
-                group.add_argument(
-                    f"--{flag.name}",
-                    type=flag.type,
-                    nargs=flag.nargs,
-                    metavar=flag.metavar or shown,
-                    help=flag.help,
-                )
+                    value = f"{{{','.join(flag.choices)}}}"
+                how = dict(type=flag.type, nargs=flag.nargs, help=flag.help)
+                group.add_argument(f"--{flag.name}", metavar=flag.metavar or value, **how)
         group = self.add_argument_group("help")
         group.add_argument("-h", "--help", action="store_true", help="the everyday flags")
         group.add_argument("--help_all", action="store_true", help="all flags")
         # torch.distributed.launch passes it; the environment has it too.
         self.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
 
-    def typed(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """The flags on the command line, each checked by itself."""
+    def typed(self, argv: Sequence[str] | None) -> tuple[dict[str, Any], str]:
+        """The flags on the command line, each checked by itself; and "help", "help_all" or ""."""
         typed = vars(self.parse_args(argv))
+        asked = [name for name in ("help_all", "help") if typed.pop(name, False)]
         typed.pop("local_rank", None)
         for name in self.flags.keys() & typed.keys():
             if wrong := self.flags[name].wrong(typed[name]):
                 raise UserError(wrong)
-        return typed
+        return typed, "".join(asked[:1])
 
     def defaults(self) -> dict[str, Any]:
-        flags = [*self.positional.values(), *self.flags.values()]
+        flags = [*self.positional, *self.flags.values()]
         return {flag.name: False if flag.type is bool else flag.default for flag in flags}
 
-    def parse(
-        self, argv: Sequence[str] | None, check: Callable[[Settings], str | None]
-    ) -> Settings:
-        """What is typed over the defaults, for a script without recipes.
-
-        Args:
-            check: the first thing wrong with the flags by themselves, in one sentence, or None.
-
-        Raises:
-            UserError: with that sentence.
-        """
-        typed = self.typed(argv)
-        everyday, every = typed.pop("help", False), typed.pop("help_all", False)
-        settings = Settings(self.defaults() | typed, frozenset(typed))
-        if everyday or every:
-            self.show_help(settings.values, everyday=False)
-        for flag in self.positional.values():
+    def parse(self, argv: Sequence[str] | None, check: Callable[[Settings], str | None]):
+        """`Settings` of a script without recipes; a UserError with what `check` finds wrong."""
+        typed, asked = self.typed(argv)
+        s = Settings(self.defaults() | typed, frozenset(typed))
+        if asked:
+            self.show_help(s.values, "help_all")
+        for flag in self.positional:
             if flag.nargs is None and flag.name not in typed:
                 raise UserError(f"{flag.name.upper()} is missing: {flag.help}")
-        if wrong := check(settings):
+        if wrong := check(s):
             raise UserError(wrong)
-        return settings
+        return s
 
     def error(self, message: str) -> None:
-        unknown = next((w for w in message.split() if w.startswith("--")), "")
-        if message.startswith("unrecognized") and unknown:
-            name = unknown.partition("=")[0]
+        name = next((w for w in message.split() if w.startswith("--")), "").partition("=")[0]
+        if message.startswith("unrecognized") and name:
             near = difflib.get_close_matches(name, [f"--{flag}" for flag in self.flags], 1)
             hint = f"did you mean {near[0]}?" if near else "--help_all lists all flags"
             message = f"{name} is unknown: {hint}"
         raise UserError(message.removeprefix("argument "))
 
-    def show_help(self, values: dict[str, Any], everyday: bool) -> None:
-        """Print the help, each flag with its value where it is not typed, and exit."""
+    def show_help(self, values: dict[str, Any], asked: str) -> None:
+        """Print the everyday flags or all, each with its value where it is not typed, and exit."""
         for action in self._actions:
             flag = self.flags.get(action.dest)
-            if everyday and flag and flag.name not in EVERYDAY:
+            if asked == "help" and flag and flag.name not in EVERYDAY:
                 action.help = argparse.SUPPRESS
             elif flag and (value := values.get(flag.name)) not in (None, False):
                 shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
@@ -278,110 +242,88 @@ class Parser(argparse.ArgumentParser):
 def training_parser(script: str, doc: str) -> Parser:
     """All flags of train.py or distill.py."""
     if script == "distill.py":
-        first = {"distillation": (*METHODS["distillation"].flags, PRESET)}
+        first = {"distillation": [*METHODS["distillation"].flags, PRESET]}
     else:
-        names = tuple(name for name in METHODS if name != "distillation")
+        names = [name for name in METHODS if name != "distillation"]
         method = Flag("method", f"{', '.join(names)}; default: the preset's, or emp", choices=names)
-        first = {"method": (method, PRESET)}
-        own = {flag.name: flag for name in names for flag in METHODS[name].flags}
-        for flag in own.values():
+        first = {"method": [method, PRESET]}
+        for flag in dict.fromkeys(flag for name in names for flag in METHODS[name].flags):
             owners = ", ".join(name for name in names if flag in METHODS[name].flags)
             first.setdefault(owners, []).append(flag)
     return Parser(script, doc, first | TRAINING_FLAGS)
 
 
 def resolve(parser: Parser, argv: Sequence[str] | None = None) -> Settings:
-    """What is typed, over the optimizer's row, over the recipe's, over the defaults.
-
-    Raises:
-        UserError: for the first thing that is wrong with the flags by themselves.
-    """
-    started, typed = time.perf_counter(), parser.typed(argv)
-    help, help_all = typed.pop("help", False), typed.pop("help_all", False)
-    defaults, preset = parser.defaults(), typed.get("preset")
-    if "method" in defaults:
-        of_preset = preset and RECIPES[preset]["method"].name
-        method = typed.get("method") or of_preset or next(iter(METHODS))
-        if preset and method != of_preset:
-            raise UserError(f"--preset {preset} is a recipe of {of_preset}, not of {method}")
-        recipe = preset_for(preset, typed.get("arch", "")) if preset else default_recipe(method)
-        row = RECIPES[recipe] | {"method": method}
-    else:  # distill.py takes of a preset what both know but the stochastic depth, see `distill`
-        method, recipe = "distillation", preset or "distill"
-        shared = RECIPES[recipe].keys() & {f.name for fs in TRAINING_FLAGS.values() for f in fs}
-        of_preset = {name: RECIPES[recipe][name] for name in shared - {"drop_path_rate"}}
-        row = RECIPES["distill"] | of_preset | {"method": method}
-    if not preset or "minutes" in typed:
-        defaults["epochs"] = None
-        known_row = {k: v for k, v in row.items() if k != "epochs"}
-    else:
-        known_row = row
-    optimizer = {}
+    """What the flags alone decide; a UserError for the first thing that is wrong with them."""
+    started, (typed, asked) = time.perf_counter(), parser.typed(argv)
+    recipe, row = choose_recipe(typed, parser)
+    method, values = METHODS[row["method"]], parser.defaults() | row
+    if "preset" not in typed or "minutes" in typed:
+        values["epochs"] = None  # the images or the minutes decide
     if typed.get("optimizer", row["optimizer"]) != row["optimizer"]:
-        # A rate that is typed keeps its meaning.
-        rates = OPTIMIZERS[typed["optimizer"]].items()
-        optimizer = {k: v for k, v in rates if "lr" not in typed or "lr" not in k}
-    values = defaults | known_row | optimizer | typed
-    if help or help_all:
-        parser.show_help(values, everyday=not help_all)
-    foreign = foreign_flags(method)
+        rates = OPTIMIZERS[typed["optimizer"]].items()  # a rate that is typed keeps its meaning
+        values |= {k: v for k, v in rates if "lr" not in typed or "lr" not in k}
+    values |= typed
+    if asked:
+        parser.show_help(values, asked)
+    foreign = {
+        flag for other in METHODS.values() for flag in other.flags if flag not in method.flags
+    }
+    foreign = {flag.name for flag in foreign} - {flag.name for flag in method.flags}
     if mistaken := sorted(typed.keys() & foreign):
-        owners = ", ".join(
-            name
-            for name, other in METHODS.items()
-            if name != "distillation" and mistaken[0] in {flag.name for flag in other.flags}
-        )
-        chosen = f", not of {method}" if {"method", "preset"} & typed.keys() else ""
-        raise UserError(f"--{mistaken[0]} is a flag of {owners}{chosen}: give --method")
+        raise UserError(foreign_flag(mistaken[0], method.name, typed))
     values = {name: value for name, value in values.items() if name not in foreign}
-    settings = Settings(values, frozenset(typed), row, recipe, started=started)
-    if wrong := check(settings) or METHODS[method].check(settings):
+    s = Settings(values, frozenset(typed), row, recipe, started=started)
+    if wrong := check(s) or method.check(s):
         raise UserError(wrong)
-    return settings
+    return s
 
 
-def foreign_flags(method: str) -> set[str]:
-    """Flags that other methods have, and this one has not."""
-    every = {flag.name for other in METHODS.values() for flag in other.flags}
-    return every - {flag.name for flag in METHODS[method].flags}
+def choose_recipe(typed: dict[str, Any], parser: Parser) -> tuple[str, dict[str, Any]]:
+    """The name of the row of --preset or --method, and the row with the method's name."""
+    preset = typed.get("preset")
+    if "method" not in parser.flags:  # of a preset distill.py takes optimisation and views
+        names = {flag.name for flags in TRAINING_FLAGS.values() for flag in flags}
+        row = RECIPES[preset or "distill"]
+        shared = {name: row[name] for name in row.keys() & names - {"drop_path_rate"}}
+        return preset or "distill", RECIPES["distill"] | shared | {"method": "distillation"}
+    owner = RECIPES[preset]["method"].name if preset else next(iter(METHODS))
+    method = typed.get("method", owner)
+    if preset and method != owner:
+        raise UserError(f"--preset {preset} is a recipe of {owner}, not of {method}")
+    recipe = preset_for(preset, typed.get("arch", "")) if preset else default_recipe(method)
+    return recipe, RECIPES[recipe] | {"method": method}
+
+
+def foreign_flag(name: str, method: str, typed: dict[str, Any]) -> str:
+    """The sentence that refuses a flag of other methods."""
+    owners = [m for m in METHODS if name in {f.name for f in METHODS[m].flags}]
+    chosen = f", not of {method}" if {"method", "preset"} & typed.keys() else ""
+    owners = ", ".join(owner for owner in owners if owner != "distillation")
+    return f"--{name} is a flag of {owners}{chosen}: give --method"
 
 
 # -- Fit -------------------------------------------------------------------------------------------
 
 
-def fit_to_data(settings: Settings, images: int, side: int, world: int = 1) -> Settings:
+def fit_to_data(s: Settings, images: int, side: int, world: int = 1) -> Settings:
     """What follows from the number of images, a `side` that suits them, and the ranks.
 
-    Raises:
-        UserError: where the images are fewer than one batch, or a warm-up outlasts the run.
+    A UserError where the images are fewer than one batch, or a warm-up outlasts the run.
     """
-    s, ours = settings, "preset" not in settings.typed
     if s.global_crops_size is None:
         s = s.fit("global_crops_size", side, "the median side of the images, 224 at most")
-    local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
     if s.local_crops_size is None:
-        s = s.fit("local_crops_size", local, "3/7 of the global views'")
-    if ours and s.method == "emp" and "global_crops_number" in s.typed:
-        batch = max(VIEWS_PER_STEP // s.global_crops_number, 16)
-        s = s.fit("batch_size_per_gpu", batch, f"{VIEWS_PER_STEP} views per step")
-    if ours and "alpha" in s.typed:
-        number = RECIPES["sslight"]["local_crops_number"]
-        s = s.fit("local_crops_number", number, "--alpha balances global against local views")
-    if s.method == "distillation":
-        if ours and (s.cache_teacher or s.teacher.endswith((".npy", ".npz"))):
-            area = [0.9, 1.0]
-            s = s.fit("global_crops_scale", area, "the teacher's features are of whole images")
-        if "dino" in s.objective:
-            s = s.fit("global_crops_number", 2, "--objective dino pairs two views")
-    if ours:
+        local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
+        s = s.fit("local_crops_size", local, "3/7 of the global views")
+    if "preset" not in s.typed:
+        s = METHODS[s.method].fit(s)
         batch = max(min(s.batch_size_per_gpu, images // world), 2)
         s = s.fit("batch_size_per_gpu", batch, f"there are {images} images")
-    steps = images // (s.batch_size_per_gpu * world)
-    if not steps:
-        raise UserError(
-            f"{images} images are fewer than one batch of {s.batch_size_per_gpu * world} "
-            f"({world} x --batch_size_per_gpu {s.batch_size_per_gpu})"
-        )
+    total = s.batch_size_per_gpu * world
+    if not (steps := images // total):
+        parts = f"{world} x --batch_size_per_gpu {s.batch_size_per_gpu}"
+        raise UserError(f"{images} images are fewer than one batch of {total} ({parts})")
     if not s.epochs and not s.minutes:
         epochs = max(s.row["epochs"], math.ceil(LEAST_STEPS / steps))
         s = s.fit("epochs", epochs, f"{steps} steps each, {LEAST_STEPS:,} at least")
@@ -393,31 +335,26 @@ def fit_to_data(settings: Settings, images: int, side: int, world: int = 1) -> S
     return s
 
 
-def fit_epochs(settings: Settings, epochs: float) -> Settings:
-    """Settings whose values in epochs, where they are not typed, suit a run of so many epochs.
+def fit_epochs(s: Settings, epochs: float) -> Settings:
+    """What counts in epochs and is not typed, fitted to a run of so many epochs.
 
     A value keeps its share of the recipe's epochs in a run that is longer because the images are
-    few. It is at most a tenth of the run, or its share where that is more.
-
-    Raises:
-        UserError: where a warm-up is longer than the run.
+    few. It is at most a tenth of the run, or its share where that is more. A UserError where a
+    warm-up is longer than the run.
     """
-    row, values = settings.row, {}
-    for name in {*IN_EPOCHS} & settings.values.keys() - settings.typed:
-        share = row[name] / row["epochs"]
-        value = row[name] if "epochs" in settings.typed else max(row[name], epochs * share)
+    values = {}
+    for name in {*IN_EPOCHS} & s.values.keys() - s.typed:
+        share = s.row[name] / s.row["epochs"]
+        value = s.row[name] if "epochs" in s.typed else max(s.row[name], epochs * share)
         values[name] = min(value, epochs * max(share, 0.1))
-    settings = settings.replace(**values)
-    if settings.values.get("teacher_update") == "epoch" and epochs < 1:
-        raise UserError(
-            f"--teacher_update epoch needs an epoch, and there is time for {epochs:.2g}"
-        )
+    s = s.replace(**values)
+    if s.values.get("teacher_update") == "epoch" and epochs < 1:
+        raise UserError(f"--teacher_update epoch needs an epoch, there is time for {epochs:.2g}")
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        if (value := settings.values.get(name, 0)) > epochs:
-            minutes = f"--minutes {settings.minutes:g}" if settings.minutes else ""
-            length = minutes or f"--epochs {epochs:g}"
+        if (value := s.values.get(name, 0)) > epochs:
+            length = f"--minutes {s.minutes:g}" if s.minutes else f"--epochs {epochs:g}"
             raise UserError(f"--{name} {value:g} is longer than the training, {length}")
-    return settings
+    return s
 
 
 # -- Checks: the first thing wrong with the flags by themselves, in one sentence, or None ----------
@@ -425,27 +362,13 @@ def fit_epochs(settings: Settings, epochs: float) -> Settings:
 
 def check(s: Settings) -> str | None:
     """Of every training."""
-    if s.batch_size_per_gpu < 2:
-        batch = s.batch_size_per_gpu
-        return f"--batch_size_per_gpu must be at least 2, for batch norm's sake, not {batch}"
     if s.seed >= 2**63:
         return f"--seed must be below 2^63, not {s.seed}"
-    if not 1 <= s.in_chans <= 16:
-        return f"--in_chans must lie between 1 and 16, not {s.in_chans}"
-    if not 0 <= s.jitter <= 2.5:
-        wanted = "between 0 and 2.5, where brightness falls to 0"
-        return f"--jitter must lie {wanted}, not {s.jitter}"
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(s, name)
         if not 0 < low <= high <= 1:
             wanted = "0 < MIN <= MAX <= 1, fractions of the image's area"
             return f"--{name} needs {wanted}, not {low} {high}"
-    for name in ("global_crops_size", "local_crops_size"):
-        if getattr(s, name) is not None and getattr(s, name) < 32:
-            return f"--{name} must be at least 32 pixels, not {getattr(s, name)}"
-    if not 1 <= s.patch_size <= 32:
-        size = s.patch_size
-        return f"--patch_size must lie between 1 and 32 pixels, the smallest view, not {size}"
     if s.minutes and "epochs" in s.typed:
         return "--minutes and --epochs both say how long to train: give one of them"
     if s.init is not None and not os.path.isfile(s.init):
@@ -459,27 +382,22 @@ def check_data(s) -> str | None:
         return f"--test_fraction must lie between 0 and 1, not {s.test_fraction}"
     for name in ("labels", "test_fraction"):
         if getattr(s, name) is not None and s.data_path in datasets.NAMED:
-            return (
-                f"--{name} goes with a folder or list of images; {s.data_path} has labels and test "
-                "images of its own"
-            )
+            why = f"{s.data_path} has labels and test images of its own"
+            return f"--{name} goes with a folder or list of images; {why}"
     if s.value_range and not -math.inf < s.value_range[0] < s.value_range[1] < math.inf:
         low, high = s.value_range
         return f"--value_range needs LOW < HIGH, not {low:g} {high:g}"
     if s.value_range and s.data_path == "demo_scenes":
         return "--value_range is of values of more than 8 bits, and demo_scenes has none"
-    if s.num_workers is not None and s.num_workers > 1000:
-        return f"--num_workers must be at most 1000, not {s.num_workers}"
     return None
 
 
-def check_evaluation(args) -> str | None:
+def check_evaluation(s) -> str | None:
     """Of `EVALUATION_FLAGS`."""
-    if args.from_features and (args.pool != "default" or args.image_size):
-        return "--pool and --image_size need the images, which --from_features does without"
-    if args.from_features and (args.labels or args.test_fraction):
-        return "--labels and --test_fraction need the images, which --from_features does without"
-    return check_data(args)
+    for name in ("pool", "image_size", "labels", "test_fraction"):
+        if s.from_features and name in s.typed:
+            return f"--{name} needs the images, which --from_features does without"
+    return check_data(s)
 
 
 # -- Settings on disk ------------------------------------------------------------------------------
@@ -530,28 +448,20 @@ def make_output_folder(path: str) -> Path:
 # -- Images ----------------------------------------------------------------------------------------
 
 
-def open_training_images(
-    settings: Settings, ranks: distributed.Ranks
-) -> tuple[datasets.Source, Settings]:
-    """The images to learn from, and the settings fitted to them.
-
-    Raises:
-        UserError: where there is nothing to read, or too little.
-    """
+def open_training_images(s: Settings, ranks: distributed.Ranks) -> tuple[datasets.Source, Settings]:
+    """The images to learn from, and the settings fitted to them; a UserError if they do not fit."""
     kind = ranks.device.type
-    if settings.amp == "fp16" and kind != "cuda":
+    if s.amp == "fp16" and kind != "cuda":
         raise UserError(f"--amp fp16 needs a CUDA device, and this is {kind}; use bf16 or none")
-    source = datasets.open_source(settings, ranks.rank)
-    source.set_pixel_format(channels=settings.in_chans, max_megapixels=settings.max_megapixels)
+    source = datasets.open_source(s, ranks.rank)
+    source.set_pixel_format(channels=s.in_chans, max_megapixels=s.max_megapixels)
     images = source.pretrain
-    side = settings.global_crops_size or data.suitable_size(images)
     try:
-        settings = fit_to_data(settings, len(images), side, ranks.world)
+        side = s.global_crops_size or data.suitable_size(images)
+        s = fit_to_data(s, len(images), side, ranks.world)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
     images.replace_bad = True
-    # A crop of a quarter of the area still fills its view.
-    source.limit_side(2 * settings.global_crops_size)
-    make_output_folder(settings.output_dir)
-    workers = data.loader_processes(images, settings.num_workers)
-    return source, settings.replace(num_workers=workers)
+    source.limit_side(2 * s.global_crops_size)  # a crop of a quarter of the area fills its view
+    make_output_folder(s.output_dir)
+    return source, s.replace(num_workers=data.loader_processes(images, s.num_workers))

@@ -63,14 +63,14 @@ def refusal(text, script=train):
         ),
         ("--lr -1", "--lr must be 0 or more, not -1.0"),
         ("--lr nan", "--lr must be 0 or more, not nan"),
-        ("--global_crops_size 16", "--global_crops_size must be at least 32 pixels, not 16"),
+        ("--global_crops_size 16", "--global_crops_size must be at least 32, not 16"),
         (
             "--method dino --alpha 0.4 --local_crops_number 0",
             "--alpha balances global against local views",
         ),
         ("--init /no/such/file", "--init /no/such/file does not exist"),
         ("--init=", "--init  does not exist"),
-        ("--num_workers -1", "--num_workers must be 0 or more, not -1"),
+        ("--num_workers -1", "--num_workers must lie between 0 and 1000, not -1"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_sentence(flags, message):
@@ -192,7 +192,7 @@ def refuse(*a, **k): raise SystemExit("network touched")
 socket.socket.connect = socket.getaddrinfo = refuse
 sys.path.insert(0, {str(ROOT)!r})
 for script in ("train", "distill", "eval_knn", "eval_linear"):
-    sys.argv = [script, "--help"]
+    sys.argv = [script, "--help_all"]
     try:
         runpy.run_module(script, run_name="__main__")
     except SystemExit as stop:
