@@ -82,6 +82,8 @@ def classifier_accuracy(s: Settings, method: Distillation, source, ranks) -> str
 
 
 def run(s: Settings, ranks: distributed.Ranks):
+    signals = distributed.StopSignals()  # from here on a signal ends with status 75, or 130
+
     # Settings and teacher; a run that was stopped is compared before the teacher works for hours.
     source, s = settings.open_training_images(s, ranks)
     teacher = distillation.open_teacher(s, source, ranks)
@@ -111,7 +113,8 @@ def run(s: Settings, ranks: distributed.Ranks):
     method = distributed.on_device(method, ranks)
     optimizer = optim.build(s.optimizer, method, s.lr, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=s.amp == "fp16")
-    training = engine.Training(s, ranks, source, views, method, optimizer, scaler, log)
+    parts = views, method, optimizer, scaler, log, signals
+    training = engine.Training(s, ranks, source, *parts)
     engine.train(training, checkpointer, TeacherAccuracy(s, teacher, source, ranks))
     if (words := classifier_accuracy(s, method, source, ranks)) and ranks.first:
         print(words, flush=True)

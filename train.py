@@ -27,6 +27,8 @@ def get_parser() -> settings.Parser:
 
 
 def run(s: Settings, ranks: distributed.Ranks):
+    signals = distributed.StopSignals()  # from here on a signal ends with status 75, or 130
+
     # Settings: what the images and the machine decide is fitted here, each value with its reason.
     source, s = settings.open_training_images(s, ranks)
 
@@ -51,7 +53,8 @@ def run(s: Settings, ranks: distributed.Ranks):
     optimizer = optim.build(s.optimizer, method, s.lr, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=s.amp == "fp16")
 
-    training = engine.Training(s, ranks, source, views, method, optimizer, scaler, log)
+    parts = views, method, optimizer, scaler, log, signals
+    training = engine.Training(s, ranks, source, *parts)
     return engine.train(training, checkpointer)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowdino import augment, ema, health, losses, schedules
 from lowdino.heads import Projector, WeightNormLinear
 from lowdino.losses import autocast_off, balanced, own_rows, rows_of_all_ranks, variance_hinge
-from lowdino.methods import Flag, ProjectionMethod, check_pairs, shared, teacher_momentum
+from lowdino.methods import Flag, ProjectionMethod, shared, teacher_momentum
 
 # -- BYOL ------------------------------------------------------------------------------------------
 
@@ -54,10 +54,6 @@ class BYOL(ProjectionMethod):
 
     def after_step(self, step=0):
         ema.update(*self.weights, teacher_momentum(self, step))
-
-    @classmethod
-    def check(cls, args):
-        return check_pairs(cls, args)
 
 
 def mean_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -190,7 +186,7 @@ class MoCo(ProjectionMethod):
             return f"--batch_size_per_gpu must be at least 4, as moco splits it, not {batch}"
         if args.momentum_teacher is None:
             return "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
-        return check_queue(args) or check_pairs(cls, args)
+        return check_queue(args) or super().check(args)
 
 
 def check_queue(args) -> str | None:
@@ -266,7 +262,7 @@ class SwAV(ProjectionMethod):
     @classmethod
     def check(cls, args):
         wrong = check_queue(args) if args.queue_size > 0 else None
-        return wrong or check_pairs(cls, args)
+        return wrong or super().check(args)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -297,7 +293,7 @@ class TwoViews(ProjectionMethod):
             return (
                 f"--method {cls.name} compares two views: give --local_crops_number 0, not {given}"
             )
-        return check_pairs(cls, args)
+        return super().check(args)
 
 
 class SimCLR(TwoViews):

@@ -70,13 +70,12 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, view: Tensor, student: nn.Module) -> Tensor:
         """Features of a view that is normalised for the student: (B, 3, H, W) -> (B, D) float32."""
-        expected = tuple(map(tuple, normalisation(self.backbone)))
-        if normalisation(student) != expected:
-            values = (
-                torch.tensor(v, device=view.device).view(1, -1, 1, 1)
-                for v in (*normalisation(student), *expected)
+        mine = tuple(map(tuple, normalisation(self.backbone)))
+        if normalisation(student) != mine:
+            values = (*normalisation(student), *mine)
+            student_mean, student_std, mean, std = (
+                torch.tensor(v, device=view.device).view(1, -1, 1, 1) for v in values
             )
-            student_mean, student_std, mean, std = values
             view = (view * student_std + student_mean - mean) / std
         if view.shape[-1] != self.size:
             side = (self.size, self.size)
@@ -97,54 +96,41 @@ class Teacher:
         seen = [self(view, student) for view in views[:global_views]]
         return torch.cat(seen + [sum(seen) / len(seen)] * (len(views) - len(seen)))
 
-    def features_of(
-        self, images: data.ImageArray | data.ImageFiles, workers: int, ranks: distributed.Ranks
-    ) -> evaluate.Features:
+    def features_of(self, images, workers: int, ranks: distributed.Ranks) -> evaluate.Features:
         """Features of whole images, looked up or computed over all ranks.
 
-        Raises:
-            UserError: where the teacher is a file of features of other images.
+        A UserError where the teacher is a file of features of other images.
         """
         if self.features is not None and images is self.images:
             rows = torch.from_numpy(np.asarray(self.features, dtype=np.float32))
             labels = torch.as_tensor(images.labels)
             return evaluate.Features(rows.to(self.device), labels.to(self.device), [])
         if self.backbone is None:
-            raise UserError(
-                f"{self.name} holds features of the images to train on alone, and others are needed"
-            )
+            raise UserError(f"{self.name} has features of the training images alone, not of others")
         return compute_teacher_features(self, images, range(len(images)), workers, ranks)
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
     """SHA-256 over names and values of all weights, in 16 digits for each module."""
-    return "-".join(digest_of(module) for module in modules if module is not None)
-
-
-def digest_of(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().flatten().clone().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    digests = []
+    for module in filter(None, modules):
+        digest = hashlib.sha256()
+        for name, value in sorted(module.state_dict().items()):
+            values = value.detach().cpu().flatten().clone().view(torch.uint8).numpy()
+            digest.update(name.encode() + values.tobytes())
+        digests.append(digest.hexdigest()[:16])
+    return "-".join(digests)
 
 
 # -- Opening a teacher -----------------------------------------------------------------------------
 
 
-def open_teacher(args, source: datasets.Source, ranks: distributed.Ranks) -> Teacher:
-    """The teacher that --teacher names.
-
-    Args:
-        args: with teacher, teacher_size, teacher_head, objective and global_crops_size.
-
-    Raises:
-        UserError: in one sentence, where it cannot be used.
-    """
-    if args.teacher.endswith((".npy", ".npz")):
-        return features_of_file(args.teacher, source, ranks)
-    arch, _, path = args.teacher.partition("=")
-    path = path if arch in lowdino.ARCHS else args.teacher
+def open_teacher(s, source: datasets.Source, ranks: distributed.Ranks) -> Teacher:
+    """The teacher that --teacher names, or a UserError."""
+    if s.teacher.endswith((".npy", ".npz")):
+        return features_of_file(s.teacher, source, ranks)
+    arch, _, path = s.teacher.partition("=")
+    path = path if arch in lowdino.ARCHS else s.teacher
     content: dict = {}
     head = center = None
     if not os.path.isfile(path) and ":" in path:
@@ -153,55 +139,40 @@ def open_teacher(args, source: datasets.Source, ranks: distributed.Ranks) -> Tea
         with user_errors():
             content = checkpoint.load(path)
         if "settings" in content:
-            name = path
-            backbone, head, center = teacher_of_run(path, content)
+            name, (backbone, head, center) = path, teacher_of_run(path, content)
         else:
-            name, backbone = open_network(args.teacher)
-    if head is None and "dino" in args.objective:
-        raise UserError(
-            "--objective dino needs the teacher's head: give a checkpoint.pth of train.py, not "
-            f"{path}"
-        )
-    size = args.teacher_size or getattr(backbone, "image_size", None) or args.global_crops_size
+            name, backbone = open_network(s.teacher)
+    if head is None and "dino" in s.objective:
+        given = f"give a checkpoint.pth of train.py, not {path}"
+        raise UserError(f"--objective dino needs the teacher's head: {given}")
+    size = s.teacher_size or getattr(backbone, "image_size", None) or s.global_crops_size
     if not isinstance(size, int):
-        raise UserError(
-            f"{name} takes images of {size} pixels; give one --teacher_size for both sides"
-        )
-    classifier = classifier_of_file(path, content) if args.teacher_head == "file" else None
-    backbone, head, classifier = (freeze(m, ranks) for m in (backbone, head, classifier))
+        raise UserError(f"{name} takes images of {size} pixels: give one --teacher_size")
+    classifier = classifier_of_file(path, content) if s.teacher_head == "file" else None
+    for module in filter(None, (backbone, head, classifier)):
+        module.to(ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     channels = len(normalisation(backbone)[0])
-    if channels != args.in_chans:
-        raise UserError(f"{name} sees {channels} channels, and --in_chans is {args.in_chans}")
-    width = width_of(name, backbone, size, ranks)
-    key = fingerprint(backbone, head, classifier)
-    return Teacher(
-        name, key, width, ranks.device, backbone, size, classifier, head=head, center=center
-    )
-
-
-def freeze(module: nn.Module | None, ranks: distributed.Ranks) -> nn.Module | None:
-    if module is None:
-        return None
-    module = module.to(ranks.device, memory_format=torch.channels_last)
-    return module.eval().requires_grad_(False)
+    if channels != s.in_chans:
+        raise UserError(f"{name} sees {channels} channels, and --in_chans is {s.in_chans}")
+    width, key = width_of(name, backbone, size, ranks), fingerprint(backbone, head, classifier)
+    parts = dict(backbone=backbone, size=size, classifier=classifier, head=head, center=center)
+    return Teacher(name, key, width, ranks.device, **parts)
 
 
 def width_of(name: str, backbone: nn.Module, size: int, ranks: distributed.Ranks) -> int:
     """The number of features that a network gives for an image."""
+    channels = len(normalisation(backbone)[0])
     try:
         with torch.no_grad():
-            channels = len(normalisation(backbone)[0])
             features = backbone(torch.zeros(1, channels, size, size, device=ranks.device))
     except Exception as error:  # somebody else's code fails in any way there is
         raise UserError(
             f"{name} cannot take an image of {size} x {size} pixels, see --teacher_size: {error}"
         ) from error
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        is_tensor = isinstance(features, Tensor)
+    is_tensor = isinstance(features, Tensor)
+    if not is_tensor or features.ndim != 2:
         given = tuple(features.shape) if is_tensor else f"a {type(features).__name__}"
-        raise UserError(
-            f"{name} gives {given} for an image, where a tensor (1, features) was expected"
-        )
+        raise UserError(f"{name} gives {given} for an image, not a tensor (1, features)")
     return features.shape[1]
 
 
@@ -214,8 +185,7 @@ def imported(path: str) -> nn.Module:
     except Exception as error:  # somebody else's code fails in any way there is
         raise UserError(f"--teacher {path}: cannot import and call it: {error}") from error
     if not isinstance(backbone, nn.Module):
-        kind = type(backbone).__name__
-        raise UserError(f"--teacher {path} returns a {kind}, where a network was expected")
+        raise UserError(f"--teacher {path} returns a {type(backbone).__name__}, not a network")
     return backbone
 
 
@@ -224,22 +194,14 @@ def teacher_of_run(path: str, content: dict) -> tuple[nn.Module, DINOHead, Tenso
     settings, state = content["settings"], content.get("method", {})
     weights = under("teacher.", state)
     if "loss.center" not in state or not weights:
-        raise UserError(
-            f"{path} is a checkpoint without a DINO head, as train.py --method dino has"
-        )
-    arch = settings["arch"]
-    if arch in lowdino.vit.ARCHS:
+        raise UserError(f"{path} has no DINO head, as a checkpoint of train.py --method dino has")
+    if settings["arch"] in lowdino.vit.ARCHS:
         backbone = lowdino.vit.like(under("backbone.", weights))
     else:
-        backbone = lowdino.build_backbone(arch)
+        backbone = lowdino.build_backbone(settings["arch"])
     lowdino.models.set_in_chans(backbone, settings.get("in_chans", 3))
-    head = DINOHead(
-        backbone.embed_dim,
-        settings["out_dim"],
-        settings["use_bn_in_head"],
-        settings["norm_last_layer"],
-        settings["hidden_dim"],
-    )
+    names = "out_dim", "use_bn_in_head", "norm_last_layer", "hidden_dim"
+    head = DINOHead(backbone.embed_dim, *(settings[name] for name in names))
     MultiViewNetwork(backbone, head).load_state_dict(weights)
     backbone.mean, backbone.std = map(tuple, content["normalisation"])
     backbone.image_size = settings["global_crops_size"]
@@ -257,10 +219,8 @@ def classifier_of_file(path: str, content: dict) -> nn.Linear:
         classifier = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
         classifier.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"{path} holds no classifier, with weight and bias; eval_linear.py --finetune writes "
-            "such a file, --teacher_head train trains one"
-        ) from error
+        others = "eval_linear.py --finetune writes one, --teacher_head train trains one"
+        raise UserError(f"{path} holds no classifier, with weight and bias; {others}") from error
     return classifier
 
 
@@ -276,69 +236,52 @@ def features_of_file(path: str, source: datasets.Source, ranks: distributed.Rank
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
     except Exception as error:  # a damaged file makes zipfile and numpy fail in any way there is
-        raise UserError(
-            f"cannot read {path}: it is damaged, or not a file of features, (N, D), `train` in "
-            "an .npz"
-        ) from error
+        kind = "a file of features, (N, D), `train` in an .npz"
+        raise UserError(f"cannot read {path}: it is damaged, or not {kind}") from error
     if arrays.ndim != 2 or arrays.dtype.kind != "f":
-        raise UserError(
-            f"{path}: features should be (N, D) floating-point numbers, not {arrays.shape} "
-            f"{arrays.dtype}"
-        )
-    paths = getattr(source.pretrain, "paths", None)
-    same = len(arrays) == len(source.pretrain)
+        given = f"{arrays.shape} {arrays.dtype}"
+        raise UserError(f"{path}: features should be (N, D) floating-point numbers, not {given}")
+    images = source.pretrain
+    same, paths = len(arrays) == len(images), getattr(images, "paths", None)
     if files is not None and paths is not None:
         same = same and [os.path.basename(str(f)) for f in files] == [*map(os.path.basename, paths)]
     if not same:
-        raise UserError(
-            f"{path} holds features of {len(arrays)} images, which are not the "
-            f"{len(source.pretrain)} of {source.name}"
-        )
+        others = f"{len(arrays)} other images than the {len(images)} of {source.name}"
+        raise UserError(f"{path} holds features of {others}")
     if not all(np.isfinite(arrays[i : i + CHUNK]).all() for i in range(0, len(arrays), CHUNK)):
         raise UserError(f"{path} has values that are not finite numbers")
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    images = source.pretrain
+        while block := file.read(2**24):
+            digest.update(block)
+    key = digest.hexdigest()[:16]
     return Teacher(path, key, arrays.shape[1], ranks.device, features=arrays, images=images)
 
 
 # -- The teacher's classifier ----------------------------------------------------------------------
 
 
-def add_classifier(
-    teacher: Teacher, args, source: datasets.Source, ranks: distributed.Ranks
-) -> None:
-    """Train the classifier that --teacher_head train asks for, and see that it fits.
-
-    Raises:
-        UserError: where labels are needed and missing, or the classifier is for others.
-    """
-    if args.teacher_head == "train":
+def add_classifier(teacher: Teacher, s, source: datasets.Source, ranks) -> None:
+    """Train the classifier of --teacher_head train; a UserError where a classifier does not fit."""
+    if s.teacher_head == "train":
         if source.train is None:
             raise UserError(f"--teacher_head train needs labels, and {source.name} has none")
-        x, y, _ = teacher.features_of(source.train, args.num_workers, ranks)
+        x, y, _ = teacher.features_of(source.train, s.num_workers, ranks)
         teacher.classifier = trained_classifier(x, y, source.classes)
-    classifier, classes = teacher.classifier, source.classes
-    if classifier and classifier.in_features != teacher.width:
-        raise UserError(
-            f"{teacher.name}: its classifier takes {classifier.in_features} features, its network "
-            f"gives {teacher.width}"
-        )
-    if classifier and classes not in (0, classifier.out_features):
-        raise UserError(
-            f"{teacher.name}: its classifier knows {classifier.out_features} classes, "
-            f"{source.name} has {classes}; --teacher_head train trains another"
-        )
-    if args.kd_weight < 1 and source.train is not source.pretrain:
-        raise UserError(
-            f"--kd_weight {args.kd_weight} needs labels, and {source.name} has none for the images "
-            "to train on"
-        )
+    if classifier := teacher.classifier:
+        inputs, outputs, classes = classifier.in_features, classifier.out_features, source.classes
+        if inputs != teacher.width:
+            what = f"its classifier takes {inputs} features, its network gives {teacher.width}"
+            raise UserError(f"{teacher.name}: {what}")
+        if classes not in (0, outputs):
+            what = f"its classifier knows {outputs} classes, {source.name} has {classes}"
+            raise UserError(f"{teacher.name}: {what}; --teacher_head train trains another")
+    if s.kd_weight < 1 and source.train is not source.pretrain:
+        raise UserError(f"--kd_weight {s.kd_weight} needs labels of {source.name}, which has none")
 
 
 def trained_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
-    """Logistic regression on features (N, D), with weight decay 1e-4 on scaled ones, as a layer
-    that takes them as they are."""
+    """Logistic regression on features (N, D), decay 1e-4 on half-whitened ones, as a layer."""
     scaler = probe.HalfWhitening(features)
     weights = probe.logistic_regression(scaler(features), labels, classes, [1e-4])[:, 0]  # (D+1, C)
     layer = nn.Linear(features.shape[1], classes).to(features.device).requires_grad_(False)
@@ -365,10 +308,8 @@ OF_OBJECTIVE = {
 class Distillation(Method):
     """A student learns from a frozen teacher by a sum of objectives.
 
-    The student also sees the plain image where `mvmr` is an objective.
-
-    Args:
-        teacher: it is no sub-module, so no checkpoint holds it.
+    The student also sees the plain image where `mvmr` is an objective. The teacher is no
+    sub-module, so no checkpoint holds it.
     """
 
     name = "distillation"
@@ -467,10 +408,8 @@ def check_objectives(args) -> str | None:
     """What is wrong between the flags of the objectives, in one sentence, or None."""
     for objective, names in OF_OBJECTIVE.items():
         if objective not in args.objective and (foreign := args.typed & {*names}):
-            return (
-                f"--{min(foreign)} is a flag of --objective {objective}, and that is "
-                f"{' '.join(args.objective)}: give --objective {objective}"
-            )
+            given = f"not of {' '.join(args.objective)}"
+            return f"--{min(foreign)} is a flag of --objective {objective}, {given}"
     number = args.global_crops_number
     if "dino" in args.objective and {"preset", "global_crops_number"} & args.typed and number != 2:
         return f"--objective dino takes --global_crops_number 2, not {number}"
@@ -486,28 +425,19 @@ def check_objectives(args) -> str | None:
 
 def check_teacher(args) -> str | None:
     """What is wrong between the flags of the teacher, in one sentence, or None."""
-    is_file = args.teacher.endswith((".npy", ".npz"))
+    is_file, head = args.teacher.endswith((".npy", ".npz")), args.teacher_head
     if args.teacher in lowdino.ARCHS:
         return f"--teacher {args.teacher} would have random weights: give {args.teacher}=FILE"
-    if is_file and args.teacher_head == "file":
+    if is_file and head == "file":
         return "--teacher_head file needs a teacher's file of weights, not one of features"
-    if is_file and args.teacher_head == "train" and "kd" not in args.objective:
+    if is_file and head == "train" and "kd" not in args.objective:
         return "--teacher_head train with a file of features is of use to --objective kd alone"
     if is_file and "dino" in args.objective:
-        return (
-            "--objective dino needs the teacher's head: give a checkpoint.pth of train.py --method "
-            "dino, not a file of features"
-        )
+        return "--objective dino needs the teacher's head: give a checkpoint.pth of --method dino"
     if "dino" in args.objective and args.cache_teacher:
-        return (
-            "--objective dino needs the teacher's logits for every view, and --cache_teacher keeps "
-            "one feature per image"
-        )
+        return "--objective dino needs the teacher's logits for every view: no --cache_teacher"
     if is_file and (args.cache_teacher or args.teacher_size):
-        return (
-            "--cache_teacher and --teacher_size need a teacher that is a network, not a file of "
-            "features"
-        )
+        return "--cache_teacher and --teacher_size need a teacher that is a network, not a file"
     if args.cache_teacher and not args.cache_teacher.endswith(".npy"):
         return f"--cache_teacher should end in .npy, not {args.cache_teacher}"
     return None

@@ -63,6 +63,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: Logger
+    signals: distributed.StopSignals
 
     def states(self) -> dict:
         """The parts whose state a checkpoint holds."""
@@ -105,8 +106,9 @@ def run_length(s: settings.Settings, source: datasets.Source, ranks) -> tuple[fl
 def set_schedules(t: Training, progress: Progress) -> None:
     """Learning rate and weight decay of every group, as functions of the step."""
     s, step, total = t.settings, progress.step, progress.total_steps
-    scale = s.batch_size_per_gpu * t.ranks.world / (s.lr_reference_batch or math.inf)
-    peak, warmup = s.lr * (scale or 1), round(s.warmup_epochs * progress.epoch_steps)
+    batch, reference = s.batch_size_per_gpu * t.ranks.world, s.lr_reference_batch
+    peak = s.lr * (batch / reference if reference else 1)  # linear scaling
+    warmup = round(s.warmup_epochs * progress.epoch_steps)
     lr = schedules.cosine(step, total, peak, s.min_lr, warmup)
     weight_decay = schedules.cosine(step, total, s.weight_decay, s.weight_decay_end)
     for group in t.optimizer.param_groups:
@@ -136,16 +138,13 @@ def forward(t: Training, model: nn.Module, views: list[Tensor], batch: data.Batc
 
 
 def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str] = str) -> Method:
-    """Train from the checkpoint, where there is one, to the end, and return the method.
+    """Train from the checkpoint, where there is one, to the end; return the method.
 
-    Args:
-        knn_note: words to print behind a k-NN accuracy.
-
-    Raises:
-        UserError: where settings and checkpoint do not fit, or too many images are bad; `Diverged`.
-        SystemExit: after a signal; the same command resumes the run.
+    `knn_note` makes words to print behind a k-NN accuracy. A UserError where settings and
+    checkpoint do not fit or too many images are bad, `Diverged`, or SystemExit after a signal: then
+    the same command resumes the run.
     """
-    signals, method, log = distributed.StopSignals(), t.method, t.log
+    signals, method, log = t.signals, t.method, t.log
     progress, model = checkpointer.load(t), distributed.data_parallel(method)
     evaluator, guard = Evaluator(t, progress, knn_note), StepGuard(t)
     batches, minutes = start(t, progress, model, checkpointer, evaluator)
@@ -201,8 +200,7 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
 def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evaluator):
     """All that comes before the first step: batches, autocast type, plan, settings, first k-NN.
 
-    Returns:
-        The batches on the device, an iterator; and the `budget.Budget`.
+    Returns an iterator of batches on the device, and the `budget.Budget`.
     """
     s, log = t.settings, t.log
     log.health = health.Health(t.method.out_dim, t.method.remedy)
@@ -271,19 +269,15 @@ def try_step(t: Training, progress: Progress, model: nn.Module, batch: data.Batc
 
 
 def log_step(t: Training, progress: Progress) -> None:
-    """Count a step, and write a log line where one is due.
-
-    Raises:
-        Diverged: where float16 holds the gradients at no scale.
-    """
+    """Count a step and write a log line where it is due; `Diverged` where float16 cannot go on."""
     s = t.settings
-    if t.scaler.is_enabled() and progress.step % s.log_freq == 0:
-        if t.scaler.get_scale() < LEAST_SCALE:
-            raise Diverged(
-                f"diverging gradients at step {progress.step}: at no scale does float16 hold them; "
-                "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
-                f"{s.output_dir} keeps what was saved before"
-            )
+    scale = t.scaler.get_scale() if progress.step % s.log_freq == 0 else 1.0
+    if t.scaler.is_enabled() and scale < LEAST_SCALE:
+        raise Diverged(
+            f"diverging gradients at step {progress.step}: at no scale does float16 hold them; "
+            "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
+            f"{s.output_dir} keeps what was saved before"
+        )
     images = s.batch_size_per_gpu * t.ranks.world
     t.log.step(progress, t.method, t.optimizer.param_groups[0], images, s.log_freq)
 
@@ -294,11 +288,8 @@ def log_step(t: Training, progress: Progress) -> None:
 class Checkpointer:
     """Compares, loads and saves the checkpoint of a run.
 
-    Args:
-        more: what a resumed run must share beside its settings, by name.
-
-    Raises:
-        UserError: where the checkpoint is damaged, or of other settings without --accept_changes.
+    `more` is what a resumed run must share beside its settings, by name. A UserError where the
+    checkpoint is damaged, or of other settings without --accept_changes.
     """
 
     def __init__(self, s: settings.Settings, source, ranks, log: Logger, more: dict | None = None):
@@ -321,10 +312,7 @@ class Checkpointer:
         that were typed are named, for others follow from them.
         """
         if "settings" not in self.saved or "method" not in self.saved:
-            raise self.refuse(
-                "its checkpoint.pth is not one of this version's training; give another "
-                "--output_dir"
-            )
+            raise self.refuse("its checkpoint.pth is of another version: give another --output_dir")
         before = self.saved["settings"]
         changed = {
             name: f"{name} {before[name]}, not {value}"
@@ -335,10 +323,8 @@ class Checkpointer:
         told = [text for name, text in changed.items() if name not in derived]
         told = "; ".join(told or changed.values())
         if changed and not s.accept_changes:
-            raise self.refuse(
-                f"its run has {told}; give the same settings, another --output_dir, or "
-                "--accept_changes"
-            )
+            ways = "the same settings, another --output_dir, or --accept_changes"
+            raise self.refuse(f"its run has {told}; give {ways}")
         for name in ("arch", "optimizer"):  # whose state fits no other, whatever is accepted
             if name in changed:
                 raise self.refuse(f"its --{changed[name]}")
@@ -365,21 +351,18 @@ class Checkpointer:
                 setattr(progress, name, saved[name])
             if s.minutes and saved["settings"].get("minutes") == s.minutes:
                 adopt(t, progress, saved["total_steps"], saved["knn_steps"])
-            if progress.total_steps and progress.step > progress.total_steps:
-                raise self.refuse(
-                    f"it has made {progress.step} steps, and now {progress.total_steps} are asked "
-                    "for"
-                )
+            if (total := progress.total_steps) and progress.step > total:
+                raise self.refuse(f"it has made {progress.step} steps, and {total} are asked for")
             # With other settings the loss may have other terms.
             if not self.accepted and len(saved["loss_sums"]) == self.ranks.world:
                 t.log.restore(saved["loss_sums"][self.ranks.rank], saved["loss_steps"])
             t.log.say(f"resuming from {self.folder} after step {progress.step}")
         # Ranks that resume from different steps would wait for each other for ever.
-        found = distributed.gather_objects(progress.step)
-        if len(set(found)) > 1:
+        steps = distributed.gather_objects(progress.step)
+        if len(set(steps)) > 1:
             raise UserError(
-                f"the ranks see checkpoints of different steps in --output_dir {self.folder} "
-                f"({', '.join(map(str, found))}): every machine needs to see the same folder"
+                f"ranks see checkpoints of steps {', '.join(map(str, steps))} in --output_dir "
+                f"{self.folder}: every machine needs to see the same folder"
             )
         if self.ranks.first:
             t.log.rewind(progress.step)
@@ -548,11 +531,7 @@ class StepGuard:
         t.log.add(loss, t.method.terms)
 
     def add_bad_images(self, batch: data.Batch) -> None:
-        """Note the bad images of all ranks.
-
-        Raises:
-            UserError: where they are too many.
-        """
+        """Note the bad images of all ranks; a UserError where they are too many."""
         with user_errors():
             self.bad_images.add(sum(distributed.gather_objects(list(batch.bad)), []))
 

@@ -124,6 +124,7 @@ class Method(nn.Module):
     out_dim: int | None = None  # K, where outputs are distributions over K prototypes
     remedy = "lower --lr"  # against collapsed embeddings, for `health.Health`
     momentum_rises = True  # the teacher's, from --momentum_teacher to 1
+    pairs_views = True  # needs two global views, each to be compared with the other
     terms: dict[str, Tensor] = {}  # scalars of the last loss, for metrics() and the log
 
     def __init__(self, args, total_steps: float = math.inf, epoch_steps: int = 0):
@@ -133,6 +134,13 @@ class Method(nn.Module):
     @classmethod
     def check(cls, args) -> str | None:
         """The first contradiction between flags, in one sentence, or None."""
+        if cls.pairs_views and args.global_crops_number != 2:
+            given = args.global_crops_number
+            return f"--method {cls.name} takes --global_crops_number 2, not {given}"
+        # Where neither flag says how many local views there are, `fit` does.
+        known = {"local_crops_number", "preset"} & args.typed
+        if getattr(args, "alpha", None) is not None and not args.local_crops_number and known:
+            return "--alpha balances global against local views, and --local_crops_number is 0"
         return None
 
     @classmethod
@@ -187,18 +195,6 @@ class ProjectionMethod(Method):
         step, features, z = self.last
         teacher = teacher_metrics(self, step) if hasattr(self, "teacher") else {}
         return mean_terms(self) | embedding_metrics(z) | feature_metrics(features) | teacher
-
-
-def check_pairs(method: type[Method], args) -> str | None:
-    """What is wrong with the views of a method that pairs two global ones, or None."""
-    if args.global_crops_number != 2:
-        given = args.global_crops_number
-        return f"--method {method.name} takes --global_crops_number 2, not {given}"
-    # Where neither says how many local views there are, there are some, see `fit_to_data`.
-    known = {"local_crops_number", "preset"} & args.typed
-    if getattr(args, "alpha", None) is not None and not args.local_crops_number and known:
-        return "--alpha balances global against local views, and --local_crops_number is 0"
-    return None
 
 
 def teacher_momentum(method: Method, step: int) -> float:
@@ -306,7 +302,8 @@ class DINO(Method):
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(args, total_steps, epoch_steps)
         self.out_dim = args.out_dim
-        self.student = MultiViewNetwork(backbone, dino_head(backbone.embed_dim, args))
+        shape = args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim
+        self.student = MultiViewNetwork(backbone, DINOHead(backbone.embed_dim, *shape))
         self.teacher = ema.make_teacher(self.student)  # a copy without gradients
         self.weights = ema.paired_parameters(self.teacher, self.student)  # theta_t, theta_s
         self.loss = losses.DINOLoss(
@@ -332,16 +329,6 @@ class DINO(Method):
 
     def metrics(self):
         return dino_metrics(self, *self.last)
-
-    @classmethod
-    def check(cls, args):
-        return check_pairs(cls, args)
-
-
-def dino_head(in_dim: int, args) -> DINOHead:
-    return DINOHead(
-        in_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, args.hidden_dim
-    )
 
 
 def teacher_temperature(method: Method, step: int) -> float:
@@ -378,12 +365,9 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
 
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
-MVMR_WEIGHTS = (
-    "invariance_weight",
-    "variance_weight",
-    "dependence_weight",
-    "representation_weight",
-)
+MVMR_WEIGHTS = [
+    f"{name}_weight" for name in "invariance variance dependence representation".split()
+]
 
 
 class MVMR(ProjectionMethod):
@@ -404,12 +388,7 @@ class MVMR(ProjectionMethod):
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(backbone, args, total_steps, epoch_steps)
-        self.loss = losses.MVMRLoss(
-            args.invariance_weight,
-            args.variance_weight,
-            args.dependence_weight,
-            args.representation_weight,
-        )
+        self.loss = losses.MVMRLoss(*(getattr(args, name) for name in MVMR_WEIGHTS))
         if "scattering" in args.descriptors:
             with distributed.user_errors():
                 self.scattering = descriptors.Scattering(*[args.global_crops_size] * 2)
@@ -425,14 +404,12 @@ class MVMR(ProjectionMethod):
         return sum(terms)  # equation 10
 
     def representations(self, plain: Tensor, augmented: Tensor) -> list[Tensor]:
-        describe = {
-            "pixels": lambda: descriptors.pixels(plain),
-            "augmented": lambda: descriptors.pixels(augmented),
-            "local_std": lambda: descriptors.local_std(plain),
-            "hog": lambda: descriptors.hog(plain),
-            "scattering": lambda: self.scattering(plain),
-        }
-        return [describe[name]() for name in self.args.descriptors]
+        describe = {name: getattr(descriptors, name) for name in ("pixels", "local_std", "hog")}
+        describe["scattering"] = getattr(self, "scattering", None)
+        return [
+            descriptors.pixels(augmented) if name == "augmented" else describe[name](plain)
+            for name in self.args.descriptors
+        ]
 
     def metrics(self):
         return mean_terms(self) | feature_metrics(self.last)
@@ -440,15 +417,13 @@ class MVMR(ProjectionMethod):
     @classmethod
     def check(cls, args):
         if args.local_crops_number:
-            return (
-                "--method mvmr has one augmented view: give --local_crops_number 0, not "
-                f"{args.local_crops_number}, or --preset mvmr"
-            )
+            given = args.local_crops_number
+            return f"--method mvmr has one augmented view: give --local_crops_number 0, not {given}"
         if len(set(args.descriptors)) < len(args.descriptors):
             return f"--descriptors names one twice: {' '.join(args.descriptors)}"
         if not any(getattr(args, name) for name in MVMR_WEIGHTS):
             return "--method mvmr has nothing to learn: all four of its weights are 0"
-        return check_pairs(cls, args)
+        return super().check(args)
 
 
 def plain_view(batch: data.Batch, size: int, backbone: nn.Module) -> Tensor:
@@ -468,6 +443,7 @@ class EMP(ProjectionMethod):
     """
 
     name = "emp"
+    pairs_views = False
     remedy = "lower --cosine_weight, or --lr"
     views_per_step = 512  # on a rank, where the number of views is typed
     flags = (
