@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lowdino  # noqa: E402
 import train  # noqa: E402
-from lowdino import augment, demo, distributed, methods, models, recipes, settings  # noqa: E402
+from lowdino import augment, demo, distributed, methods, models, settings  # noqa: E402
 from lowdino.heads import DINOHead  # noqa: E402
 from lowdino.report import read_log  # noqa: E402
 
@@ -97,7 +97,7 @@ def trained(make: Callable[[str], nn.Module], flags: list[str]) -> list[dict]:
             torch.manual_seed(s.seed)
             return methods.DINO(make(s.arch), s, **steps)
 
-        with patch.dict(recipes.METHODS, dino=build):
+        with patch.object(train, "METHODS", {"dino": build}):
             train.run(s, distributed.start("cpu"))
         return read_log(Path(output) / "log.jsonl")
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, restore_signals
 
 import train
-from lowdino import checkpoint, distributed, optim, recipes, settings
+from lowdino import checkpoint, distributed, optim, settings
 
 SMALL = (
     "--method dino --arch mobilevit_xxs --batch_size_per_gpu 4 --local_crops_number 1 --out_dim 16 "
@@ -221,7 +221,7 @@ def train_here(flags, build=None):
     s = settings.resolve(train.get_parser(), [str(flag) for flag in flags])
     with pytest.MonkeyPatch.context() as patch:
         if build:
-            patch.setitem(recipes.METHODS, s.method, build)
+            patch.setattr(train, "METHODS", {s.method: build})
         try:
             return train.run(s, distributed.start("cpu"))
         finally:

@@ -185,7 +185,7 @@ def trained_by_engine(folder, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "build_backbone", lambda args: Tiny())
         patch.setattr(settings, "open_training_images", lambda s, ranks: (source, s))
-        patch.setitem(recipes.METHODS, "dino", build)
+        patch.setattr(train, "METHODS", {"dino": build})
         return train.run(settings.Settings(values), ranks)
 
 

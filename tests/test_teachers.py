@@ -202,7 +202,7 @@ def test_a_wrong_file_of_features_is_one_sentence(picture_folder, tmp_path, call
     (tmp_path / "damaged.npz").write_bytes(b"PK")
     flags = student(data_path=picture_folder, output_dir=tmp_path / "out")
     for name, message in (
-        ("fewer.npy", "holds features of 23 images, which are not the 24"),
+        ("fewer.npy", "holds features of 23 other images than the 24"),
         ("flat.npy", r"should be \(N, D\)"),
         ("nan.npy", "not finite"),
         ("damaged.npz", "it is damaged"),
@@ -254,7 +254,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
         (three, file, "its classifier knows 3 classes, folder .* has 2"),
         ("nowhere:teacher", "", "cannot import and call it: No module named 'nowhere'"),
         ("mine:other", "", "cannot import and call it"),
-        ("mine:number", "", "returns a int, where a network was expected"),
+        ("mine:number", "", "returns a int, not a network"),
         ("mine:maps", "", r"where a tensor \(1, features\) was expected"),
         ("mine:fussy", "", "cannot take an image of 32 x 32 pixels, see --teacher_size"),
         (at("lr=1") / "none.pth", "", "no file .*lr=1/none.pth"),
@@ -272,7 +272,7 @@ def test_labels_are_asked_for_where_there_are_none(picture_folder, tmp_path, cal
         ("--objective kd --teacher_head train", "--teacher_head train needs labels, and folder"),
         (
             "--objective kd --teacher_head file --kd_weight 0.5",
-            "--kd_weight 0.5 needs labels, and folder",
+            "--kd_weight 0.5 needs labels of folder",
         ),
     ):
         done = call_script("distill.py", *flags, *more.split(), check=False)

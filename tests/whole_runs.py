@@ -141,7 +141,7 @@ def measure_train(flags: list[str], steps: int) -> dict:
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         patch.object(settings, "open_training_images", repeated),
-        patch.dict(recipes.METHODS, {s.method: method}),
+        patch.object(train, "METHODS", {s.method: method}),
     ):
         blocks = train.run(s, distributed.start(s.device)).blocks
     records = logged(Path(s.output_dir))
