@@ -255,7 +255,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
         ("nowhere:teacher", "", "cannot import and call it: No module named 'nowhere'"),
         ("mine:other", "", "cannot import and call it"),
         ("mine:number", "", "returns a int, not a network"),
-        ("mine:maps", "", r"where a tensor \(1, features\) was expected"),
+        ("mine:maps", "", r"not a tensor \(1, features\)"),
         ("mine:fussy", "", "cannot take an image of 32 x 32 pixels, see --teacher_size"),
         (at("lr=1") / "none.pth", "", "no file .*lr=1/none.pth"),
     ):
