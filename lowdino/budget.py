@@ -75,13 +75,10 @@ def seconds(
 
 
 def time_steps(t, step: Callable[[], object]) -> float:
-    """Seconds that a step takes; --amp auto becomes bf16 or none, whichever is faster.
+    """Seconds that a step of `engine.Training` takes; --amp auto becomes the faster of two types.
 
     Many CPUs have instructions for bf16, and on some of them it is slower all the same: that
-    depends on the network and the views' size. Steps are taken back.
-
-    Args:
-        t: `engine.Training`.
+    depends on the network and the views' size. The steps are taken back.
     """
     s, device, taken, enough = t.settings, t.ranks.device, {}, math.inf
     with put_back(t.states()):
@@ -98,13 +95,10 @@ def time_steps(t, step: Callable[[], object]) -> float:
 
 
 class Sample:
-    """Lets the first batches of a loader pass, and tells how long all of them would take.
+    """Lets batches of a loader pass for a while, and tells how long all of them would take.
 
-    The first batches, one from each process of the loader, tell how long it takes to start, the
-    others how long an image does.
-
-    Args:
-        limit: seconds after the first batches. workers: processes of the loader.
+    The first batch of each of its `workers` tells how long the loader takes to start, those of the
+    next `limit` seconds how long an image takes.
     """
 
     def __init__(self, limit: float, workers: int = 0):
@@ -126,7 +120,6 @@ class Sample:
                 break
 
     def seconds(self, images: float) -> float:
-        """Time that so many images take."""
         each = (self.ended - self.started) / max(self.images, 1)
         return self.started + each * max(images - self.first, 0)
 
@@ -157,10 +150,8 @@ class Budget:
     The first plan rests on a few steps that were timed. Later ones rest on the steps made since
     the last plan, with all that they waited for: a machine that others share changes its pace.
 
-    Args:
-        minutes: None for a run whose length is given, which never plans.
-        started: `time.perf_counter()` when the minutes began.
-        every: steps between evaluations; None for as many as keep their share.
+    A run whose length is given has no `minutes` and never plans. They began at `started`, by
+    `time.perf_counter()`. There are `every` steps between evaluations, or as many as fit.
     """
 
     def __init__(self, minutes: float | None, started: float, every: int | None = None):
@@ -190,10 +181,9 @@ class Budget:
             self.mark = self.mark[0], self.mark[1] + seconds
 
     def plan(self, step: int, pace: float) -> tuple[int, int]:
-        """The total number of steps, and the steps between evaluations; 0: only at the end.
+        """The total number of steps at `pace` seconds each, and the steps between evaluations.
 
-        Args:
-            pace: seconds per step.
+        0 steps between evaluations: only at the end.
         """
         now = time.perf_counter()
         self.mark = step, now
@@ -226,11 +216,7 @@ class Budget:
 
 
 def adopt(t, progress, total_steps: int, knn_steps: int) -> None:
-    """Make this the length of a run, and fit to it what counts in epochs.
-
-    Args:
-        t: `engine.Training`. progress: `engine.Progress`.
-    """
+    """Make this the length of an `engine.Training`, and fit to it what counts in epochs."""
     epochs = total_steps / progress.epoch_steps
     progress.total_steps, progress.knn_steps = total_steps, knn_steps
     t.settings = settings.fit_epochs(t.settings, epochs)

@@ -53,7 +53,7 @@ class Diverged(UserError, FloatingPointError):
 
 @dataclass
 class Training:
-    """The parts of a training, as train.py puts them together."""
+    """The parts of a training, as train.py puts them together; `states` are saved."""
 
     settings: settings.Settings
     ranks: distributed.Ranks
@@ -66,7 +66,6 @@ class Training:
     signals: distributed.StopSignals
 
     def states(self) -> dict:
-        """The parts whose state a checkpoint holds."""
         return {"method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
 
 

@@ -29,12 +29,9 @@ from torch import Tensor
 
 
 class Log:
-    """Prints lines and appends records to `folder/log.jsonl`.
+    """Prints lines and appends records to `folder/log.jsonl`, where it is `active`: on one rank.
 
     On a terminal `progress` keeps a bar below the last line.
-
-    Args:
-        active: False on ranks other than the first, where nothing is printed or written.
     """
 
     BAR, EVERY = 30, 0.2  # columns of the bar, seconds from one to the next
@@ -116,11 +113,9 @@ class Table:
     rows = 0
 
     def lines(self, step: str, epoch: int, values: Mapping[str, float]) -> list[str]:
-        """The row of a step, after the header where it is due.
+        """The row of a step such as "12/100", after the header where it is due.
 
-        Args:
-            step: "12/100". values: those of the record: loss, lr, memory_mb, images_per_s,
-                data_wait, eta_s, and the method's metrics.
+        `values` has loss, lr, memory_mb, images_per_s, data_wait, eta_s and the method's metrics.
         """
         digits = len(step.partition("/")[2])
         widths = {"step": max(2 * digits + 1, 9), "epoch": 5, "loss": 8, "lr": 8}
@@ -159,11 +154,7 @@ def cell(value: float | str, width: int) -> str:
 class BadImages:
     """Images that could not be read, one line each with the reason, in `folder/bad_images.txt`.
 
-    Args:
-        images: their number, bad ones included. max_fraction: of them that may be bad.
-
-    Raises:
-        ValueError: where the file already names too many.
+    A ValueError where more than `max_fraction` of so many `images` are bad.
     """
 
     ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # names of files are bytes
@@ -181,7 +172,6 @@ class BadImages:
         return [line for line in (" ".join(s.split()) for s in lines) if line not in self.known]
 
     def add(self, lines: Sequence[str]) -> None:
-        """Append new lines; a ValueError where they are too many."""
         news = self.unknown(dict.fromkeys(lines))
         self.known |= dict.fromkeys(news)
         if self.active:
@@ -194,7 +184,7 @@ class BadImages:
             raise ValueError(
                 f"{len(self.known)} of {self.images} images cannot be read, more than "
                 f"--max_bad_fraction {self.max_fraction}; they are named in {self.path}, to be "
-                f"deleted once they are mended; the last: {list(self.known)[-1]}"
+                f"deleted once they are repaired; the last: {list(self.known)[-1]}"
             )
 
 
@@ -222,12 +212,11 @@ class Clock:
         self.mark = time.perf_counter()
 
     def seconds_left(self, steps_left: int) -> float:
-        """At the mean pace so far."""
         stepping = self.stepping + time.perf_counter() - self.window
         return stepping / self.steps * steps_left
 
     def read(self, steps_left: int) -> dict[str, float]:
-        """Images a second and share of waiting since the last reading, and seconds left."""
+        """Images per second and share of waiting since the last reading, and seconds left."""
         span = time.perf_counter() - self.window
         values = {
             "images_per_s": self.images / span,
@@ -242,9 +231,8 @@ class Clock:
 class Logger(Log):
     """The log of a training: table, records, clock, health, and mean losses between log lines.
 
-    Attributes:
-        health: `health.Health` or None.
-        loss_sum: of the loss and its terms since the last log line, over `loss_steps` steps.
+    `loss_sum` is of the loss and its terms since the last log line, over `loss_steps` steps;
+    `health` a `health.Health`.
     """
 
     def __init__(self, folder: str | Path, active: bool, device: torch.device | str = "cpu"):
@@ -273,11 +261,9 @@ class Logger(Log):
         return losses | {k: v for k, v in method.metrics().items() if k not in losses}
 
     def step(self, progress, method, group: dict, images: int, every: int) -> None:
-        """Count a step, and write a log line where one is due.
+        """Count a step of so many images over all ranks; a log line after `every` steps and epoch.
 
-        Args:
-            progress: `engine.Progress`. group: the optimizer's first. images: in a step over all
-                ranks. every: steps between lines; there is one at the end of an epoch too.
+        `progress` is an `engine.Progress`, `group` the optimizer's first.
         """
         self.clock.stepped(images)
         left = progress.total_steps - progress.step
@@ -285,12 +271,8 @@ class Logger(Log):
         if progress.skipped or (progress.step % every and not progress.epoch_ended):
             return
         metrics, speed = self.mean_losses(method), self.clock.read(left)
-        values = {
-            **metrics,
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-            "memory_mb": memory_mb(torch.device(self.device)),
-        }
+        values = metrics | {name: group[name] for name in ("lr", "weight_decay")}
+        values["memory_mb"] = memory_mb(torch.device(self.device))
         epoch = (progress.step - 1) // progress.epoch_steps
         steps = f"{progress.step}/{progress.total_steps}"
         self.say(*self.table.lines(steps, epoch, values | speed))

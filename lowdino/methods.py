@@ -110,12 +110,9 @@ def shared(*names: str) -> tuple[Flag, ...]:
 class Method(nn.Module):
     """Base of all methods: a module that owns networks, heads, queues and centres.
 
-    Its `state_dict()` is all that a checkpoint needs of it.
-
-    Args:
-        args: the values of `flags`; see `recipes.options`.
-        total_steps: length of the training; at infinity, schedules stay at their start.
-        epoch_steps: steps per epoch; at 0, nothing lasts for some epochs.
+    Its `state_dict()` is all that a checkpoint needs of it. `args` has the values of `flags`, see
+    `recipes.options`. Where `total_steps` is infinity, schedules stay at their start; where
+    `epoch_steps` is 0, nothing lasts for some epochs.
     """
 
     name: str  # of --method
@@ -168,10 +165,9 @@ class Method(nn.Module):
         """Called after the optimizer: move a momentum teacher here."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last forward pass, for the log and for `health.Health`.
+        """Numbers of the last forward pass, for the log and `health.Health`; on all ranks together.
 
-        Losses and entropies are over all ranks, spread and rank over this rank's images. All ranks
-        must call it together.
+        Losses and entropies are over all ranks, spread and rank over this rank's images.
         """
         return {}
 
@@ -216,13 +212,8 @@ def teacher_momentum(method: Method, step: int) -> float:
 
 
 def default_momentum(total_steps: float) -> float:
-    """1 - 1 / (2 sqrt(steps)): 0.98 at 600 steps, 0.99 at 2,500, DINO's 0.996 at 16,000.
-
-    It is 0.996 where the number of steps is unknown.
-    """
-    if total_steps == math.inf:
-        return 0.996
-    return 1 - 0.5 / math.sqrt(total_steps)
+    """1 - 1 / (2 sqrt(steps)): 0.99 at 2,500 steps, DINO's 0.996 at 16,000 or an unknown number."""
+    return 0.996 if total_steps == math.inf else 1 - 0.5 / math.sqrt(total_steps)
 
 
 def mean_terms(method: Method) -> dict[str, float]:
