@@ -96,8 +96,8 @@ def run(s: Settings, ranks: distributed.Ranks):
     backbone = features.build_backbone(s)
     values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
-    log.say(f"data: {source.name}, {len(source.pretrain)} images; {views.describe()}{values}")
-    log.say(*source.notes)
+    images = f"data: {source.name}, {len(source.pretrain)} images"
+    log.say(f"{images}; {views.describe()}{values}", *source.notes)
 
     # The teacher's features of the whole images, and its classifier, where they are asked for.
     if s.cache_teacher:

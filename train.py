@@ -41,8 +41,8 @@ def run(s: Settings, ranks: distributed.Ranks):
     backbone = features.build_backbone(s)
     values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
-    log.say(f"data: {source.name}, {len(source.pretrain)} images; {views.describe()}{values}")
-    log.say(*source.notes)
+    images = f"data: {source.name}, {len(source.pretrain)} images"
+    log.say(f"{images}; {views.describe()}{values}", *source.notes)
 
     # Method: it owns the networks, heads, queues and centres, and its state is all that is saved.
     steps, epoch_steps = engine.run_length(s, source, ranks)
