@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import MLP
 
 from lowdino import augment, ema, health, losses, schedules
 from lowdino.heads import Projector, WeightNormLinear
@@ -108,14 +109,6 @@ def enqueued(queue: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([rows, queue])[: len(queue)]
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    layers = [nn.Linear(*widths[:2])]
-    for before, after in zip(widths[1:], widths[2:]):
-        layers += [nn.ReLU(inplace=True), nn.Linear(before, after)]
-    return nn.Sequential(*layers)
-
-
 def joined(parts: Sequence[Tensor], views: int) -> Tensor:
     """Rows of parts of a batch, each part view by view, as those of the batch, view by view."""
     by_part = [part.chunk(views) for part in parts]
@@ -138,7 +131,7 @@ class MoCo(ProjectionMethod):
     flags = shared("projector", "queue_size", "temperature", "momentum_teacher", "alpha")
     remedy = "lower --temperature, or --lr"
     momentum_rises = False
-    projector = staticmethod(mlp)
+    projector = staticmethod(lambda *widths: MLP(widths[0], [*widths[1:]]))
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(backbone, args, total_steps, epoch_steps)
@@ -289,10 +282,8 @@ class TwoViews(ProjectionMethod):
     @classmethod
     def check(cls, args):
         if args.local_crops_number:
-            given = args.local_crops_number
-            return (
-                f"--method {cls.name} compares two views: give --local_crops_number 0, not {given}"
-            )
+            number = args.local_crops_number
+            return f"--method {cls.name} compares two views: --local_crops_number 0, not {number}"
         return super().check(args)
 
 
