@@ -10,15 +10,15 @@ from conftest import ROOT
 
 # Files that can be copied alone: they import no sibling.
 GROUND = (
-    "models vit heads augment losses descriptors schedules ema optim evaluate probe health image_io "
-    "demo checkpoint distributed logger"
+    "models vit heads augment losses descriptors schedules ema optim evaluate probe health "
+    "image_io demo checkpoint distributed logger"
 ).split()
 # Each of these knows the ground floor, and of the others only those before it.
 FIRST = (
     "data dense __init__ datasets features methods baselines distillation recipes settings"
 ).split()
 SECOND = (
-    "export budget pictures report masks annotations linear classification segmentation detection "
+    "export budget pictures report annotations masks linear classification segmentation detection "
     "engine"
 ).split()
 UPSTAIRS = [*FIRST, *SECOND]
