@@ -1,12 +1,10 @@
 """Images in batches: uint8 on a common canvas, decoded but not yet augmented.
 
-Here are the data sets (images in memory, in files, or cached), how their images form a batch, the
-loaders, and how a network and its images agree on values. `image_io.py` reads one file, and
-`datasets.py` knows where files come from. Augmentation happens later, on the device.
+Data sets (images in memory, in files, or cached), how their images form a batch, loaders, and how a
+network and its images agree on values. Augmentation happens later, on the device.
 
 Large images are reduced on reading, the shorter side to twice the view's. Of an elongated image,
-such as a line of text, training sees a random part, see `augment.windows`, and an evaluation the
-centre.
+such as a line of text, training sees a random part (`augment.windows`), an evaluation the centre.
 """
 
 import hashlib
@@ -45,25 +43,15 @@ class Batch(NamedTuple):
     bad: Sequence[str] = ()  # a message for each unreadable image that another one replaces
 
 
-# --------------------------------------------------------------------------------------------------
-# Data sets. Those with `in_memory` need no loader processes; others may say by `item_bytes` how
-# large an item can be.
-# --------------------------------------------------------------------------------------------------
-
-
 class ImageArray(Dataset):
-    """Images of one size in memory: (N, 3, S, S) uint8 and, where they have labels, (N,) int64.
+    """Images of one size in memory: (N, 3, S, S) uint8 and, where they have labels, (N,) int64."""
 
-    Args:
-        view_side: smallest side that still shows their content, for `suitable_size`; None for S.
-    """
-
-    in_memory = True
+    in_memory = True  # needs no loader processes
     replace_bad = False  # there are no bad ones; see `ImageFiles`
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, view_side: int | None = None):
         self.images = images
-        self.view_side = view_side or images.shape[-1]
+        self.view_side = view_side or images.shape[-1]  # the least that still shows their content
         self.labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
 
     def __len__(self) -> int:
@@ -73,7 +61,6 @@ class ImageArray(Dataset):
         return self.images[index], int(self.labels[index]), index
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch at once; a DataLoader calls this where it exists."""
         i = torch.tensor(indices)
         # On a CPU index_select is four times as fast as images[i].
         images = self.images.index_select(0, i.to(self.images.device))
@@ -92,32 +79,26 @@ class ImageArray(Dataset):
         return f"{len(self)} of {self.images.shape[-1]} px, pixels {pixels}"
 
 
+@dataclass(eq=False)
 class ImageFiles(Dataset):
-    """Image files, decoded on access.
+    """Image files, decoded on access by `read_image`.
 
     With `replace_bad`, another image replaces one that cannot be read. The index of the bad image
-    alone decides which, so the choice is the same for any number of loader processes and after a
-    resume. Without it, reading raises a UserError.
-
-    Args:
-        paths: of the files. labels: a class for each, or None.
-        max_side: larger images are reduced on reading, see `read_image`; None keeps all pixels.
-        pixel_format: what the files' values become.
+    alone decides which, so that loader processes and a resume do not change the choice. Without it,
+    reading raises a UserError.
     """
+
+    paths: Sequence[str]
+    labels: Sequence[int] | None = None  # a class for each
+    max_side: int | None = None  # larger images are reduced on reading; None keeps all pixels
+    pixel_format: PixelFormat = RGB
 
     replace_bad = False
     ATTEMPTS = 20
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Sequence[int] | None = None,
-        max_side: int | None = None,
-        pixel_format: PixelFormat = RGB,
-    ):
-        self.paths = list(paths)
-        self.labels = [NO_LABEL] * len(self.paths) if labels is None else list(labels)
-        self.max_side, self.pixel_format = max_side, pixel_format
+    def __post_init__(self):
+        self.paths = list(self.paths)
+        self.labels = [NO_LABEL] * len(self) if self.labels is None else list(self.labels)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -141,7 +122,7 @@ class ImageFiles(Dataset):
 
     @property
     def item_bytes(self) -> float:
-        # Photographs of both orientations on a canvas have 3/2 of the shorter side both ways.
+        """The size of an item at most; with photographs of both orientations, 3/2 of the side."""
         return self.pixel_format.channels * (1.5 * (self.max_side or 512)) ** 2
 
     def decoded_bytes(self, sample: int = 32) -> int:
@@ -157,28 +138,20 @@ class ImageFiles(Dataset):
         return f"{len(self)}, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
 
 
-class CachedImages(Dataset):
-    """The images of `ImageFiles`, decoded once and kept on a device, in their different sizes.
+Images = ImageArray | ImageFiles
 
-    Args:
-        files: read at their present `max_side` and with their replacements.
-        num_workers: loader processes that read them.
-    """
+
+class CachedImages(list[Item]):
+    """The images of files as they are read now, kept on a device, in their different sizes."""
 
     def __init__(self, files: ImageFiles, device: torch.device, num_workers: int):
+        super().__init__()
         self.paths = files.paths
-        self.items: list[Item] = []
         loader = open_loader(files, num_workers, batch_size=64, collate_fn=pack)
         for pixels, shapes, *others in loader:
             # A copy, because a loader process reuses its shared memory.
             parts = pixels.to(device, copy=True).split([shape.numel() for shape in shapes])
-            self.items += zip([part.view(shape) for part, shape in zip(parts, shapes)], *others)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.items[index]
+            self.extend(zip(map(Tensor.view, parts, shapes), *others))
 
 
 def pack(items: list[Item]) -> tuple:
@@ -192,35 +165,28 @@ def pack(items: list[Item]) -> tuple:
 CACHE_SHARE, CACHE_BYTES = 0.25, 2 * 2**30
 
 
-def where_to_cache(dataset: ImageArray | ImageFiles, device: torch.device) -> str:
+def where_to_cache(dataset: Images, device: torch.device) -> str:
     """The choice of --cache auto: the first of "device" (CUDA), "host" and "none" with room."""
-    size = dataset.decoded_bytes()
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        if size <= CACHE_SHARE * memory:
-            return "device"
+    size, cuda = dataset.decoded_bytes(), device.type == "cuda"
+    if cuda and size <= CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        return "device"
     return "host" if size <= CACHE_BYTES else "none"
 
 
-def cached(
-    dataset: ImageArray | ImageFiles, where: str, device: torch.device, num_workers: int
-) -> ImageArray | ImageFiles | CachedImages:
+def cached(dataset: Images, where: str, device: torch.device, workers: int | None) -> Images | list:
     """The data set, decoded once and kept on the "device" or the "host"; unchanged for "none"."""
-    if isinstance(dataset, ImageArray):
-        if where != "device":
-            return dataset
-        return ImageArray(dataset.images.to(device), dataset.labels, dataset.view_side)
-    if where == "none":
+    if where == "none" or where == "host" and isinstance(dataset, ImageArray):
         return dataset
-    return CachedImages(dataset, device if where == "device" else torch.device("cpu"), num_workers)
+    if isinstance(dataset, ImageArray):
+        return ImageArray(dataset.images.to(device), dataset.labels, dataset.view_side)
+    return CachedImages(dataset, device if where == "device" else torch.device("cpu"), workers)
 
 
 @user_errors()
-def suitable_size(dataset: ImageArray | ImageFiles, sample: int = 256) -> int:
-    """A side of the views that suits a data set: a multiple of 32 from 32 to 224 pixels.
+def suitable_size(dataset: Images, sample: int = 256) -> int:
+    """A side of views that suits a data set: a multiple of 32 from 32 to 224 pixels.
 
-    It is the median of the shorter sides of an even sample, rounded down. Unreadable images of the
-    sample are left out; a UserError where all are.
+    It is the median shorter side of an even sample, rounded down; a UserError where none is read.
     """
     sides = []
     for i in range(0, len(dataset), max(len(dataset) // sample, 1)):
@@ -237,11 +203,7 @@ CANVAS_BYTES = 2**29
 
 
 def fit_canvas(images: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Reduce the longest images of a batch whose canvas would be larger than CANVAS_BYTES.
-
-    Images keep their shorter side on reading, so the canvas of a long row and a high column of text
-    may be far larger than both.
-    """
+    """Reduce the longest images where a long row and a high column exceed CANVAS_BYTES together."""
     sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)  # (B, 2)
     most = CANVAS_BYTES / (len(images) * len(images[0]))
     if sizes.amax(dim=0).prod() <= most:
@@ -252,29 +214,23 @@ def fit_canvas(images: Sequence[Tensor]) -> Sequence[Tensor]:
         longest *= 0.95
         sides = sizes * (longest / sizes.amax(dim=1, keepdim=True)).clamp(max=1)
     sides = sides.floor().clamp(min=1).int().tolist()
-    return [
-        image if list(image.shape[1:]) == size else resized(image, size)
-        for image, size in zip(images, sides)
-    ]
+    return list(map(resized, images, sides))
 
 
 def resized(image: Tensor, size: list[int]) -> Tensor:
     """(C, H, W) uint8 -> (C, *size) uint8."""
+    if list(image.shape[1:]) == size:
+        return image
     image = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
     return image.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def central_part(image: Tensor) -> Tensor:
-    """The central square of (C, H, W), all that an evaluation sees.
-
-    It has one more row or column where the margins are odd, so that its centre, as
-    `augment.central_boxes` rounds it, is the image's.
-    """
-    side = min(image.shape[1:])
-    (top, height), (left, width) = (
-        ((length - side) // 2, side + (length - side) % 2) for length in image.shape[1:]
-    )
-    return image[:, top : top + height, left : left + width]
+    """The central square of (C, H, W), all that an evaluation sees."""
+    # Where margins are odd it is a pixel longer, to have the centre of `augment.central_boxes`.
+    margins = [length - min(image.shape[1:]) for length in image.shape[1:]]
+    rows, columns = (slice(m // 2, -(m // 2) or None) for m in margins)
+    return image[:, rows, columns]
 
 
 def collate(items: Batch | list[Item], part: Callable[[Tensor], Tensor] | None = None) -> Batch:
@@ -303,7 +259,6 @@ def cores() -> int:
 
 
 def without_subsets(dataset: Dataset) -> Dataset:
-    """The data set below a Subset, or below a Subset of a Subset."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset
@@ -312,14 +267,13 @@ def without_subsets(dataset: Dataset) -> Dataset:
 def loader_processes(dataset: Dataset, asked: int | None) -> int:
     """Loader processes of this rank.
 
-    None for cached images and images on a GPU, which other processes cannot share. Else those
-    asked for; by default none for images in memory, and for files one per core, at most 10.
+    Cached images and images on a GPU, which processes cannot share, have none. Others have those
+    asked for; by default images in memory have none, and files one per core, at most 10.
     """
     dataset = without_subsets(dataset)
     on_gpu = isinstance(dataset, ImageArray) and dataset.images.device.type != "cpu"
-    if on_gpu or isinstance(dataset, CachedImages):
-        return 0
-    if asked is None and getattr(dataset, "in_memory", False):
+    in_memory = asked is None and getattr(dataset, "in_memory", False)
+    if on_gpu or in_memory or isinstance(dataset, CachedImages):
         return 0
     per_rank = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(max(per_rank, 1), 10) if asked is None else asked
@@ -334,10 +288,7 @@ PIPES = (
 
 
 def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> bool:
-    """Whether /dev/shm is too small for the two batches that each loader process has ready.
-
-    A process that fills it is killed, and the others wait for ever.
-    """
+    """Whether /dev/shm, which kills a process that fills it, is too small for two batches each."""
     try:
         disk = os.statvfs("/dev/shm")
     except (AttributeError, OSError):  # not on Linux
@@ -348,14 +299,12 @@ def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> 
 
 
 def start_worker(worker: int) -> None:
-    """Let a loader process survive a signal to all processes, so that its parent can save first.
-
-    SIGTERM ends it after half a minute: a parent that exits sends one too, and waits for it.
-    """
+    """Let a loader process survive signals to all, so that its parent can save first."""
     if not hasattr(signal, "SIGALRM"):  # Windows
         return
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # It still ends, half a minute later: a parent that exits sends SIGTERM too, and waits for it.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
@@ -382,10 +331,8 @@ class TrainingBatches(Sampler[list[int]]):
 
     Step s takes global batch s mod steps_per_epoch of a permutation that (seed, epoch) determine,
     so a checkpoint need not save the order. Images that do not fill an epoch's last batch are left
-    out of that epoch. The global batch does not depend on how many ranks share it.
-
-    Raises:
-        UserError: where there are fewer images than one global batch.
+    out of it, and a UserError says where they do not fill one. The global batch does not depend on
+    the number of ranks that share it.
     """
 
     images: int
@@ -399,8 +346,8 @@ class TrainingBatches(Sampler[list[int]]):
     def __post_init__(self):
         self.steps_per_epoch = self.images // (self.batch_size * self.world)
         if self.steps_per_epoch == 0:
-            one = f"{self.world} x {self.batch_size}"
-            raise UserError(f"{self.images} images are fewer than one batch of {one}")
+            batch = f"one batch of {self.world} x {self.batch_size}"
+            raise UserError(f"{self.images} images are fewer than {batch}")
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -419,7 +366,6 @@ class TrainingBatches(Sampler[list[int]]):
 def training_loader(
     dataset: Dataset, batches: TrainingBatches, num_workers: int | None, pin_memory: bool
 ) -> DataLoader:
-    """The batches that a sampler names."""
     return open_loader(dataset, num_workers, batch_sampler=batches, pin_memory=pin_memory)
 
 
@@ -428,16 +374,15 @@ def evaluation_loader(
 ) -> DataLoader:
     """The central parts of the images in order; each rank reads every world-th, at least one."""
     if len(dataset) < world:
-        raise UserError(
-            f"{len(dataset)} images to evaluate are fewer than the {world} ranks; start fewer"
-        )
+        counts = f"{len(dataset)} images to evaluate are fewer than the {world} ranks"
+        raise UserError(f"{counts}; start fewer")
     share = Subset(dataset, range(rank, len(dataset), world))
     centres = partial(collate, part=central_part)
     return open_loader(share, num_workers, batch_size=batch_size, collate_fn=centres)
 
 
 def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches with images and sizes on the device; from pinned memory without waiting for them."""
+    """Move images and sizes to the device; from pinned memory without waiting for them."""
     for batch in loader:
         images, sizes = (v.to(device, non_blocking=True) for v in (batch.images, batch.sizes))
         yield batch._replace(images=images, sizes=sizes)
@@ -446,51 +391,40 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 # -- Value range: the deep values of files that become 0 and 255, see `image_io.PixelFormat` -------
 
 
-def describe_value_range(value_range: Sequence[float] | None, origin: str) -> str:
+Range = Sequence[float] | None
+
+
+def describe_value_range(value_range: Range, origin: str) -> str:
     """A remark for the log, empty without a range."""
     text = "; values {:g} to {:g} ({}) become 0 to 255"
     return text.format(*value_range, origin) if value_range else ""
 
 
 def choose_value_range(
-    images: ImageArray | ImageFiles,
-    name: str,
-    given: Sequence[float] | None,
-    known: Sequence[float] | None = None,
-) -> tuple[Sequence[float] | None, str]:
-    """The given range, else the known one, else that of a sample; and a remark for the log.
+    images: Images, name: str, given: Range, known: Range = None
+) -> tuple[Range, str]:
+    """The `given` range, else the `known` one of the backbone, else a sample's; a remark on it.
 
-    Args:
-        name: of the data set, in words.
-        given: by --value_range. known: the backbone's.
-
-    Raises:
-        UserError: where a range is given, and no image of the sample needs one.
+    A UserError where a range is given, and no image of the sample needs one; `name` is their set's.
     """
     if known and not given:
         return known, describe_value_range(known, "the backbone's")
     files = isinstance(images, ImageFiles)
     sampled = image_io.find_value_range(images.paths, images.pixel_format) if files else None
     if given and not sampled:
-        raise UserError(
-            f"--value_range is of values of more than 8 bits, and {name} has none in a sample: "
-            "leave it out"
-        )
-    if given:
-        return given, describe_value_range(given, "given")
-    return sampled, describe_value_range(sampled, "found in a sample")
+        lacking = f"and {name} has none in a sample: leave it out"
+        raise UserError(f"--value_range is of values of more than 8 bits, {lacking}")
+    origin = "given" if given else "found in a sample"
+    return given or sampled, describe_value_range(given or sampled, origin)
 
 
 @user_errors()
 def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None = None) -> str:
-    """Set the value range of a training's images and the backbone's mean and std.
+    """Set the value range of a training's images and the backbone's mean and std; a remark on them.
 
     The range is that of --value_range, else of the checkpoint `saved`, else of a sample. Mean and
-    std are those of `saved`, or of a sample where the backbone has none. Returns a remark for the
-    log.
-
-    Raises:
-        UserError: where a range is given that no image needs, or no image can be read.
+    std are those of `saved`, or of a sample where the backbone has none. A UserError where a range
+    is given that no image needs, or no image can be read.
     """
     images = source.pretrain
     if saved:
@@ -502,8 +436,8 @@ def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None
     source.set_pixel_format(value_range=value_range)
     backbone.value_range = value_range
     if backbone.mean is None:
-        how = images.max_side, images.pixel_format
-        backbone.mean, backbone.std = image_io.channel_statistics(images.paths, *how)
+        files = images.paths, images.max_side, images.pixel_format
+        backbone.mean, backbone.std = image_io.channel_statistics(*files)
         if args.init:
             remark += f"; the first layer of --init is adapted to {args.in_chans} channels"
     if args.in_chans != 3:
@@ -513,10 +447,7 @@ def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None
 
 
 def fit_images_to_backbone(args, backbone: nn.Module, source) -> str:
-    """Set the value range of an evaluation's images: by the flag, the backbone or a sample.
-
-    Returns a remark for the log.
-    """
+    """Set the value range of an evaluation's images, see `choose_value_range`; a remark on it."""
     known = getattr(backbone, "value_range", None)
     chosen, remark = choose_value_range(source.pretrain, source.name, args.value_range, known)
     source.set_pixel_format(value_range=chosen)
@@ -524,26 +455,21 @@ def fit_images_to_backbone(args, backbone: nn.Module, source) -> str:
     return remark
 
 
-# -- Views -----------------------------------------------------------------------------------------
-
-
 def build_views(s, backbone: nn.Module) -> MultiCrop:
     """The views that settings ask for, normalised as the backbone expects."""
+    sizes = s.global_crops_size, s.local_crops_size, s.local_crops_number
+    scales = s.global_crops_scale, s.local_crops_scale
     return MultiCrop(
-        s.global_crops_size,
-        s.local_crops_size,
-        s.local_crops_number,
-        s.global_crops_scale,
-        s.local_crops_scale,
-        s.vertical_flip,
-        # DINO blurs by up to 2 pixels at 224. Smaller views get less in proportion, or the blur
-        # would erase them.
-        blur_sigma=(0.1, 2 * s.global_crops_size / 224),
-        mean=backbone.mean,
-        std=backbone.std,
+        *sizes,
+        *scales,
+        vertical_flip=s.vertical_flip,
         jitter=tuple(s.jitter * strength for strength in JITTER),
         blur=tuple(s.blur * probability for probability in BLUR),
+        # Smaller views get less than DINO's 2 pixels at 224 in proportion, or it would erase them.
+        blur_sigma=(0.1, 2 * s.global_crops_size / 224),
         solarize=s.solarize,
-        global_number=s.global_crops_number,
         grayscale=s.grayscale,
+        global_number=s.global_crops_number,
+        mean=backbone.mean,
+        std=backbone.std,
     )

@@ -1,14 +1,9 @@
 """Where images and labels come from: a folder, a text file of paths, or a data set of `NAMED`.
 
-A folder is read with all its sub-folders, except for names that begin with a dot and for what an
-earlier run wrote. Labels are never used for training. Where a folder holds train/ (or training) and
-val/ (or valid, validation, test, testing; in any case) with class sub-folders, a run trains on the
-first and reports k-NN accuracy on the other. Labels may also come from a table, and a part of each
-class may be held out as test images; then the scripts that evaluate need the same flags.
-
-The notes of a `Source` say which folders were taken and which not, count by suffix the files that
-are no images, and say in one line, `no k-NN: ...`, why there are no labels. An evaluation then
-refuses with the same words.
+A folder is read with all its sub-folders, but for hidden files and what an earlier run wrote. Where
+it holds train/ and val/ (see `TRAIN`, `TEST`) with class sub-folders, a run trains on the first and
+reports k-NN accuracy on the other. Labels, which are never trained on, may also come from a table,
+and a part of each class may be held out; then the scripts that evaluate need the same flags.
 """
 
 import csv
@@ -41,30 +36,19 @@ Labels = list[str | None]  # the class of each image; None where a table leaves 
 
 @dataclass
 class Source:
-    """The images of a data set.
+    """The images of a data set."""
 
-    Attributes:
-        name: in words, for the log.
-        pretrain: all images to learn from; labels are not used.
-        train, test: labelled images, the memory and the queries of k-NN; None where there are none.
-        classes: number of labels; 0 without them.
-        notes: what was assumed, skipped or left out, a sentence each.
-        no_labels: why there are no labels to test on; empty where there are some.
-        names: of the classes, by label; None where nothing names them.
-    """
-
-    name: str
-    pretrain: ImageArray | ImageFiles
-    train: ImageArray | ImageFiles | None = None
-    test: ImageArray | ImageFiles | None = None
-    classes: int = 0
-    notes: list[str] = field(default_factory=list)
-    no_labels: str = ""
-    names: list[str] | None = None
+    name: str  # in words, for the log
+    pretrain: ImageArray | ImageFiles  # all images to learn from; labels are not used
+    train: ImageArray | ImageFiles | None = None  # labelled images, the memory of k-NN
+    test: ImageArray | ImageFiles | None = None  # the queries of k-NN
+    classes: int = 0  # number of labels
+    notes: list[str] = field(default_factory=list)  # what was assumed, skipped or left out
+    no_labels: str = ""  # why there are no labels to test on
+    names: list[str] | None = None  # of the classes, by label
 
     def files(self) -> list[ImageFiles]:
-        splits = self.pretrain, self.train, self.test
-        return [images for images in splits if isinstance(images, ImageFiles)]
+        return [x for x in (self.pretrain, self.train, self.test) if isinstance(x, ImageFiles)]
 
     def limit_side(self, max_side: int) -> None:
         """Reduce large files on reading; see `read_image`."""
@@ -72,10 +56,7 @@ class Source:
             images.max_side = max_side
 
     def set_pixel_format(self, **changes) -> None:
-        """Change what files become, by the names of `image_io.PixelFormat`.
-
-        A UserError where images in memory have another number of channels.
-        """
+        """Change fields of the files' PixelFormat; a UserError for other channels in memory."""
         if isinstance(self.pretrain, ImageArray):
             channels, needed = self.pretrain.images.shape[1], changes.get("channels", 3)
             if channels != needed:
@@ -84,17 +65,13 @@ class Source:
             images.pixel_format = images.pixel_format._replace(**changes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Named data sets: functions of --data_root and --download. `NAMED` is all that another one needs.
-# --------------------------------------------------------------------------------------------------
+# -- Named data sets, functions of --data_root and --download --------------------------------------
 
 
 def demo_images(root: str, download: bool) -> Source:
     side = demo.SIDE // 2  # shows the glyphs as well, at a quarter of the cost
-    train, test = (
-        ImageArray(*demo.demo_images(indices), view_side=side)
-        for indices in demo.splits(demo.TRAIN, demo.TEST)
-    )
+    indices = demo.splits(demo.TRAIN, demo.TEST)
+    train, test = (ImageArray(*demo.demo_images(split), side) for split in indices)
     return Source("the built-in demo images", train, train, test, classes=10)
 
 
@@ -108,24 +85,22 @@ def demo_scenes(root: str, download: bool) -> Source:
 
 def torchvision_set(kind: str, name: str, root: str, download: bool) -> Source:
     """A data set of torchvision, in memory; `kind` is its class there."""
-    splits = [dict(train=True), dict(train=False)]
-    if kind == "STL10":
+    stl, splits = kind == "STL10", [dict(train=True), dict(train=False)]
+    if stl:
         splits = [dict(split=split) for split in ("train", "test", "unlabeled")]
     load_split = functools.partial(getattr(torchvision_datasets, kind), root, download=download)
     try:
         sets = [load_split(**split) for split in splits]
     except (RuntimeError, OSError) as error:  # absent, corrupted, or no network
-        hint = "not found; add --download, or name its folder by --data_root"
-        hint = "the download failed" if download else hint
+        hint = "the download failed" if download else "not found; add --download or --data_root"
         raise UserError(f"{kind.lower()} under {root}: {hint}") from error
     arrays = []
     for loaded in sets:
-        labels = loaded.targets if hasattr(loaded, "targets") else loaded.labels
-        images = torch.from_numpy(loaded.data)
-        if images.shape[1] != 3:  # CIFAR has channels last, STL-10 first
+        images, labels = torch.from_numpy(loaded.data), loaded.labels if stl else loaded.targets
+        if not stl:  # CIFAR has channels last
             images = images.permute(0, 3, 1, 2).contiguous()
         arrays.append(ImageArray(images, torch.as_tensor(labels, dtype=torch.int64)))
-    train, test, pretrain = *arrays[:2], arrays[2 if kind == "STL10" else 0]
+    train, test, pretrain = *arrays[:2], arrays[2 if stl else 0]
     classes, names = int(train.labels.max()) + 1, getattr(sets[0], "classes", None)
     return Source(name, pretrain, train, test, classes, names=names)
 
@@ -162,35 +137,24 @@ def path_key(path: str) -> str:
 
 def shortened(names: list[str], most: int = 5) -> str:
     """The first of the names, and the number of the others."""
-    others = [f"{len(names) - most} others"] * (len(names) > most)
-    return ", ".join([*names[:most], *others])
+    return ", ".join(names[:most] + [f"{len(names) - most} others"] * (len(names) > most))
 
 
 @dataclass
 class Splits:
-    """The image files of a folder or list, and what is known of their splits and labels.
+    """The image files of a folder or list, and what is known of their splits and labels."""
 
-    Attributes:
-        name, test_name: where training and test images are from, in words.
-        folder: the folder itself, or that of the list.
-        train, test: paths.
-        top, test_top: the folders whose sub-folders may be classes.
-        no_test: why there are no test images.
-        unused: folders and files that belong to neither split.
-        table: rows by the `path_key` of their image.
-    """
-
-    name: str
-    folder: Path
-    train: list[str]
-    top: Path | None = None
+    name: str  # where the training images are from, in words
+    folder: Path  # the folder itself, or that of the list
+    train: list[str]  # paths
+    top: Path | None = None  # the folder whose sub-folders may be classes
     test_name: str = ""
     test: list[str] = field(default_factory=list)
     test_top: Path | None = None
-    no_test: str = ""
-    unused: list[str] = field(default_factory=list)
+    no_test: str = ""  # why there are no test images
+    unused: list[str] = field(default_factory=list)  # folders and files of neither split
     notes: list[str] = field(default_factory=list)
-    table: dict[str, Row] = field(default_factory=dict)
+    table: dict[str, Row] = field(default_factory=dict)  # by the `path_key` of their image
 
     def labels_of(self, paths: list[str], top: Path | None) -> Labels:
         """The table's labels, where it names some of the images; else the sub-folders of `top`."""
@@ -211,8 +175,8 @@ class Splits:
         """The classes of the training images; NoLabels where there is only one."""
         classes = set(filter(None, labels))
         if len(classes) == 1:
-            where = self.top or self.name
-            raise NoLabels(f"all images of {where} are of one class, {classes.pop()!r}")
+            one = f"one class, {classes.pop()!r}"
+            raise NoLabels(f"all images of {self.top or self.name} are of {one}")
         return classes
 
     def all_notes(self) -> list[str]:
@@ -232,43 +196,31 @@ def read_list(file: Path) -> Splits:
         raise UserError(f"{file} names {missing}, which does not exist")
     distinct = list({path_key(path): path for path in reversed(paths)}.values())[::-1]
     repeated = len(paths) - len(distinct)
-    return Splits(
-        f"{len(distinct)} images named in {file}",
-        file.parent,
-        distinct,
-        no_test=f"{file} is a list of paths; that needs --labels and --test_fraction beside it",
-        notes=[f"{repeated} lines name an image again"] * bool(repeated),
-    )
+    splits = Splits(f"{len(distinct)} images named in {file}", file.parent, distinct)
+    splits.no_test = f"{file} is a list of paths; that needs --labels and --test_fraction beside it"
+    splits.notes = [f"{repeated} lines name an image again"] * bool(repeated)
+    return splits
 
 
 def read_splits(folder: Path, by_table: bool) -> Splits:
-    """All images below a folder, or below its train/ and val/ (see `TRAIN` and `TEST`).
-
-    Files beside these are not used. Without a val/, a train/ that itself holds images is a class,
-    of vehicles say, where another folder beside it has images too.
-
-    Args:
-        by_table: a table has the splits, so the names of folders mean nothing.
-    """
+    """All images below a folder, or below its train/ and val/ unless a table has the splits."""
     inside, left_out = image_io.sub_folders(folder), Counter()
     tops, test_tops = (
         [path for name in names for path in inside if path.name.lower() == name]
         for names in (TRAIN, TEST)
     )
+    # Without a val/, a train/ of images is a class where a folder beside it has images too.
     is_class = tops and not test_tops and image_io.read_folder(tops[0])[0]
     is_class = is_class and any(image_io.has_images(path) for path in inside if path != tops[0])
     top = tops[0] if tops and not is_class and not by_table else folder
     splits = Splits(f"folder {top}", folder, image_io.find_images(top, left_out), top)
     if top == folder:
-        splits.no_test = (
-            f"that needs train/ and val/ (or test/) in {folder}, each with class sub-folders, or "
-            "--test_fraction, or --labels"
-        )
+        needed = f"train/ and val/ (or test/) in {folder}, each with class sub-folders"
+        splits.no_test = f"that needs {needed}, or --test_fraction, or --labels"
         splits.notes = [] if by_table else notes_on_names(splits, tops, test_tops)
     else:
-        splits.no_test = f"no val/ or test/ is beside {top}"
-        if test_tops:
-            splits.no_test = f"{test_tops[0]} has no image"
+        empty = [f"{test_top} has no image" for test_top in test_tops]
+        splits.no_test = empty[0] if empty else f"no val/ or test/ is beside {top}"
         for test_top in test_tops:
             splits.test = sorted(image_io.walk(test_top, left_out))
             if splits.test:
@@ -295,27 +247,22 @@ def notes_on_names(splits: Splits, tops: list[Path], test_tops: list[Path]) -> l
     return [f"{path} is read like any other folder: {folder} has no train/" for path in named[:1]]
 
 
-# -- Labels and splits by a table ------------------------------------------------------------------
+# -- Labels, and splits by a table -----------------------------------------------------------------
 
 
 def read_table(file: Path) -> list[Row]:
     """The rows of a table with the columns path and label, perhaps split, and any others.
 
-    The first line names them. They are separated by commas, semicolons or tabs. Labels are any
-    strings. A split has a name of `TRAIN` or `TEST`.
-
-    Raises:
-        UserError: where it cannot be read, has no rows, lacks a column, or a row lacks a value.
+    The first line names them; commas, semicolons or tabs separate them. Labels are any strings, a
+    split is one of `TRAIN` or `TEST`. A UserError says what is wrong with the table.
     """
-    wanted = "give a table with the columns path and label"
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--labels {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--labels {file} is not a text file in UTF-8: {wanted}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "it is not a text file in UTF-8")
+        raise UserError(f"--labels {file} cannot be read: {reason}") from error
     if not text.strip():
-        raise UserError(f"--labels {file} is empty: {wanted}")
+        raise UserError(f"--labels {file} is empty: give a table with the columns path and label")
     try:
         for delimiter in ",;\t":
             reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
@@ -334,7 +281,6 @@ def read_table(file: Path) -> list[Row]:
 
 
 def row_of(header: list[str], cells: list[str], line: int, file: Path) -> Row:
-    """One row, checked by itself."""
     values, where = dict(zip(header, cells)), f"line {line} of --labels {file}"
     path, label = (values.get(name, "").strip() for name in ("path", "label"))
     if not path or not label:
@@ -352,11 +298,8 @@ def row_of(header: list[str], cells: list[str], line: int, file: Path) -> Row:
 def apply_table(splits: Splits, rows: list[Row], file: Path) -> None:
     """Look up the images of a table's rows, and take its splits where it has them.
 
-    A row's path is relative to the folder of the table or to that of the images.
-
-    Raises:
-        UserError: where a row names a missing file, two rows contradict each other, no row names an
-            image, or no image is left to train on.
+    A row's path is relative to the folder of the table or to that of the images. A UserError names
+    a missing file, rows in contradiction, and a table that leaves no image to train on.
     """
     paths = splits.train + splits.test
     known, not_read = {path_key(path) for path in paths}, 0
@@ -366,8 +309,8 @@ def apply_table(splits: Splits, rows: list[Row], file: Path) -> None:
         path = next((place for place in places if place in known), None)
         if path is None:
             if not any(map(os.path.exists, places)):
-                missing = f"which is neither in {file.parent} nor in {splits.folder}"
-                raise UserError(f"{where} names {row.path}, {missing}")
+                tops = f"neither in {file.parent} nor in {splits.folder}"
+                raise UserError(f"{where} names {row.path}, which is {tops}")
             not_read += 1
             continue
         first = splits.table.setdefault(path, row)
@@ -377,30 +320,22 @@ def apply_table(splits: Splits, rows: list[Row], file: Path) -> None:
         raise UserError(f"--labels {file} names no image that is read from {splits.folder}")
     if not_read:
         splits.notes.append(f"{not_read} rows of {file} name files that are not read")
-    if any(row.split for row in splits.table.values()):
-        split_by_table(splits, paths, file)
-    elif not splits.test:
-        splits.no_test = (
-            f"{file} labels training images alone; that needs a column split in it, or "
-            f"--test_fraction, or train/ and val/ in {splits.folder}"
-        )
-
-
-def split_by_table(splits: Splits, paths: list[str], file: Path) -> None:
-    """Test on the first split of `TEST` that the table has; train on images without a split too."""
-    rows = (splits.table.get(path_key(path)) for path in paths)
-    of_paths = [row and row.split for row in rows]
-    test = next((name for name in TEST if name in of_paths), None)
-    splits.train = [p for p, split in zip(paths, of_paths) if split in (None, *TRAIN)]
-    splits.test = [p for p, split in zip(paths, of_paths) if split and split == test]
+    if not any(row.split for row in splits.table.values()):
+        if not splits.test:
+            needed = f"a column split, or --test_fraction, or train/ and val/ in {splits.folder}"
+            splits.no_test = f"{file} labels training images alone; that needs {needed}"
+        return
+    # Test on the first split of `TEST` that the table has; train on images without a split too.
+    split_of = {path: row.split for path, row in splits.table.items()}
+    named = [(path, split_of.get(path_key(path))) for path in paths]
+    test = next((name for name in TEST if name in split_of.values()), None)
+    splits.train = [path for path, split in named if split in (None, *TRAIN)]
+    splits.test = [path for path, split in named if split and split == test]
     splits.test_name, splits.no_test = f"split {test} of {file}", f"{file} has no split val or test"
     if not splits.train:
         raise UserError(f"--labels {file} leaves no image to train on: all are of other splits")
     if others := len(paths) - len(splits.train) - len(splits.test):
         splits.unused.append(f"{others} images of other splits of {file}")
-
-
-# -- Sources ---------------------------------------------------------------------------------------
 
 
 def labels_of_splits(splits: Splits) -> tuple[Labels, Labels]:
@@ -411,8 +346,7 @@ def labels_of_splits(splits: Splits) -> tuple[Labels, Labels]:
     test = splits.labels_of(splits.test, splits.test_top)
     known = splits.classes_of(train)
     for name in sorted(set(filter(None, test)) - known):
-        if splits.top and (splits.top / name).is_dir():
-            folder = splits.top / name
+        if splits.top and (folder := splits.top / name).is_dir():
             raise NoLabels(f"class folder {folder} has no image, but {splits.test_name} has one")
         near = (f" (it has {other!r})" for other in known if other.lower() == name.lower())
         lacking = f"{splits.top or splits.name} lacks{next(near, '')}"
@@ -421,22 +355,17 @@ def labels_of_splits(splits: Splits) -> tuple[Labels, Labels]:
 
 
 def held_out_indices(paths: Sequence[str], labels: Labels, fraction: float, seed: int) -> list[int]:
-    """Indices of about a `fraction` of each class, one at least; never all of it.
-
-    The choice is a function of `seed`, the names of the classes and the order of the paths' names.
-    Images without a label are never chosen.
-    """
+    """Indices of a `fraction` of each class, one at least, not all; by seed and sorted names."""
     groups: dict[str, list[int]] = {}
     for i in sorted(range(len(paths)), key=lambda i: paths[i]):
         if labels[i] is not None:
             groups.setdefault(labels[i], []).append(i)
     chosen = []
-    for number, label in enumerate(sorted(groups)):
-        members = groups[label]
+    for number, (_, members) in enumerate(sorted(groups.items())):
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         sequence = np.random.SeedSequence([Stream.HELD_OUT, seed, number])
-        draws = sequence.generate_state(len(members))
-        chosen += [members[i] for i in np.argsort(draws, kind="stable")[:count]]
+        order = np.argsort(sequence.generate_state(len(members)), kind="stable")
+        chosen += [members[i] for i in order[:count]]
     return sorted(chosen)
 
 
@@ -453,10 +382,9 @@ def make_test_split(splits: Splits, fraction: float, seed: int) -> tuple[Labels,
     rest = sorted({*range(len(labels))} - {*chosen})
     splits.test, splits.train = ([splits.train[i] for i in part] for part in (chosen, rest))
     splits.test_name, splits.test_top = f"{splits.name}, held out", None
-    splits.notes.append(
-        f"--test_fraction {fraction:g}: {len(chosen)} images, a part of each class, are held out "
-        f"by seed {seed}; train.py with the same flags does not train on them"
-    )
+    part = f"{len(chosen)} images, a part of each class, are held out by seed {seed}"
+    omitted = "train.py with the same flags does not train on them"
+    splits.notes.append(f"--test_fraction {fraction:g}: {part}; {omitted}")
     if single := sorted(name for name, count in Counter(labels).items() if name and count == 1):
         splits.notes.append(f"classes of one image, which is not held out: {shortened(single)}")
     return [labels[i] for i in rest], [labels[i] for i in chosen]
@@ -483,9 +411,7 @@ def source_of(splits: Splits, test_fraction: float | None, seed: int) -> Source:
             return Source(splits.name, ImageFiles(splits.train), notes=notes, no_labels=str(reason))
         train, test = make_test_split(splits, test_fraction, seed)
     names = sorted(set(filter(None, train)))
-    memory, queries = (
-        labelled(*split, names) for split in ((splits.train, train), (splits.test, test))
-    )
+    memory, queries = labelled(splits.train, train, names), labelled(splits.test, test, names)
     pretrain = memory if len(memory) == len(train) else ImageFiles(splits.train)
     images = f"{len(queries)} test images in {splits.test_name}"
     notes = [f"{len(names)} classes: {shortened(names)}; {images}", *splits.all_notes()]
@@ -512,19 +438,10 @@ def load(
     seed: int = 0,
     rank: int = 0,
 ) -> Source:
-    """Open a source by name.
+    """Open a name of `NAMED`, a text file of paths, or a folder; a UserError where that fails.
 
-    Args:
-        source: a name of `NAMED`, stored under `root` where it has files; a text file, see
-            `read_list`; or a folder, see `read_splits`.
-        download: fetch a named data set where `root` lacks it. `rank` 0 does, the others wait.
-        table: a file that gives labels to a folder or list, see `read_table`.
-        test_fraction: share of each class to hold out as test images, chosen by `seed`, where a
-            folder or list has none.
-
-    Raises:
-        UserError: in one sentence, where there is nothing to read, or the labels asked for are
-            missing.
+    With `download`, rank 0 fetches a named set to `root`, and the others wait. A `table` labels a
+    folder or list (see `read_table`), and `test_fraction` of each class is held out by `seed`.
     """
     if source in NAMED:
         ranks_wait = download and dist.is_initialized()
@@ -541,10 +458,8 @@ def load(
     elif source and path.is_dir():  # Path("") would be the current folder
         splits = read_splits(path, by_table=any(row.split for row in rows))
     else:
-        raise UserError(
-            f"no data at {source or 'an empty path'}: give a folder, a text file of paths, or "
-            f"one of {', '.join(NAMED)}"
-        )
+        known = f"a folder, a text file of paths, or one of {', '.join(NAMED)}"
+        raise UserError(f"no data at {source or 'an empty path'}: give {known}")
     if rows:
         apply_table(splits, rows, file)
     return source_of(splits, test_fraction, seed)

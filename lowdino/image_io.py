@@ -1,8 +1,7 @@
 """One file becomes one uint8 image: any picture that Pillow reads, or an array of NumPy's.
 
-`read_image` reads a file as a `PixelFormat` says, `find_value_range` and `channel_statistics` look
-at a sample of files, and `find_images` lists the image files below a folder. Values of more than
-8 bits are called deep here.
+`read_image` reads one file, and `find_images` lists those below a folder. Deep values are those of
+more than 8 bits.
 """
 
 import functools
@@ -36,65 +35,49 @@ def named_errors(path: str) -> Iterator[None]:
 
 
 class PixelFormat(NamedTuple):
-    """How the values of a file become those of an image.
+    """How a file becomes an image."""
 
-    Attributes:
-        channels: C. Any picture becomes RGB (3) or grey (1); another C needs files of C channels.
-        value_range: the deep values that become 0 and 255; None for 0 and 65535, of integers only.
-        max_megapixels: larger images are refused. A JPEG counts as it is decoded, see `read_image`.
-    """
-
-    channels: int = 3
+    channels: int = 3  # any picture becomes RGB (3) or grey (1); other numbers are the file's own
+    # The deep values that become 0 and 255; None for 0 and 65535, of integers only.
     value_range: tuple[float, float] | None = None
-    max_megapixels: float = 256.0
+    max_megapixels: float = 256.0  # larger images are refused; a JPEG counts as it is decoded
 
     def check_size(self, width: int, height: int) -> None:
         if width * height > 1e6 * self.max_megapixels:
-            raise ValueError(
-                f"{width} x {height} pixels are more than --max_megapixels {self.max_megapixels:g}"
-            )
+            most = f"--max_megapixels {self.max_megapixels:g}"
+            raise ValueError(f"{width} x {height} pixels are more than {most}")
 
 
 RGB = PixelFormat()
+SAMPLE = 200  # files at most that tell a range or statistics, evenly from first to last
 
 
 def scale_to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Scale a range of values to 0..255 and clip the others; uint8 stays as it is.
-
-    Raises:
-        ValueError: where no range is given, and their type does not tell one.
-    """
+    """Scale a range to 0..255 and clip; a ValueError where neither it nor the type says which."""
     if values.dtype == np.uint8:
         return np.array(values)
     if values.dtype == bool:
         return values * np.uint8(255)
     if value_range is None:
-        advice = "give a range by --value_range, or convert to 8 or 16 bits first"
+        advice = "give --value_range, or convert to 8 or 16 bits"
         if values.dtype.kind == "f":
             raise ValueError(f"floating-point values have no known range; {advice}")
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            raise ValueError(f"values {low} to {high} do not fit 16 bits; {advice}")
+        if values.min() < 0 or values.max() > 65535:
+            span = f"{values.min()} to {values.max()}"
+            raise ValueError(f"values {span} do not fit 16 bits; {advice}")
     low, high = value_range or (0, 65535)
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     return np.nan_to_num(scaled, nan=0.0).clip(0, 255).round().astype(np.uint8)
 
 
-# -- Pictures --------------------------------------------------------------------------------------
+# -- One file --------------------------------------------------------------------------------------
 
-# How to turn a picture upright, by its EXIF orientation; 1 is upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# The turns that make a picture upright, by its EXIF orientation from 2 on; 1 is upright.
+TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {number: Image.Transpose[name] for number, name in enumerate(TURN_NAMES.split(), 2)}
 
-# Of 16-bit colours Pillow keeps the upper byte. Its raw mode says which byte that is: Big endian,
-# Little endian or Native. Read with the other byte order, the same file gives the lower byte.
+# Pillow keeps the upper byte of 16-bit colours. Read with the other byte order, big (B) or little
+# endian (L) or native (N), the same file gives the lower byte.
 DEEP = {(bands, order) for bands in ("RGB", "RGBA", "RGBX") for order in ("16B", "16L", "16N")}
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
@@ -119,7 +102,6 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def raw_mode(tile: tuple) -> str:
-    """How Pillow reads a tile of a picture, see `DEEP`."""
     return tile[3] if isinstance(tile[3], str) else tile[3][0]
 
 
@@ -151,28 +133,24 @@ def deep_values_of_page(image: Image.Image, path: str) -> np.ndarray | None:
     return None
 
 
-def picture_of_deep_values(
-    values: np.ndarray, page: Image.Image, pixel_format: PixelFormat
-) -> Image.Image:
+def picture_of_deep_values(values: np.ndarray, page: Image.Image, value_range) -> Image.Image:
     """A picture of 8 bits, with the page's alpha channel."""
-    scaled = scale_to_8_bits(values, pixel_format.value_range)
+    scaled = scale_to_8_bits(values, value_range)
     if getattr(page, "tag_v2", {}).get(262) == 0:  # a TIFF whose 0 is white
         scaled = 255 - scaled
     picture = Image.fromarray(scaled)
     if page.mode in ("RGBA", "LA"):
         picture.putalpha(page.getchannel("A"))
     elif isinstance(hole := page.info.get("transparency"), int | tuple):  # the transparent value
-        same = values == np.array(hole)
-        same = same if same.ndim == 2 else same.all(axis=2)
+        same = (np.atleast_3d(values) == hole).all(axis=2)
         picture.putalpha(Image.fromarray(np.where(same, 0, 255).astype(np.uint8)))
     return picture
 
 
 def pages(image: Image.Image, channels: int) -> Iterator[Image.Image]:
     """The first frame of a picture, or all frames where each is a channel."""
-    several = channels not in (1, 3) and len(image.getbands()) == 1
-    several = several and getattr(image, "n_frames", 1) == channels
-    for number in range(channels if several else 1):
+    grey = channels not in (1, 3) and len(image.getbands()) == 1
+    for number in range(channels if grey and getattr(image, "n_frames", 1) == channels else 1):
         if number:
             image.seek(number)
         yield image
@@ -190,7 +168,8 @@ def layers_of_page(image: Image.Image, channels: int) -> list[Image.Image]:
 
 def picture_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -> list[Image.Image]:
     """One RGB or grey picture, or a grey one per channel; of 8 bits and upright."""
-    channels, layers = pixel_format.channels, []
+    channels, value_range, _ = pixel_format
+    layers = []
     with open_picture(path) as image:
         if max_side is not None:
             image.draft("RGB", (max_side, max_side))  # decodes at no smaller size
@@ -198,21 +177,15 @@ def picture_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -
         for page in pages(image, channels):
             values = deep_values_of_page(page, path)
             page.load()
-            picture = page if values is None else picture_of_deep_values(values, page, pixel_format)
-            turn = turn_of(page)  # after load(), because Pillow turns some TIFFs itself
-            layers += [
-                layer if turn is None else layer.transpose(turn)
-                for layer in layers_of_page(picture, channels)
-            ]
+            picture = page if values is None else picture_of_deep_values(values, page, value_range)
+            turn, upright = turn_of(page), layers_of_page(picture, channels)
+            if turn is not None:  # read after load(), because Pillow turns some TIFFs itself
+                upright = [layer.transpose(turn) for layer in upright]
+            layers += upright
     if channels not in (1, 3) and len(layers) != channels:
-        raise ValueError(
-            f"it has {len(layers)} channels, and {channels} are wanted, as --in_chans or the "
-            "network has them; where Pillow sees too few, give .npy or a grey page per channel"
-        )
+        counts = f"it has {len(layers)} channels, and {channels} are wanted by --in_chans"
+        raise ValueError(f"{counts} or the network: give .npy or a grey page per channel")
     return layers
-
-
-# -- Arrays ----------------------------------------------------------------------------------------
 
 
 def is_array(path: str) -> bool:
@@ -227,36 +200,31 @@ def load_array(path: str, channels: int) -> np.ndarray:
         raise ValueError("it is damaged, or holds objects in place of numbers") from error
     if not isinstance(values, np.ndarray):
         raise ValueError("it holds several arrays, where one image was expected")
+    shape = values.shape
     if values.ndim not in (2, 3) or not values.size:
-        raise ValueError(f"its shape {values.shape} is no image's: (H, W) or (H, W, C)")
+        raise ValueError(f"its shape {shape} is no image's: (H, W) or (H, W, C)")
     if values.dtype.kind not in "biuf":
         raise ValueError(f"it holds {values.dtype}, where numbers were expected")
-    shape = values.shape
-    values = values[:, :, None] if values.ndim == 2 else values
+    values = np.atleast_3d(values)
     for count in (channels, 1) if channels == 3 else (channels,):  # grey becomes RGB
         if values.shape[2] == count:
             return values
         if values.shape[0] == count:
             return values.transpose(1, 2, 0)
     axis = f"axis of {channels} channels, first or last"
-    raise ValueError(f"its shape {shape} has no {axis}, as --in_chans or the network has them")
+    raise ValueError(f"its shape {shape} has no {axis}, as --in_chans or the network wants")
 
 
 def array_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -> list[Image.Image]:
     """A grey picture of 8 bits per channel."""
     values = load_array(path, pixel_format.channels)
-    height, width, bands = values.shape
+    height, width, count = values.shape
     pixel_format.check_size(width, height)
-    bands = (scale_to_8_bits(values[..., i], pixel_format.value_range) for i in range(bands))
-    layers = list(map(Image.fromarray, bands))
-    return layers if len(layers) == pixel_format.channels else layers * pixel_format.channels
-
-
-# -- One file, and a sample of several -------------------------------------------------------------
+    bands = (scale_to_8_bits(values[..., i], pixel_format.value_range) for i in range(count))
+    return list(map(Image.fromarray, bands)) * (pixel_format.channels // count)
 
 
 def reduced(image: Image.Image, max_side: int) -> Image.Image:
-    """The image, with its shorter side reduced to `max_side` pixels where that is longer."""
     scale = max_side / min(image.size)
     if scale >= 1:
         return image
@@ -265,29 +233,19 @@ def reduced(image: Image.Image, max_side: int) -> Image.Image:
 
 
 def read_image(path: str, max_side: int | None = None, pixel_format: PixelFormat = RGB) -> Tensor:
-    """Decode a picture or a `.npy` file to (C, H, W) uint8.
+    """Decode a picture or a `.npy` file to (C, H, W) uint8; an ImageError where that fails.
 
-    A picture is turned upright, as its EXIF says, and transparency is laid on white. Of several
-    frames the first is taken. Deep values are scaled, see `PixelFormat`; only of 16-bit CMYK the
-    upper 8 bits are taken as they are.
-
-    Where C is neither 1 nor 3, the channels are a picture's bands, or its C grey pages. An array is
-    (H, W), which is grey, (H, W, C) or (C, H, W); where it could be both, (H, W, C). NaN becomes 0.
-
-    Args:
-        max_side: the shorter side of larger images is reduced to this many pixels; None keeps all
-            pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough.
-
-    Raises:
-        ImageError: naming the file, where it cannot be read, has other channels, or its values have
-            no known range.
+    A picture is turned upright by its EXIF and laid on white. The first of several frames counts.
+    Deep values are scaled, but 16-bit CMYK loses its lower bytes. Where C is neither 1 nor 3, the
+    channels are a picture's bands, or its C grey pages. An array is grey (H, W), (H, W, C) or else
+    (C, H, W); NaN becomes 0. A shorter side above `max_side` pixels is reduced to that; a JPEG is
+    then decoded at 1/2, 1/4 or 1/8 of its size where that is enough.
     """
     with named_errors(path):
         layers = (array_layers if is_array(path) else picture_layers)(path, max_side, pixel_format)
         if max_side is not None:
             layers = [reduced(layer, max_side) for layer in layers]
-        values = np.dstack(layers)  # (H, W, C)
-    return torch.from_numpy(values).permute(2, 0, 1)
+        return torch.from_numpy(np.dstack(layers)).permute(2, 0, 1)
 
 
 def shorter_side(path: str, pixel_format: PixelFormat = RGB) -> int:
@@ -312,15 +270,11 @@ def deep_values(path: str, pixel_format: PixelFormat = RGB) -> np.ndarray | None
             return None if layers[0] is None else np.dstack(layers)
 
 
-SAMPLE = 200  # files at most, evenly from first to last
-
-
 def find_value_range(paths: Sequence[str], pixel_format: PixelFormat) -> tuple[float, float] | None:
-    """The range of the deep values in a sample of files; None where there are none.
+    """The range of the deep values in a sample, without unreadable files; None without any.
 
-    Integers from 0 to 65,535 have the range of their bits, 0 to 2^n - 1 with n from 8 to 16, since
-    the brightest pixel of a dark sample is too low a limit. Floating-point values have [0, 1] where
-    they lie within it. All others have their minimum and maximum. Unreadable files are left out.
+    Integers from 0 to 65,535 have 0 to 2^n - 1, n from 8 to 16, since the brightest pixel of a dark
+    sample is too low a limit. Floats within [0, 1] have that, all others their least and largest.
     """
     low, high, integers = math.inf, -math.inf, True
     for path in paths[:: math.ceil(len(paths) / SAMPLE)]:
@@ -342,10 +296,7 @@ def find_value_range(paths: Sequence[str], pixel_format: PixelFormat) -> tuple[f
 def channel_statistics(
     paths: Sequence[str], max_side: int | None, pixel_format: PixelFormat
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in [0, 1], over the pixels of a sample of files.
-
-    Unreadable files are left out; an ImageError where all are.
-    """
+    """Mean and standard deviation by channel, in [0, 1], of a sample; without unreadable files."""
     count, total, squares = 0, 0.0, 0.0
     for path in paths[:: math.ceil(len(paths) / SAMPLE)]:
         with suppress(ImageError):
@@ -353,7 +304,7 @@ def channel_statistics(
             count += values.shape[1]
             total, squares = total + values.sum(dim=1), squares + values.square().sum(dim=1)
     if not count:
-        read_image(paths[0], max_side, pixel_format)  # its error
+        read_image(paths[0], max_side, pixel_format)  # raises its ImageError
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     # A constant channel is divided by one level of 255, not by 0.
@@ -364,12 +315,9 @@ def channel_statistics(
 
 # Formats that Pillow only identifies, or reads by running another program.
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-
-# Folders that systems put beside files. Names that begin with a dot are left out too.
+# Folders that systems put beside files.
 SYSTEM_FOLDERS = {"$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found"}
-
-# The output folder of a training has RUN_SETTINGS and one of RUN_FILES. Its pictures are no data.
-RUN_SETTINGS = "args.json"
+# The output folder of a training has args.json and one of RUN_FILES. Its pictures are no data.
 RUN_FILES = ("checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl", "crops.png")
 RUN_PICTURES = ("crops.png", "neighbours.png", "maps.png", "attention.png")
 
@@ -384,20 +332,14 @@ def suffixes() -> set[str]:
 def is_run(folder: str | Path) -> bool:
     """Whether a training wrote its files into a folder."""
     exists = lambda name: os.path.exists(os.path.join(folder, name))
-    return exists(RUN_SETTINGS) and any(map(exists, RUN_FILES))
+    return exists("args.json") and any(map(exists, RUN_FILES))
 
 
 def read_folder(folder: str | Path, left_out: Counter | None = None) -> tuple[list[str], list[str]]:
-    """The images and the sub-folders of a folder, sorted.
-
-    Args:
-        left_out: counts the other files by suffix, names that begin with a dot, broken links, and
-            what a training wrote.
-    """
+    """The images and sub-folders of a folder, sorted; `left_out` counts other files by reason."""
     left_out = Counter() if left_out is None else left_out
     try:
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"cannot read folder {folder}: {error.strerror}") from error
     names, of_run = {entry.name for entry in entries}, is_run(folder)
@@ -422,11 +364,7 @@ def read_folder(folder: str | Path, left_out: Counter | None = None) -> tuple[li
 
 
 def walk(folder: str | Path, left_out: Counter, seen: set[str] | None = None) -> Iterator[str]:
-    """The images of a folder and of those below it. Links are followed, each folder is read once.
-
-    Args:
-        left_out: see `read_folder`. seen: the real paths of the folders that have been read.
-    """
+    """The images below a folder, links followed; `seen` has the real paths that were read."""
     inner, seen, real = seen is not None, set() if seen is None else seen, os.path.realpath(folder)
     if real in seen:
         return
@@ -443,20 +381,18 @@ def walk(folder: str | Path, left_out: Counter, seen: set[str] | None = None) ->
 def find_images(folder: Path, left_out: Counter | None = None) -> list[str]:
     """All images below a folder, sorted; a ValueError where there are none. See `walk`."""
     left_out = Counter() if left_out is None else left_out
-    paths = sorted(walk(folder, left_out))
-    if not paths:
-        known = f"{' '.join(IMG_EXTENSIONS)} .npy and what else Pillow reads"
-        remark = f"; left out: {describe_counts(left_out)}" if left_out else ""
-        raise ValueError(f"no images under {folder}; looked for {known}{remark}")
-    return paths
+    if paths := sorted(walk(folder, left_out)):
+        return paths
+    remark = f"; left out: {describe_counts(left_out)}" if left_out else ""
+    known = f"{' '.join(IMG_EXTENSIONS)} .npy and what else Pillow reads"
+    raise ValueError(f"no images under {folder}; looked for {known}{remark}")
 
 
 def has_images(folder: Path) -> bool:
     """Whether there are images below a folder, or it cannot be read."""
-    try:
+    with suppress(ValueError):
         return any(walk(folder, Counter()))
-    except ValueError:
-        return True
+    return True
 
 
 def sub_folders(folder: Path) -> list[Path]:

@@ -44,9 +44,8 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Targets that use every prototype equally over the batch of all ranks: (n, K) -> (n, K).
 
-    Sinkhorn and Knopp's alternating normalisation of exp(logits / temperature), as in SwAV
-    (Caron et al., 2020) and DINOv2 (Oquab et al., 2023): columns to equal sums, rows to sum 1.
-    It computes with logarithms, so that no temperature overflows.
+    Columns of exp(logits / temperature) are normalised to equal sums and rows to 1 in turn, as in
+    SwAV (Caron et al., 2020) and DINOv2 (Oquab et al., 2023); by logarithms, so none overflows.
     """
     log_q = logits.float() / temperature
     for _ in range(iterations):
@@ -61,15 +60,12 @@ def balanced(
     """Mean of two sums of losses: over P_gg pairs of global views and P_gl pairs with a local view.
 
         L = alpha L_g / P_gg + (1 - alpha) L_l / P_gl     (Tan et al., 2023, SSLight)
-
-    alpha None means the mean over all pairs, as does alpha = P_gg / (P_gg + P_gl).
+    alpha None, or P_gg / (P_gg + P_gl), means the mean over all pairs.
     """
     if alpha is None:
         return (loss_g + loss_l) / (pairs_g + pairs_l)
     if not pairs_l:
-        raise ValueError(
-            f"alpha={alpha} balances global against local views, and there are no local ones"
-        )
+        raise ValueError(f"alpha={alpha} needs local views to balance, and there are none")
     return alpha * loss_g / pairs_g + (1 - alpha) * loss_l / pairs_l
 
 
@@ -81,13 +77,8 @@ def mean_over_pairs(
 ) -> Tensor:
     """Mean of loss(s_j, t_i) over all views j and the two global views i != j, see `balanced`.
 
-    Args:
-        loss: linear in its second argument, so that a local view takes the sum of both targets.
-        student: of the V views, global views first. targets: of the two global views.
-
-    Raises:
-        ValueError: for other than two targets, fewer than two student views, or an alpha without
-            local views.
+    `student` has the V views, global views first, and `targets` the two global views. The loss is
+    linear in its second argument, so that a local view takes the sum of both targets.
     """
     if len(targets) != 2 or len(student) < 2:
         raise ValueError(
@@ -107,21 +98,12 @@ class DINOLoss(nn.Module):
         P_t = softmax((t - c) / T_t),  P_s = softmax(s / T_s),  H(t, s) = - sum_k P_t[k] log P_s[k]
         L = mean of H(t_i, s_j) over i in {0, 1}, j in {0 .. V-1}, j != i                    (eq. 3)
         c <- m c + (1 - m) mean of t over the batch of all ranks                             (eq. 4)
-    (Caron et al., 2021). The methods are `targets`, `pairs` and `update_center`; `forward` calls
-    all three.
-
-    `centering="sinkhorn"` computes P_t by Sinkhorn-Knopp instead, without c. `alpha` balances the
-    pairs of global views against those with a local view, see `balanced`.
+    (Caron et al., 2021). `forward` calls `targets`, `pairs` and `update_center`.
 
     Args:
-        out_dim: number of prototypes, K.
-        student_temp: T_s.
-        center_momentum: m.
-        centering: "softmax" or "sinkhorn".
-        alpha: balance in [0, 1]; None for the mean over all pairs.
-
-    Raises:
-        ValueError: for another centering or an alpha out of range.
+        out_dim: number of prototypes, K. student_temp: T_s. center_momentum: m.
+        centering: "softmax", or "sinkhorn", which computes P_t by Sinkhorn-Knopp and has no c.
+        alpha: balance in [0, 1] of global and local views, see `balanced`; None for the mean.
     """
 
     center: Tensor
@@ -146,12 +128,9 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], teacher_temp: float) -> Tensor:
-        """The loss, a scalar. In training mode the centre is updated afterwards.
+        """The loss, a scalar; in training mode the centre is updated afterwards.
 
-        Args:
-            student: (B, K) logits of the V views, global views first.
-            teacher: (B, K) logits of the two global views.
-            teacher_temp: T_t.
+        `student` and `teacher` are logits (B, K) of V views, global first, and of the global two.
         """
         logits = torch.cat(teacher)  # (2 B, K)
         targets = self.targets(logits, teacher_temp)
@@ -169,12 +148,7 @@ class DINOLoss(nn.Module):
             return (logits.float() - self.center).div_(teacher_temp).softmax(dim=-1)
 
     def pairs(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy over all pairs of different views, a scalar; see `mean_over_pairs`.
-
-        Args:
-            student: (B, K) logits of the V views, global views first.
-            targets: (B, K) probabilities of the two global views, from `targets`.
-        """
+        """Cross-entropy of logits and `targets`, (B, K) each, a scalar; see `mean_over_pairs`."""
         with autocast_off(student[0]):
             return mean_over_pairs(self.cross_entropy, student, targets, self.alpha)
 
@@ -213,10 +187,7 @@ class GatherRows(torch.autograd.Function):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks, from which every rank computes the same loss.
-
-    DDP averages the gradients, so the gradient of each rank is multiplied by the number of ranks.
-    """
+    """The sum over all ranks, for the same loss on each; gradients are scaled for DDP's mean."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -243,13 +214,11 @@ class KoLeoLoss(nn.Module):
     """Spread features evenly over the sphere: minus the Kozachenko-Leonenko estimate of entropy.
 
         L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features
+    (Sablayrolles et al., 2019), as in DINOv2, but with neighbours in the batch of all ranks. The
+    nearest has the largest inner product, since |z_i - z_j|^2 = 2 - 2 z_i . z_j. Only the distance
+    to it is differentiated.
 
-    (Sablayrolles et al., 2019), as in DINOv2, on the features of one view per image. DINOv2 looks
-    for neighbours in the batch of one rank, this loss in the batch of all ranks. The nearest
-    neighbour has the largest inner product, since |z_i - z_j|^2 = 2 - 2 z_i . z_j. Only the
-    distance to it is differentiated.
-
-    forward(features): (n, D). Returns a scalar. ValueError for fewer than two rows over all ranks.
+    forward(features): (n, D), one view per image -> a scalar; a ValueError for fewer than two rows.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -270,12 +239,10 @@ class InfoNCELoss(nn.Module):
     """Each view must find the other view of its image in the batch (van den Oord et al., 2018).
 
         L = - 1/2n sum_i [ log softmax_j(a_i . b_j / T)[i] + log softmax_j(b_i . a_j / T)[i] ]
+    over the n images of all ranks. It is symmetric as in MoCo v3 (Chen, Xie and He, 2021), but has
+    no momentum encoder, so it learns from the first step.
 
-    over the n images of all ranks, where a and b are the unit embeddings of the two global views.
-    It is symmetric as in MoCo v3 (Chen, Xie and He, 2021), but has no momentum encoder. It needs no
-    teacher, so it learns from the first step.
-
-    forward(a, b): (n, D) unit vectors each. Returns a scalar.
+    forward(a, b): unit embeddings (n, D) of the two global views -> a scalar.
     """
 
     def __init__(self, temperature: float = 0.2):
@@ -299,14 +266,10 @@ class CodingRateLoss(nn.Module):
         C = mean over views v and images i of cos(z_vi, mean_v z_vi)
         R = mean over v of 1/2 log det(I + d / (n eps) Z_v^T Z_v)             the total coding rate
         L = - weight C - R
-    The rate takes the place of negatives. It needs no large batch, and the ranks exchange only the
-    sums Z_v^T Z_v (d, d).
+    The rate replaces negatives and needs no large batch; ranks exchange only Z_v^T Z_v (d, d).
+    `weight` is 200 in the paper, and eps, the squared precision of the code, 0.2 in its code.
 
-    forward(z): embeddings (V, B, d) of this rank, of any length. Returns C and R, scalars, and
-    `total(C, R)` is L.
-
-    Args:
-        weight: of C; 200 in the paper. eps: squared precision of the code; 0.2 in the paper's code.
+    forward(z): this rank's embeddings (V, B, d) of any length -> C and R; `total(C, R)` is L.
     """
 
     def __init__(self, weight: float = 200.0, eps: float = 0.2):
@@ -340,11 +303,10 @@ class KDLoss(nn.Module):
     """Knowledge distillation with softened probabilities (Hinton et al., 2015; LowDINO, eq. 4).
 
         L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k])
+    averaged over the rows. T^2 keeps the size of the gradient independent of T.
 
-    averaged over the rows. T^2 keeps the size of the gradient independent of T. t and s are the
-    logits of a classifier or, without labels, features of the same width.
-
-    forward(student, teacher): (n, K) each. Returns a scalar; only the student has a gradient.
+    forward(student, teacher): logits or, without labels, features (n, K) each -> a scalar, whose
+    gradient is the student's alone.
     """
 
     def __init__(self, temperature: float = 3.0):
@@ -364,11 +326,10 @@ class SimKDLoss(nn.Module):
     """The student's projected features imitate the teacher's (Chen et al., 2022, SimKD, eq. 4).
 
         L = |s - t|^2 / D,   mean over the rows
+    so that the teacher's classifier can be applied to them. SimKD projects and compares feature
+    maps; here both are pooled first.
 
-    so that the teacher's classifier can be applied to them. SimKD projects feature maps by
-    convolutions and compares maps; here both are pooled first.
-
-    forward(student, teacher): (n, D) each. Returns a scalar; only the student has a gradient.
+    forward(student, teacher): (n, D) each -> a scalar, whose gradient is the student's alone.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -382,20 +343,13 @@ class SimilarityLoss(nn.Module):
 
         p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s)
         L = - mean_i sum_j p_t[j] log p_s[j]
+    with unit vectors s_i, t_i and q_j. The q_j are the teacher's vectors of the batch of all ranks,
+    t_i included, and the last `queue_size` before it; 0 uses the batch alone. SEED's code uses only
+    t_i of the batch, and a queue of 65,536. T_s and T_t are SEED's by default.
 
-    with unit vectors s_i, t_i and q_j. The q_j are the teacher's vectors of the batch of all
-    ranks, which includes t_i, and the last `queue_size` vectors before that batch. SEED's code
-    uses only t_i of the batch, and a queue of 65,536.
-
-    forward(student, teacher): (V * n, D), already projected to the teacher's width, and (n, D). The
-    student's rows are V views of the n images, view by view; the teacher saw each image once.
-    Returns a scalar; only the student has a gradient. In training mode the teacher's vectors enter
-    the queue afterwards.
-
-    Args:
-        dim: D.
-        queue_size: number of vectors in the queue; 0 uses the batch alone.
-        student_temp, teacher_temp: T_s and T_t; by default SEED's 0.2 and 0.01.
+    forward(student, teacher): (V * n, D), V views of the n images, view by view, projected to the
+    teacher's width, and (n, D) -> a scalar, whose gradient is the student's alone. In training mode
+    the teacher's vectors enter the queue afterwards.
     """
 
     queue: Tensor
@@ -444,13 +398,11 @@ class DistanceCorrelation(nn.Module):
     """The dependence of two sets of features of the same images (Szekely et al., 2007).
 
         dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances of the rows of x and y
+    It is 0 for independent features and 1 for proportional distances. `correlation` is MV-MR's
+    equation 2, `centred_distances` A of equation 3, with the biased (V-statistic) mean.
 
-    It is 0 for independent features and 1 for proportional distances; widths and scales may differ.
-    `correlation` is MV-MR's equation 2, `centred_distances` is A of its equation 3, with the biased
-    (V-statistic) mean, over the rows of all ranks.
-
-    forward(x, y): (n, D) and (n, E). Returns dCor, a scalar; 0, without gradient, where all rows
-    of x or all rows of y are equal.
+    forward(x, y): (n, D) and (n, E) -> dCor over the rows of all ranks; 0, without gradient, where
+    all rows of x or all rows of y are equal.
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -480,15 +432,11 @@ class MVMRLoss(nn.Module):
         L2 = dependence * (1 - dCor(z, z'))                                               (eq. 8)
         L3 = representation * sum_m (1 - dCor(z', r_m))                                   (eq. 9)
         L = L1 + L2 + L3                                                                  (eq. 10)
-    The authors' code adds dCor(z', r_m) where their paper and this file add 1 - dCor(z', r_m). To
-    minimise the former is to unlearn what the paper learns.
+    The weights are 1, as in the authors' code. That adds dCor(z', r_m), where their paper and this
+    file add 1 - dCor(z', r_m); to minimise the former unlearns what the paper learns.
 
-    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m). Returns L1,
-    L2 and L3. Rows are gathered, so every rank has the loss of all ranks.
-
-    Args:
-        invariance, variance, dependence, representation: weights; 1 each, as in the authors' code.
-        margin, eps: of the standard deviation.
+    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m) -> L1, L2 and
+    L3 of the rows of all ranks.
     """
 
     def __init__(

@@ -121,7 +121,7 @@ def test_a_table_for_a_list_of_paths(picture_folder):
         ("path,label,split\ntrain/dark/0.png,1,test\n", "has class '1', which .*pictures lacks"),
         ("path,label\nlabels.csv,1\n", "names no image that is read from"),
         ("path,label\ntrain/dark/0.png,a, b\n", "line 2 of .* has more cells than line 1; put q"),
-        (b"\x89PNG\r\n\xff", "is not a text file in UTF-8: give a table"),
+        (b"\x89PNG\r\n\xff", "is not a text file in UTF-8"),
         (None, "cannot be read: No such file"),
     ],
 )
