@@ -1,10 +1,9 @@
 """Multi-crop augmentation of uint8 batches, on the device where they lie.
 
-A crop, an antialiased resize and a flip are together one linear map along each axis, with a few
-taps and different for each image. It is differentiable, and equals Pillow's BICUBIC within
-rounding. A GPU applies it as two batched matrix products. A CPU applies it as weighted sums of
-rows, and leaves large views of uint8 images to torch's resize. Blur is such a map too. Colour
-operations compare no elements, because a CPU is slow at that. The data loader only decodes.
+A crop, an antialiased resize and a flip are together one linear map along each axis, of a few taps
+for each image, which equals Pillow's BICUBIC within rounding. A GPU applies it as two batched
+matrix products, a CPU as weighted sums of rows, and as torch's resize to large views of uint8
+images. Blur is such a map too. Colour operations compare no elements: a CPU is slow at that.
 
 Images are (B, C, H, W) with values in [0, 1] unless a docstring differs. Every parameter is a
 tensor of one value per image. Hue, saturation and grayscale apply to RGB only.
@@ -28,10 +27,7 @@ JITTER, BLUR = (0.4, 0.4, 0.2, 0.1), (1.0, 0.1, 0.5)
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed of 63 bits, a function of the numbers (such as stream, seed, step, rank) alone.
-
-    Raises ValueError for negative numbers.
-    """
+    """A seed of 63 bits from numbers >= 0 (such as stream, seed, step, rank) alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -46,22 +42,15 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 def interpolation(
     start: Tensor, length: Tensor, out_size: int, in_size: int, flip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Pixels to read along an axis, and their weights, to resize a part of the axis.
+    """Pixels to read along an axis of `in_size`, and their weights, to resize a part to `out_size`.
 
-    The kernel is cubic with a = -0.5 (Keys, 1981). As Pillow defines it, the kernel is widened by
-    the scale where the part shrinks (antialiasing), and cut at the part's edges.
+    The kernel is cubic with a = -0.5 (Keys, 1981) and, as Pillow's, widened by the scale where the
+    part shrinks (antialiasing) and cut at the part's edges. Keys' two cubics at distance x are one
+    sum, v * v * (v - 1) / 2 + u * u * (1 - 2 * u), with v = max(2 - x, 0) and u = max(1 - x, 0).
+    The code takes twice that, because the weights are divided by their sum.
 
-    Keys' two cubics at distance x are one sum, v * v * (v - 1) / 2 + u * u * (1 - 2 * u), with
-    v = max(2 - x, 0) and u = max(1 - x, 0). The code takes twice that, because the weights are
-    divided by their sum.
-
-    Args:
-        start, length: (N,) the part, in pixels.
-        out_size, in_size: pixels of the resized part, and of the complete axis.
-        flip: (N,) bool, reverses the result.
-
-    Returns:
-        indices int64 and weights float32, both (N, out_size, taps); a pixel's weights sum to 1.
+    `start` and `length` (N,) are the parts in pixels, and `flip` (N,) bool reverses them. Returns
+    indices int64 and weights float32, both (N, out_size, taps); a pixel's weights sum to 1.
     """
     support = 2 * max(1, in_size / out_size)  # at most, in pixels
     taps = torch.arange(2 * math.ceil(support), device=start.device, dtype=torch.float32)
@@ -94,12 +83,9 @@ def resample(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     N, n, _ = indices.shape
     if on_cpu(x):
         rows = indices + L * (torch.arange(N) % B)[:, None, None]
-        sums = F.embedding_bag(
-            rows.flatten(0, 1),
-            x.reshape(B * L, K),
-            per_sample_weights=weights.flatten(0, 1),
-            mode="sum",
-        )
+        rows, weights = rows.flatten(0, 1), weights.flatten(0, 1)
+        table = x.reshape(B * L, K)
+        sums = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
         return sums.view(N, n, K)
     with torch.autocast(x.device.type, enabled=False):  # its 8 bits are too few for an image
         matrices = weights.new_zeros(N, n, L).scatter_add_(2, indices, weights)
@@ -110,10 +96,9 @@ def resample(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 
 
 def separable(images: Tensor, *axes: Tensor) -> Tensor:
-    """Resample along each axis, columns first: (B, C, H, W) -> (N, C, h, w).
+    """Resample along each axis, columns first, and clip as Pillow: (B, C, H, W) -> (N, C, h, w).
 
-    `axes` are indices and weights (N, h, taps) of the rows, then those (N, w, taps) of the columns,
-    with N as in `resample`. Both results are clipped to [0, 1], as Pillow does.
+    `axes` are the indices and weights of the rows, then those of the columns, see `resample`.
     """
     C, H = images.shape[1:3]
     images = images.permute(0, 3, 1, 2).flatten(2)  # (B, W, C * H)
@@ -134,37 +119,32 @@ def resized_crop(
 
     Values are clipped between the passes along the two axes, so the order of the passes changes
     sharp edges by some levels of 255. Pillow resizes along the width first; since version 13, along
-    the height first where a box loses more than twice as much height as width. On a CPU this code
-    does the same for each image. On a GPU it always resizes along the width first, as Pillow 12
-    does: a choice per image would need two resamplings of every image, or a wait for the host.
+    the height first where a box loses more than twice as much height as width. So does this code on
+    a CPU. On a GPU it always resizes along the width first, as Pillow 12 does: a choice per image
+    would need two resamplings of every image, or a wait for the host.
 
     Args:
-        images: (B, C, H, W), uint8, or float in [0, 1].
-        boxes: (N, 4) top, left, height, width in pixels, inside the image; N is a multiple of B,
-            and box i belongs to image i % B.
-        out_size: side of the result in pixels.
+        images: (B, C, H, W), uint8, or float in [0, 1]; box i belongs to image i % B.
+        boxes: (N, 4) top, left, height, width in pixels, inside the images.
         flip, vertical_flip: (N,) bool, mirror left-right and top-bottom; None for no flip.
 
-    Returns:
-        (N, C, out_size, out_size) float32 in [0, 1].
+    Returns (N, C, out_size, out_size) float32 in [0, 1].
     """
-    if goes_one_by_one(images, out_size):
+    large = out_size + max(images.shape[2:]) > 192
+    if large and on_cpu(images) and images.dtype == torch.uint8:  # where torch's resize is faster
         return resized_crop_one_by_one(images, boxes, out_size, flip, vertical_flip)
     top, left, height, width = boxes.unbind(dim=1)
-    if flip is None or vertical_flip is None:
-        none = torch.zeros_like(top, dtype=torch.bool)
-        flip, vertical_flip = (none if axis is None else axis for axis in (flip, vertical_flip))
+    none = torch.zeros_like(top, dtype=torch.bool)
+    flip, vertical_flip = (none if mask is None else mask for mask in (flip, vertical_flip))
     rows = interpolation(top, height, out_size, images.shape[2], vertical_flip)
     columns = interpolation(left, width, out_size, images.shape[3], flip)
     images = to_float(images.permute(0, 3, 1, 2).contiguous())  # columns first, as they are read
     images = images.permute(0, 2, 3, 1)
     crops = separable(images, *rows, *columns)
-    if on_cpu(images):
-        tall = height_first(boxes, out_size).nonzero().flatten()
-        if len(tall):  # those once more, transposed
-            own = images.index_select(0, tall % len(images)).transpose(2, 3)
-            axes = (v.index_select(0, tall) for v in (*columns, *rows))
-            crops[tall] = separable(own, *axes).transpose(2, 3)
+    if on_cpu(images) and len(tall := height_first(boxes, out_size).nonzero().flatten()):
+        turned = images.index_select(0, tall % len(images)).transpose(2, 3)
+        axes = (v.index_select(0, tall) for v in (*columns, *rows))
+        crops[tall] = separable(turned, *axes).transpose(2, 3)
     return crops
 
 
@@ -174,12 +154,6 @@ def height_first(boxes: Tensor, out_size: int) -> Tensor:
     return (lost_height > 0) & (lost_height > 2 * lost_width)
 
 
-def goes_one_by_one(images: Tensor, out_size: int) -> bool:
-    """Whether torch's resize of uint8 is faster: measured for large views or images on a CPU."""
-    large = out_size + max(images.shape[2:]) > 192
-    return images.dtype == torch.uint8 and on_cpu(images) and large
-
-
 def resized_crop_one_by_one(
     images: Tensor, boxes: Tensor, out_size: int, flip: Tensor | None, vertical_flip: Tensor | None
 ) -> Tensor:
@@ -187,11 +161,11 @@ def resized_crop_one_by_one(
     crops = torch.empty(len(boxes), images.shape[1], out_size, out_size, dtype=torch.uint8)
     numbers = torch.column_stack([boxes, height_first(boxes, out_size)]).int().tolist()
     for i, (top, left, height, width, transposed) in enumerate(numbers):
-        own, out = images[i % len(images), None], crops[i]
-        own = own[..., top : top + height, left : left + width]
+        box, out = images[i % len(images), None], crops[i]
+        box = box[..., top : top + height, left : left + width]
         if transposed:
-            own, out = own.transpose(2, 3), out.transpose(1, 2)
-        out.copy_(F.interpolate(own, (out_size, out_size), mode="bicubic", antialias=True)[0])
+            box, out = box.transpose(2, 3), out.transpose(1, 2)
+        out.copy_(F.interpolate(box, (out_size, out_size), mode="bicubic", antialias=True)[0])
     for mask, axis in ((vertical_flip, 2), (flip, 3)):
         if mask is not None:
             crops = apply_where(mask, crops, partial(torch.flip, dims=(axis,)))
@@ -210,19 +184,11 @@ def random_boxes(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     attempts: int = 10,
 ) -> Tensor:
-    """Boxes of torchvision's RandomResizedCrop, drawn on the generator's device.
+    """Boxes of torchvision's RandomResizedCrop: (B, 4) top, left, height, width; float32 integers.
 
-    The area is uniform in `scale`, the logarithm of the aspect ratio uniform in `ratio`. The first
-    draw that fits is taken; where none fits, the largest central box that the ratio allows.
-
-    Args:
-        sizes: (B, 2) height and width of each image in pixels.
-        scale: smallest and largest area, as a fraction of the image's.
-        ratio: smallest and largest width / height.
-        attempts: draws per image.
-
-    Returns:
-        (B, 4) top, left, height, width: float32, integers.
+    The area is uniform in `scale`, a fraction of the image's, and the logarithm of width / height
+    in `ratio`. The first draw that fits is taken; where none does, the largest central box that the
+    ratio allows. `sizes` (B, 2) are height and width of each image in pixels.
     """
     height, width = sizes.float()[:, None].unbind(dim=2)  # (B, 1) each
     u = torch.rand(len(sizes), attempts, 2, generator=generator, device=sizes.device)
@@ -234,37 +200,33 @@ def random_boxes(
     # Where no draw fits: the complete image, cut to the nearest allowed ratio.
     full_w = torch.minimum(width, (height * ratio[1]).round())
     full_h = torch.minimum(height, (width / ratio[0]).round())
-    found = fits.any(dim=1, keepdim=True)
-    w = torch.where(found, w.gather(1, first), full_w)
-    h = torch.where(found, h.gather(1, first), full_h)
+    any_fits = fits.any(dim=1, keepdim=True)
+    w = torch.where(any_fits, w.gather(1, first), full_w)
+    h = torch.where(any_fits, h.gather(1, first), full_h)
 
     u = torch.rand(len(sizes), 2, generator=generator, device=sizes.device)
     room_y, room_x = height - h, width - w
     top, left = u[:, :1] * (room_y + 1), u[:, 1:] * (room_x + 1)
-    top = torch.where(found, top.floor().minimum(room_y), (room_y / 2).floor())
-    left = torch.where(found, left.floor().minimum(room_x), (room_x / 2).floor())
+    top = torch.where(any_fits, top.floor().minimum(room_y), (room_y / 2).floor())
+    left = torch.where(any_fits, left.floor().minimum(room_x), (room_x / 2).floor())
     return torch.cat([top, left, h, w], dim=1)
 
 
 def windows(sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random part of each image, at most twice its shorter side long: corners, sizes (B, 2).
 
-    Crops are nearly square, so all crops of a line of text would lie at its centre. The part of
-    most images is the image itself. Their views stay the same, since `generator` is not advanced.
+    Crops are nearly square, so all those of a line of text would lie at its centre. `generator` is
+    not advanced, so the views of other images, which are their own part, stay the same.
     """
-    part = torch.minimum(sizes, 2 * sizes.amin(dim=1, keepdim=True))
-    own = None
+    part, stream = torch.minimum(sizes, 2 * sizes.amin(dim=1, keepdim=True)), None
     if generator is not None:  # a separate stream: its seed with the last bit flipped
-        own = torch.Generator(sizes.device).manual_seed(generator.initial_seed() ^ 1)
-    u = torch.rand(sizes.shape, generator=own, device=sizes.device)
+        stream = torch.Generator(sizes.device).manual_seed(generator.initial_seed() ^ 1)
+    u = torch.rand(sizes.shape, generator=stream, device=sizes.device)
     return (u * (sizes - part + 1)).floor().minimum(sizes - part), part
 
 
 def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
-    """The central square with `fraction` of the shorter side.
-
-    (B, 2) heights and widths -> (B, 4) top, left, height, width, integers in pixels.
-    """
+    """Central squares with `fraction` of the shorter side: sizes (B, 2) -> integer boxes (B, 4)."""
     side = (sizes.amin(dim=1) * fraction).round().clamp(min=1)
     top, left = ((sizes - side[:, None]) / 2).floor().unbind(dim=1)
     return torch.stack([top, left, side, side], dim=1)
@@ -274,19 +236,12 @@ def central_boxes(sizes: Tensor, fraction: float) -> Tensor:
 
 
 def on_cpu(images: Tensor) -> bool:
-    """Whether to compute only the images that need an operation.
-
-    A GPU computes all of them and discards some, because the host would have to wait for the number
-    of those that need it.
-    """
+    """Whether to compute an operation only where it is needed; a GPU's host would wait for that."""
     return images.device.type == "cpu"
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma of ITU-R BT.601, as Pillow's mode L: (B, 3, H, W) -> (B, 1, H, W).
-
-    For another number of channels it is their mean.
-    """
+    """Luma of ITU-R BT.601, as Pillow's mode L; the mean of other channels: -> (B, 1, H, W)."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     r, g, b = images.unbind(dim=1)
@@ -296,10 +251,9 @@ def grayscale(images: Tensor) -> Tensor:
 def shift_hue(images: Tensor, shift: Tensor) -> None:
     """Turn the hue by `shift` (B,) of a full circle, in HSV, in place. Value and chroma stay.
 
-    Subtract the lowest channel and divide by the chroma, so that the channels reach from 0 to 1.
-    Then the hue lies 1 + g + b - r sixths of the circle away from red, on the side of the greater
-    of g and b. A channel is 2 - (the hue's distance from it), clipped to [0, 1]. This needs no
-    table of six cases.
+    With channels scaled to reach from 0 to 1, the hue lies 1 + g + b - r sixths of the circle away
+    from red, on the side of the greater of g and b. A channel is 2 - (the hue's distance from it),
+    clipped to [0, 1]. This needs no table of six cases.
     """
     r, g, b = images.unbind(dim=1)  # (B, H, W)
     low, high = torch.minimum(g, b), torch.maximum(g, b)
@@ -323,11 +277,10 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
 
     Three of the four are blends, f * image + (1 - f) * grey, with grey = 0, the mean luma or the
     luma. Three blends before the hue and three after it, used or left at f = 1, give every order
-    with a single turn of the hue. On a CPU the images are sorted by the hue's position, and a blend
-    is computed only for the images that use it.
+    with a single turn of the hue. A CPU sorts images by the position of the hue, and skips blends
+    that no image uses.
 
     Args:
-        images: (B, C, H, W) in [0, 1], not changed; the result has their shape.
         factors: (B, 3) of brightness, contrast and saturation; 1 changes nothing.
         hue: (B,) shift in [-0.5, 0.5] of a full circle; 0 changes nothing. Only RGB has a hue.
         order: (B, 4) a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue, first to last.
@@ -354,28 +307,23 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
         v.T[:, :, None, None, None].unbind() for v in (share, blends == 1, blends == 2)
     )
     for slot, part in enumerate(parts):  # three blends, the hue, three blends
-        own = images[part]
+        chosen = images[part]
         if slot == 3:
-            if own.shape[1] == 3:
-                shift_hue(own, hue[part])
+            if chosen.shape[1] == 3:
+                shift_hue(chosen, hue[part])
             continue
         k = slot - (slot > 3)
-        grey = grayscale(own)
+        grey = grayscale(chosen)
         mean = grey.mean(dim=(2, 3), keepdim=True).mul_(of_mean[k][part])
-        own.lerp_(grey.mul_(of_luma[k][part]).add_(mean), share[k][part]).clamp_(0, 1)
+        chosen.lerp_(grey.mul_(of_luma[k][part]).add_(mean), share[k][part]).clamp_(0, 1)
     return images if by_hue is None else images.index_select(0, by_hue.argsort())
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, reach: int = 4) -> Tensor:
-    """Blur each image by a standard deviation per image: (B, C, H, W) -> (B, C, H, W).
+    """Blur images, of sides above `reach`, by `sigma` (B,) pixels; 0 changes nothing.
 
     It is torchvision's GaussianBlur of kernel size 2 * reach + 1 = 9, as in DINOv2: the kernel is
     sampled, cut and normalised, and images are reflected at their edge pixels.
-
-    Args:
-        images: sides above `reach`.
-        sigma: (B,) in pixels; 0 changes nothing.
-        reach: pixels of the kernel on each side of its centre.
     """
     distance = torch.arange(-reach, reach + 1, device=sigma.device)
     sigma = sigma.float().clamp(min=1e-4)[:, None]  # 0 becomes the identity
@@ -398,10 +346,7 @@ def solarize(images: Tensor) -> Tensor:
 def apply_where(
     mask: Tensor, images: Tensor, operation: Callable[..., Tensor], *values: Tensor
 ) -> Tensor:
-    """operation(images, *values) where `mask` (B,) is true; the other images do not change.
-
-    `values` have one entry per image. On a CPU the images are changed in place.
-    """
+    """operation(images, *values) where `mask` (B,) is true; on a CPU in place."""
     if not on_cpu(images):
         return torch.where(mask.view(-1, 1, 1, 1), operation(images, *values), images)
     indices = mask.nonzero().flatten()
@@ -412,16 +357,14 @@ def apply_where(
 
 # -- Views -----------------------------------------------------------------------------------------
 
-
 BLOCK = 2**23  # bytes of float views that a CPU computes at once; measured at 32 to 224 pixels
 
 
 def blocks(images: Tensor, crops: int, size: int) -> list[tuple[slice, slice]]:
-    """Slices of the images (B, ...), and of their `crops`, that are computed together.
+    """Slices of the images (B, ...), and of their `crops` of side `size`, to compute together.
 
-    The number of crops, of side `size`, is a multiple of B, and crop i is of image i % B. On a CPU
-    the crops of a slice fit BLOCK: one crop of some images, or one or more of all images. On a GPU
-    there is one slice.
+    Crop i is of image i % B. On a GPU there is one slice. On a CPU the crops of a slice fit BLOCK:
+    one crop of some images, or one or more of all images.
     """
     B = len(images)
     most = max(BLOCK // (12 * size * size), 1) if on_cpu(images) else crops
@@ -446,25 +389,18 @@ class MultiCrop(nn.Module):
 
     forward(images, sizes, generator): images (B, C, H, W) uint8, each in the top left corner of its
     canvas, with height and width `sizes` (B, 2) in pixels; a generator on the same device. Returns
-    a list of normalised float32 tensors: `global_number` of (B, C, global_size, global_size), then
-    `local_number` of (B, C, local_size, local_size). C is the number of `mean`'s channels.
+    a list of normalised float32 tensors: `global_number` of (B, C, global_size, global_size), at
+    least one, then `local_number` of (B, C, local_size, local_size).
 
     The defaults are those of DINO's official code; the blur of 9 x 9 pixels is DINOv2's.
 
     Args:
-        global_size, local_size: sides in pixels.
-        local_number: local views per image; 0 for none.
         global_scale, local_scale: range of the crop's area, as a fraction of the image's.
         vertical_flip: probability of a top-bottom flip (LowDINO's); left-right is always 0.5.
         jitter: strengths, see JITTER, applied with probability 0.8. blur: probabilities, see BLUR.
-        blur_sigma: range of the blur's standard deviation in pixels. There is no blur where it ends
-            at SMALLEST_BLUR or below.
-        solarize: probability for each global view except the first.
+        blur_sigma: range in pixels; there is no blur where it ends at SMALLEST_BLUR or below.
+        solarize: probability for each global view except the first. grayscale: for all.
         mean, std: of the normalisation, by channel.
-        global_number: global views per image. grayscale: its probability.
-
-    Raises:
-        ValueError: where there is no global view.
     """
 
     def __init__(
@@ -488,34 +424,29 @@ class MultiCrop(nn.Module):
         super().__init__()
         if global_number < 1:
             raise ValueError(f"at least one global view is needed, not {global_number}")
-        self.global_size, self.local_size = global_size, local_size
-        self.local_number = local_number
-        rgb = len(mean) == 3
-        jitter, grayscale = (jitter, grayscale) if rgb else ((*jitter[:2], 0.0, 0.0), 0.0)
+        self.global_size, self.local_size, self.local_number = global_size, local_size, local_number
+        if len(mean) != 3:
+            jitter, grayscale = (*jitter[:2], 0.0, 0.0), 0.0
         self.vertical_flip, self.grayscale = vertical_flip, grayscale
         self.blur_sigma, self.blurs = blur_sigma, blur_sigma[1] > SMALLEST_BLUR
         # Buffers, because copying a constant to a GPU in every step makes the host wait for it.
-        self.register_buffer("jitter", torch.tensor(jitter), persistent=False)
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
-        # Per size of views: the size, the crops' scale, and the probabilities of blur and of
-        # solarisation, one per view.
+        for name, values in (("jitter", jitter), ("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        # Per size of views: size, crops' scale, and by view the chances of blur and solarisation.
         first, others, local = blur
         of_blur = (first,) + (others,) * (global_number - 1)
         of_solarize = (0.0,) + (solarize,) * (global_number - 1)
         self.groups = [(global_size, global_scale, of_blur, of_solarize)]
         if local_number:
-            never = (0.0,) * local_number
-            self.groups += [(local_size, local_scale, (local,) * local_number, never)]
+            of_local = (local,) * local_number, (0.0,) * local_number
+            self.groups.append((local_size, local_scale, *of_local))
 
     def describe(self) -> str:
         """The number and size of the views, and whether they are too small for blur."""
-        number, local = len(self.groups[0][2]), self.local_number
-        text = f"{number} global view{'s' * (number != 1)} of {self.global_size} px, "
-        if local:
-            text += f"{local} local view{'s' * (local != 1)} of {self.local_size} px"
-        else:
-            text += "no local views"
+        words = lambda n, kind, size: f"{n} {kind} view{'s' * (n != 1)} of {size} px"
+        text = words(len(self.groups[0][2]), "global", self.global_size) + ", "
+        local = self.local_number
+        text += words(local, "local", self.local_size) if local else "no local views"
         return text if self.blurs else f"{text}; blur is off below {SMALLEST_BLUR} px"
 
     @torch.no_grad()
@@ -552,12 +483,12 @@ class MultiCrop(nn.Module):
             operations.append((chance(*solar), solarize))
 
         made = torch.empty(N, images.shape[1], size, size, device=device)
-        for part, whole in blocks(images, N, size):
-            x = resized_crop(images[part], boxes[whole], size, flip[whole], vertical_flip[whole])
-            x = color_jitter(x, 1 + amounts[whole, :3], amounts[whole, 3], order[whole])
+        for part, crops in blocks(images, N, size):
+            x = resized_crop(images[part], boxes[crops], size, flip[crops], vertical_flip[crops])
+            x = color_jitter(x, 1 + amounts[crops, :3], amounts[crops, 3], order[crops])
             for mask, operation, *values in operations:
-                x = apply_where(mask[whole], x, operation, *(v[whole] for v in values))
-            normalize(x, self.mean, self.std, out=made[whole])
+                x = apply_where(mask[crops], x, operation, *(v[crops] for v in values))
+            normalize(x, self.mean, self.std, out=made[crops])
         return made.chunk(views)
 
 
@@ -580,13 +511,9 @@ def central_view(
 ) -> Tensor:
     """The view of an evaluation: the central square, resized and normalised, (B, C, size, size).
 
-    Args:
-        images: (B, C, H, W) uint8, or float in [0, 1], each in the top left corner of its canvas.
-        sizes: (B, 2) height and width of each in pixels.
-        size: side of the result in pixels.
-        mean, std: of the normalisation, by channel; ImageNet's by default.
-        fraction: of the shorter side. None means the usual 0.875 (resize to 256, crop 224) from 128
-            pixels on, and 1 below, where images have no margin to spare.
+    Images (B, C, H, W), uint8 or in [0, 1], of height and width `sizes` (B, 2), lie in the top left
+    corner of their canvas. The square has a `fraction` of the shorter side, by default the usual
+    0.875 (resize to 256, crop 224) from 128 pixels on, and 1 below, where there is no margin.
     """
     fraction = fraction or (0.875 if size >= 128 else 1.0)
     return normalize(resized_crop(images, central_boxes(sizes, fraction), size), mean, std)

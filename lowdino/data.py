@@ -1,10 +1,7 @@
 """Images in batches: uint8 on a common canvas, decoded but not yet augmented.
 
-Data sets (images in memory, in files, or cached), how their images form a batch, loaders, and how a
-network and its images agree on values. Augmentation happens later, on the device.
-
-Large images are reduced on reading, the shorter side to twice the view's. Of an elongated image,
-such as a line of text, training sees a random part (`augment.windows`), an evaluation the centre.
+Large images are reduced on reading, the shorter side to twice the view's. Of a long image, such as
+a line of text, training sees a random part (`augment.windows`), an evaluation the centre.
 """
 
 import hashlib
@@ -30,7 +27,7 @@ from lowdino.image_io import RGB, ImageError, PixelFormat, read_image
 from lowdino.schedules import Stream
 
 NO_LABEL = -1
-
+Range = Sequence[float] | None
 # One image: (C, H, W) uint8, its label and index, and messages on the images that it replaces.
 Item = tuple[Tensor, int, int, list[str]]
 
@@ -83,9 +80,8 @@ class ImageArray(Dataset):
 class ImageFiles(Dataset):
     """Image files, decoded on access by `read_image`.
 
-    With `replace_bad`, another image replaces one that cannot be read. The index of the bad image
-    alone decides which, so that loader processes and a resume do not change the choice. Without it,
-    reading raises a UserError.
+    With `replace_bad`, another image replaces one that cannot be read. The bad one's index alone
+    decides which, so that a resume does not change it. Else reading raises a UserError.
     """
 
     paths: Sequence[str]
@@ -138,9 +134,6 @@ class ImageFiles(Dataset):
         return f"{len(self)}, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
 
 
-Images = ImageArray | ImageFiles
-
-
 class CachedImages(list[Item]):
     """The images of files as they are read now, kept on a device, in their different sizes."""
 
@@ -161,6 +154,7 @@ def pack(items: list[Item]) -> tuple:
     return pixels, [image.shape for image in images], *others
 
 
+Images = ImageArray | ImageFiles
 # Limits of --cache auto: this share of a GPU's memory, or this many bytes per rank on the host.
 CACHE_SHARE, CACHE_BYTES = 0.25, 2 * 2**30
 
@@ -213,8 +207,7 @@ def fit_canvas(images: Sequence[Tensor]) -> Sequence[Tensor]:
     while sides.amax(dim=0).prod() > most:
         longest *= 0.95
         sides = sizes * (longest / sizes.amax(dim=1, keepdim=True)).clamp(max=1)
-    sides = sides.floor().clamp(min=1).int().tolist()
-    return list(map(resized, images, sides))
+    return list(map(resized, images, sides.floor().clamp(min=1).int().tolist()))
 
 
 def resized(image: Tensor, size: list[int]) -> Tensor:
@@ -316,8 +309,7 @@ def start_worker_with_pipe(worker: int) -> None:
 
 def open_loader(dataset: Dataset, num_workers: int | None, **options) -> DataLoader:
     """A DataLoader with the settings that all loaders share; options are DataLoader's."""
-    num_workers = loader_processes(dataset, num_workers)
-    options = {"collate_fn": collate} | options
+    num_workers, options = loader_processes(dataset, num_workers), {"collate_fn": collate} | options
     batch_size = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", None)
     batch_size = batch_size or max(map(len, options["batch_sampler"]), default=0)  # of a list
     by_pipe = lacks_shared_memory(dataset, num_workers, batch_size)
@@ -391,9 +383,6 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 # -- Value range: the deep values of files that become 0 and 255, see `image_io.PixelFormat` -------
 
 
-Range = Sequence[float] | None
-
-
 def describe_value_range(value_range: Range, origin: str) -> str:
     """A remark for the log, empty without a range."""
     text = "; values {:g} to {:g} ({}) become 0 to 255"
@@ -422,17 +411,16 @@ def choose_value_range(
 def fit_backbone_to_images(args, backbone: nn.Module, source, saved: dict | None = None) -> str:
     """Set the value range of a training's images and the backbone's mean and std; a remark on them.
 
-    The range is that of --value_range, else of the checkpoint `saved`, else of a sample. Mean and
-    std are those of `saved`, or of a sample where the backbone has none. A UserError where a range
-    is given that no image needs, or no image can be read.
+    The range is --value_range's, else that of the checkpoint `saved`, else a sample's; mean and std
+    are those of `saved`, or a sample's where the backbone has none.
     """
-    images = source.pretrain
+    images, value_range = source.pretrain, args.value_range
     if saved:
         backbone.mean, backbone.std = map(tuple, saved["normalisation"])
-        value_range = args.value_range or saved.get("value_range")
+        value_range = value_range or saved.get("value_range")
         remark = describe_value_range(value_range, "before")
     else:
-        value_range, remark = choose_value_range(images, source.name, args.value_range)
+        value_range, remark = choose_value_range(images, source.name, value_range)
     source.set_pixel_format(value_range=value_range)
     backbone.value_range = value_range
     if backbone.mean is None:

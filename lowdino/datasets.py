@@ -57,10 +57,9 @@ class Source:
 
     def set_pixel_format(self, **changes) -> None:
         """Change fields of the files' PixelFormat; a UserError for other channels in memory."""
-        if isinstance(self.pretrain, ImageArray):
-            channels, needed = self.pretrain.images.shape[1], changes.get("channels", 3)
-            if channels != needed:
-                raise UserError(f"{self.name}: {channels} channels, where {needed} are needed")
+        images, needed = self.pretrain, changes.get("channels", 3)
+        if isinstance(images, ImageArray) and (channels := images.images.shape[1]) != needed:
+            raise UserError(f"{self.name}: {channels} channels, where {needed} are needed")
         for images in self.files():
             images.pixel_format = images.pixel_format._replace(**changes)
 

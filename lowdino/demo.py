@@ -1,7 +1,6 @@
-"""Demo images made by code, to try everything without a file.
+"""Images made by code, to try everything without a file.
 
-`demo_images` draws images of ten classes, 64 x 64 pixels, for classification. `demo_scenes` draws
-scenes of several glyphs, with boxes and masks, for detection and segmentation.
+`demo_images` have ten classes; `demo_scenes` have boxes and masks, for detection and segmentation.
 """
 
 from collections.abc import Sequence
@@ -23,15 +22,13 @@ SCENE_CLASSES = tuple("disc ring square frame diamond plus saltire rows columns 
 
 
 def splits(train: int, test: int) -> tuple[range, range]:
-    """The indices of `train` training images and `test` test images."""
+    """The indices of so many training and test images."""
     return range(train), range(TEST_START, TEST_START + test)
 
 
 def shapes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The ten classes as signed distances in pixels, negative inside: (H, W) twice -> (10, H, W).
-
-    They have about equal areas. Their centre is (0, 0), and they reach 6 pixels from there.
-    """
+    """Signed distances to the ten classes in pixels, negative inside: (H, W) * 2 -> (10, H, W)."""
+    # They have about equal areas, and reach 6 pixels from their centre (0, 0).
     r, square, diamond = np.hypot(x, y), np.maximum(abs(x), abs(y)), abs(x) + abs(y)
     bar = lambda t, width: abs(t) - width  # a band about t = 0, of that half-width
     return np.stack(
@@ -60,16 +57,14 @@ def clouds(colours: np.ndarray, side: int) -> np.ndarray:
 def draw_images(indices: np.ndarray, glyphs: np.ndarray) -> np.ndarray:
     """Draw the images of some indices: (N,), (10, 13, 13) -> (N, 3, 64, 64) uint8."""
     border, n = GLYPH_SIDE // 2, GLYPHS_PER_IMAGE
-    u = np.stack(
-        [np.random.default_rng(int(i)).random(75 + n * 5, dtype=np.float32) for i in indices]
-    )  # (N, 75 + n * 5)
+    generators = map(np.random.default_rng, indices.tolist())
+    u = np.stack([g.random(75 + n * 5, dtype=np.float32) for g in generators])  # (N, 75 + n * 5)
     colours, u = u[:, :75].reshape(-1, 3, 5, 5), u[:, 75:].reshape(len(indices), n, 5)
     background = clouds(colours, SIDE)  # (N, 3, 64, 64)
     canvas = np.pad(background, [(0, 0), (0, 0), (border, border), (border, border)])
     corner = (u[:, :, :2] * SIDE).astype(int)  # (N, n, 2), top and left
     ink = 0.3 + 0.3 * u[:, :, 2:]  # (N, n, 3)
-    image = np.arange(len(indices))[:, None, None]
-    offsets = np.arange(GLYPH_SIDE)
+    image, offsets = np.arange(len(indices))[:, None, None], np.arange(GLYPH_SIDE)
     for k in range(n):
         rows = corner[:, k, 0, None, None] + offsets[:, None]  # (N, 13, 1)
         columns = corner[:, k, 1, None, None] + offsets  # (N, 1, 13)
@@ -82,14 +77,10 @@ def draw_images(indices: np.ndarray, glyphs: np.ndarray) -> np.ndarray:
 def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 64, 64) and labels int64 (N,) by index; the label is index mod 10.
 
-    The same index always gives the same image. Each image has many copies of one glyph on a cloudy
-    background. The glyph is the class, and the only thing that all crops of an image share:
-    position, colour and brightness change from copy to copy, and the background from corner to
-    corner. So neither raw pixels nor the mean colour of a view tell the class. The glyphs are still
-    clear at half the side.
-
-    Args:
-        chunk: images drawn at a time, which bounds the memory.
+    The same index always gives the same image: many copies of one glyph, its class, on a cloudy
+    background. The glyph is all that the crops of an image share, since position, colour and
+    brightness differ by copy, so neither raw pixels nor mean colours tell the class. It is still
+    clear at half the side. `chunk` images are drawn at a time, which bounds the memory.
     """
     indices = np.asarray(indices, dtype=np.int64)
     y, x = np.mgrid[-6:7, -6:7].astype(np.float64)
@@ -99,11 +90,8 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
     return torch.from_numpy(images), torch.from_numpy(indices % 10)
 
 
-# -- Scenes ----------------------------------------------------------------------------------------
-
-
 def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Draw a scene: (3, 96, 96) uint8, and its boxes, labels and masks as in `demo_scenes`."""
+    """An image (3, 96, 96) uint8, and its boxes, labels and masks as in `demo_scenes`."""
     generator = np.random.default_rng([int(index), 1])
     image = clouds(generator.random((3, 5, 5), dtype=np.float32), SCENE_SIDE)
     boxes, labels, masks, places = [], [], [], []
@@ -141,14 +129,10 @@ def demo_scenes(indices: Sequence[int], frame: float = 0) -> tuple[Tensor, list[
     """Scenes uint8 (N, 3, 96, 96) by index, and a dict of the objects in each.
 
     The same index always gives the same scene: about eight glyphs of 7 to 28 pixels on a cloudy
-    background, of one or two classes and any colour, size and place.
-
-    The dicts are those of torchvision's detectors: boxes (n, 4) float32 of left, top, right and
-    bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES), masks (n, 96, 96) uint8.
-
-    Args:
-        frame: the number of a frame in the scene's film, in which each glyph has a velocity of at
-            most two pixels per frame along each axis.
+    background, of one or two classes. In later frames each has moved by at most two pixels per
+    frame along each axis. The dicts are those of torchvision's detectors: boxes (n, 4) float32 of
+    left, top, right and bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES), masks
+    (n, 96, 96) uint8.
     """
     drawn = [draw_scene(index, frame) for index in indices]
     images = torch.from_numpy(np.stack([image for image, _ in drawn]))

@@ -31,9 +31,8 @@ def local_std(x: Tensor) -> Tensor:
 def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
     """Histograms of oriented gradients (Dalal and Triggs, 2005) by channel, not block-normalised.
 
-    Gradients are central differences with replicated edges. `bins` orientations divide [0, pi). A
-    pixel shares the length of its gradient between the two nearest orientations, the nearer the
-    more. The shares are averaged over cells of `cell` x `cell` pixels.
+    Gradients are central differences. `bins` orientations divide [0, pi); a pixel shares the length
+    of its gradient between the two nearest, and cells of `cell` x `cell` pixels average the shares.
     """
     B, C, H, W = x.shape
     x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
@@ -56,9 +55,8 @@ def hog(x: Tensor, bins: int = 24, cell: int = 8) -> Tensor:
 def gabor(height: int, width: int, sigma: float, theta: float, xi: float, slant: float) -> Tensor:
     """A Gaussian envelope times a wave exp(i xi u), made periodic: (height, width) complex128.
 
-    u is the coordinate along the direction `theta`, v the coordinate across. The envelope
-    exp(-(u^2 + (slant v)^2) / (2 sigma^2)) is scaled to a sum of about 1. The origin is the corner;
-    five periods are added up along each axis.
+    u runs along the direction `theta`, v across, from the corner. The envelope, of sum about 1, is
+    exp(-(u^2 + (slant v)^2) / (2 sigma^2)); five periods are added up along each axis.
     """
     y, x = (torch.arange(-2 * n, 3 * n, dtype=torch.float64) for n in (height, width))
     y, x = y[:, None], x[None, :]
@@ -97,25 +95,14 @@ def subsample(spectrum: Tensor, level: int) -> Tensor:
 
 
 class Scattering(nn.Module):
-    """Second-order scattering with Morlet wavelets (Bruna and Mallat, 2013).
-
-    (B, C, H, W) -> (B, D).
+    """Second-order scattering by Morlet wavelets (Bruna and Mallat, 2013): (B, C, H, W) -> (B, D).
 
     With psi_{j,l} the wavelet of scale 2^j and direction l pi / L, and phi a Gaussian of scale 2^J,
     the channels are
         x * phi,  |x * psi_{j1,l1}| * phi,  ||x * psi_{j1,l1}| * psi_{j2,l2}| * phi,  j1 < j2 < J,
-    1 + J L + L^2 J (J - 1) / 2 of them, sampled at every 2^J-th pixel. Convolutions are products of
-    spectra of the image with a reflected border. Maps are subsampled as soon as their bandwidth
-    allows. Wavelets, padding and order of the channels are those of Scattering2D in the package
-    kymatio (Andreux et al., 2020).
-
-    Args:
-        height, width: of the images; at least 2^(J + 1) pixels.
-        scales: J.
-        directions: L.
-
-    Raises:
-        ValueError: for smaller images.
+    1 + J L + L^2 J (J - 1) / 2 of them at every 2^J-th pixel; J is `scales` and L `directions`.
+    Maps are subsampled as soon as their bandwidth allows. Wavelets, padding and order are those of
+    kymatio's Scattering2D (Andreux et al., 2020). Sides below 2^(J + 1) pixels are a ValueError.
     """
 
     def __init__(self, height: int, width: int, scales: int = 2, directions: int = 8):
@@ -124,11 +111,9 @@ class Scattering(nn.Module):
         step = 2**scales
         self.padded = [((side + step) // step + 1) * step for side in (height, width)]
         if min(height, width) < 2 * step:
-            raise ValueError(
-                f"images of {height} x {width} pixels are too small for scattering with "
-                f"J = {scales}: {2 * step} at least"
-            )
-        extra = [side - own for side, own in zip(self.padded, (height, width))]
+            small = f"images of {height} x {width} pixels are too small for scattering"
+            raise ValueError(f"{small} with J = {scales}: {2 * step} at least")
+        extra = [padded - side for padded, side in zip(self.padded, (height, width))]
         self.border = (extra[1] // 2, (extra[1] + 1) // 2, extra[0] // 2, (extra[0] + 1) // 2)
 
         def spectrum(filter: Tensor, level: int) -> Tensor:
@@ -161,10 +146,7 @@ class Scattering(nn.Module):
         return torch.fft.ifft2(spectrum).real[..., 1:-1, 1:-1]
 
     def modulus(self, spectrum: Tensor, j: int, level: int) -> Tensor:
-        """Spectra of |map * psi| for all wavelets of scale 2^j, sampled at 2^j.
-
-        (..., h, w) -> (..., L, h', w').
-        """
+        """Spectra of |map * psi| of scale 2^j, sampled at 2^j: (..., h, w) -> (..., L, h', w')."""
         waves = subsample(spectrum[..., None, :, :] * getattr(self, f"psi_{j}_{level}"), j - level)
         return torch.fft.fft2(torch.fft.ifft2(waves).abs())
 

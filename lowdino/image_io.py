@@ -1,7 +1,6 @@
 """One file becomes one uint8 image: any picture that Pillow reads, or an array of NumPy's.
 
-`read_image` reads one file, and `find_images` lists those below a folder. Deep values are those of
-more than 8 bits.
+Deep values are those of more than 8 bits.
 """
 
 import functools
@@ -43,9 +42,8 @@ class PixelFormat(NamedTuple):
     max_megapixels: float = 256.0  # larger images are refused; a JPEG counts as it is decoded
 
     def check_size(self, width: int, height: int) -> None:
-        if width * height > 1e6 * self.max_megapixels:
-            most = f"--max_megapixels {self.max_megapixels:g}"
-            raise ValueError(f"{width} x {height} pixels are more than {most}")
+        if width * height > 1e6 * (limit := self.max_megapixels):
+            raise ValueError(f"{width} x {height} pixels are more than --max_megapixels {limit:g}")
 
 
 RGB = PixelFormat()
@@ -59,12 +57,11 @@ def scale_to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None)
     if values.dtype == bool:
         return values * np.uint8(255)
     if value_range is None:
-        advice = "give --value_range, or convert to 8 or 16 bits"
+        hint = "give --value_range, or convert to 8 or 16 bits"
         if values.dtype.kind == "f":
-            raise ValueError(f"floating-point values have no known range; {advice}")
+            raise ValueError(f"floating-point values have no known range; {hint}")
         if values.min() < 0 or values.max() > 65535:
-            span = f"{values.min()} to {values.max()}"
-            raise ValueError(f"values {span} do not fit 16 bits; {advice}")
+            raise ValueError(f"values {values.min()} to {values.max()} do not fit 16 bits; {hint}")
     low, high = value_range or (0, 65535)
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     return np.nan_to_num(scaled, nan=0.0).clip(0, 255).round().astype(np.uint8)
@@ -111,9 +108,8 @@ def values_of_16_bits(path: str, image: Image.Image, raw: str) -> np.ndarray:
     other = "RGBA" if grey else raw[:-1] + OTHER_ORDER[raw[-1]]
     with open_picture(path) as lower:
         lower.seek(image.tell())
-        for i, tile in enumerate(lower.tile):
+        for i, tile in enumerate(lower.tile):  # plain tuples in older versions of Pillow
             mode = other if isinstance(tile[3], str) else (other, *tile[3][1:])
-            # Older versions of Pillow have a plain tuple.
             lower.tile[i] = getattr(tile, "_make", tuple)([*tile[:3], mode])
         if grey:
             lower._mode = "RGBA"
@@ -178,10 +174,9 @@ def picture_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -
             values = deep_values_of_page(page, path)
             page.load()
             picture = page if values is None else picture_of_deep_values(values, page, value_range)
-            turn, upright = turn_of(page), layers_of_page(picture, channels)
-            if turn is not None:  # read after load(), because Pillow turns some TIFFs itself
-                upright = [layer.transpose(turn) for layer in upright]
-            layers += upright
+            turn = turn_of(page)  # after load(), because Pillow turns some TIFFs itself
+            bands = layers_of_page(picture, channels)
+            layers += bands if turn is None else [band.transpose(turn) for band in bands]
     if channels not in (1, 3) and len(layers) != channels:
         counts = f"it has {len(layers)} channels, and {channels} are wanted by --in_chans"
         raise ValueError(f"{counts} or the network: give .npy or a grey page per channel")
@@ -226,10 +221,8 @@ def array_layers(path: str, max_side: int | None, pixel_format: PixelFormat) -> 
 
 def reduced(image: Image.Image, max_side: int) -> Image.Image:
     scale = max_side / min(image.size)
-    if scale >= 1:
-        return image
     size = [round(side * scale) for side in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0) if scale < 1 else image
 
 
 def read_image(path: str, max_side: int | None = None, pixel_format: PixelFormat = RGB) -> Tensor:
@@ -265,8 +258,7 @@ def deep_values(path: str, pixel_format: PixelFormat = RGB) -> np.ndarray | None
             return None if values.dtype in (np.uint8, bool) else values
         with open_picture(path) as image:
             pixel_format.check_size(*image.size)
-            frames = pages(image, pixel_format.channels)
-            layers = [deep_values_of_page(frame, path) for frame in frames]
+            layers = [deep_values_of_page(p, path) for p in pages(image, pixel_format.channels)]
             return None if layers[0] is None else np.dstack(layers)
 
 

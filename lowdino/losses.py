@@ -1,7 +1,6 @@
-"""Losses of self-distillation and of distillation.
+"""Losses of self-distillation and of distillation, in float32 whatever autocast says.
 
-All of them compute in float32, whatever autocast says. They are exact across ranks: two ranks with
-B images each have the centre and, once DDP has averaged them, the gradients of one rank with 2B.
+They are exact across ranks: two with B images each, their gradients averaged, equal one with 2 B.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,13 +76,12 @@ def mean_over_pairs(
 ) -> Tensor:
     """Mean of loss(s_j, t_i) over all views j and the two global views i != j, see `balanced`.
 
-    `student` has the V views, global views first, and `targets` the two global views. The loss is
-    linear in its second argument, so that a local view takes the sum of both targets.
+    `student` has all views, global ones first, `targets` two. The loss is linear in its second
+    argument, so that a local view takes the sum of both targets.
     """
     if len(targets) != 2 or len(student) < 2:
-        raise ValueError(
-            f"needs 2 teacher and at least 2 student views, got {len(targets)} and {len(student)}"
-        )
+        got = f"{len(targets)} and {len(student)}"
+        raise ValueError(f"needs 2 teacher and at least 2 student views, got {got}")
     loss_g = loss(student[0], targets[1]) + loss(student[1], targets[0])
     both = targets[0] + targets[1]
     loss_l = sum(loss(s, both) for s in student[2:])
@@ -128,10 +126,7 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], teacher_temp: float) -> Tensor:
-        """The loss, a scalar; in training mode the centre is updated afterwards.
-
-        `student` and `teacher` are logits (B, K) of V views, global first, and of the global two.
-        """
+        """The loss of logits (B, K) of V and 2 views, global first. Training moves the centre."""
         logits = torch.cat(teacher)  # (2 B, K)
         targets = self.targets(logits, teacher_temp)
         loss = self.pairs(student, targets.chunk(len(teacher)))
@@ -215,8 +210,7 @@ class KoLeoLoss(nn.Module):
 
         L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features
     (Sablayrolles et al., 2019), as in DINOv2, but with neighbours in the batch of all ranks. The
-    nearest has the largest inner product, since |z_i - z_j|^2 = 2 - 2 z_i . z_j. Only the distance
-    to it is differentiated.
+    nearest one has the largest inner product; only the distance to it is differentiated.
 
     forward(features): (n, D), one view per image -> a scalar; a ValueError for fewer than two rows.
     """
@@ -239,9 +233,7 @@ class InfoNCELoss(nn.Module):
     """Each view must find the other view of its image in the batch (van den Oord et al., 2018).
 
         L = - 1/2n sum_i [ log softmax_j(a_i . b_j / T)[i] + log softmax_j(b_i . a_j / T)[i] ]
-    over the n images of all ranks. It is symmetric as in MoCo v3 (Chen, Xie and He, 2021), but has
-    no momentum encoder, so it learns from the first step.
-
+    over the images of all ranks; as in MoCo v3 (Chen, Xie and He, 2021), but without a teacher.
     forward(a, b): unit embeddings (n, D) of the two global views -> a scalar.
     """
 
@@ -253,10 +245,10 @@ class InfoNCELoss(nn.Module):
         with autocast_off(a):
             a, b = a.float(), b.float()
             all_a, all_b = rows_of_all_ranks(a), rows_of_all_ranks(b)  # (N, D)
-            own = own_rows(a)
+            positives = own_rows(a)
             a_to_b = a @ all_b.T / self.temperature  # (n, N)
             b_to_a = b @ all_a.T / self.temperature
-            return (F.cross_entropy(a_to_b, own) + F.cross_entropy(b_to_a, own)) / 2
+            return (F.cross_entropy(a_to_b, positives) + F.cross_entropy(b_to_a, positives)) / 2
 
 
 class CodingRateLoss(nn.Module):
@@ -266,8 +258,7 @@ class CodingRateLoss(nn.Module):
         C = mean over views v and images i of cos(z_vi, mean_v z_vi)
         R = mean over v of 1/2 log det(I + d / (n eps) Z_v^T Z_v)             the total coding rate
         L = - weight C - R
-    The rate replaces negatives and needs no large batch; ranks exchange only Z_v^T Z_v (d, d).
-    `weight` is 200 in the paper, and eps, the squared precision of the code, 0.2 in its code.
+    The rate replaces negatives and needs no large batch. `weight` is the paper's, `eps` its code's.
 
     forward(z): this rank's embeddings (V, B, d) of any length -> C and R; `total(C, R)` is L.
     """
@@ -303,10 +294,8 @@ class KDLoss(nn.Module):
     """Knowledge distillation with softened probabilities (Hinton et al., 2015; LowDINO, eq. 4).
 
         L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k])
-    averaged over the rows. T^2 keeps the size of the gradient independent of T.
-
-    forward(student, teacher): logits or, without labels, features (n, K) each -> a scalar, whose
-    gradient is the student's alone.
+    averaged over the rows. T^2 keeps the size of the gradient independent of T. forward(student,
+    teacher): logits or features (n, K) -> a scalar, with the student's gradient alone.
     """
 
     def __init__(self, temperature: float = 3.0):
@@ -323,13 +312,11 @@ class KDLoss(nn.Module):
 
 
 class SimKDLoss(nn.Module):
-    """The student's projected features imitate the teacher's (Chen et al., 2022, SimKD, eq. 4).
+    """The student's projected features imitate the teacher's, for whose classifier they then serve.
 
-        L = |s - t|^2 / D,   mean over the rows
-    so that the teacher's classifier can be applied to them. SimKD projects and compares feature
-    maps; here both are pooled first.
-
-    forward(student, teacher): (n, D) each -> a scalar, whose gradient is the student's alone.
+        L = |s - t|^2 / D,   mean over the rows     (Chen et al., 2022, SimKD, eq. 4)
+    SimKD projects and compares feature maps; here both are pooled first. forward(student, teacher):
+    (n, D) each -> a scalar, with the student's gradient alone.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -338,18 +325,15 @@ class SimKDLoss(nn.Module):
 
 
 class SimilarityLoss(nn.Module):
-    """The student's similarities to a set of images follow the teacher's (CompRess, Abbasi
-    Koohpayegani et al., 2020; SEED, Fang et al., 2021).
+    """The student's similarities to a set of images follow the teacher's (CompRess, SEED).
 
         p_t = softmax_j(t_i . q_j / T_t),  p_s = softmax_j(s_i . q_j / T_s)
-        L = - mean_i sum_j p_t[j] log p_s[j]
-    with unit vectors s_i, t_i and q_j. The q_j are the teacher's vectors of the batch of all ranks,
-    t_i included, and the last `queue_size` before it; 0 uses the batch alone. SEED's code uses only
-    t_i of the batch, and a queue of 65,536. T_s and T_t are SEED's by default.
+        L = - mean_i sum_j p_t[j] log p_s[j]  (Abbasi Koohpayegani et al., 2020; Fang et al., 2021)
+    with unit vectors s_i, t_i and q_j, the teacher's of the batch of all ranks and the last
+    `queue_size` before. SEED's code has only t_i of the batch, and a queue of 65,536.
 
-    forward(student, teacher): (V * n, D), V views of the n images, view by view, projected to the
-    teacher's width, and (n, D) -> a scalar, whose gradient is the student's alone. In training mode
-    the teacher's vectors enter the queue afterwards.
+    forward(student, teacher): (V * n, D) projected, V views, view by view, and (n, D) -> a scalar
+    with the student's gradient. In training mode the teacher's vectors then enter the queue.
     """
 
     queue: Tensor
@@ -401,8 +385,7 @@ class DistanceCorrelation(nn.Module):
     It is 0 for independent features and 1 for proportional distances. `correlation` is MV-MR's
     equation 2, `centred_distances` A of equation 3, with the biased (V-statistic) mean.
 
-    forward(x, y): (n, D) and (n, E) -> dCor over the rows of all ranks; 0, without gradient, where
-    all rows of x or all rows of y are equal.
+    forward(x, y): (n, D), (n, E) -> dCor over all ranks; 0, without gradient, if rows are equal.
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -433,10 +416,10 @@ class MVMRLoss(nn.Module):
         L3 = representation * sum_m (1 - dCor(z', r_m))                                   (eq. 9)
         L = L1 + L2 + L3                                                                  (eq. 10)
     The weights are 1, as in the authors' code. That adds dCor(z', r_m), where their paper and this
-    file add 1 - dCor(z', r_m); to minimise the former unlearns what the paper learns.
+    file add 1 - dCor(z', r_m); to minimise the former unlearns what the paper learns. Rows are
+    gathered, so every rank has the loss of all ranks.
 
-    forward(plain, augmented, representations): (n, D), (n, D) and M tensors (n, E_m) -> L1, L2 and
-    L3 of the rows of all ranks.
+    forward(plain, augmented, representations): (n, D), (n, D), M of (n, E_m) -> L1, L2 and L3.
     """
 
     def __init__(

@@ -197,7 +197,7 @@ def test_infonce_is_the_loop_over_both_views():
         (lambda: DINOLoss(7, alpha=1.5), r"must lie in \[0, 1\], not 1.5"),
         (
             lambda: DINOLoss(7, alpha=0.4)(tensors(logits(2)), tensors(logits(2)), 0.04),
-            "there are no local ones",
+            "needs local views to balance",
         ),
         (lambda: KoLeoLoss()(torch.randn(1, 4)), "needs two images at least"),
         (
