@@ -211,7 +211,6 @@ class KoLeoLoss(nn.Module):
         L = - 1/n sum_i log min_{j != i} |z_i - z_j|,   z the unit features
     (Sablayrolles et al., 2019), as in DINOv2, but with neighbours in the batch of all ranks. The
     nearest one has the largest inner product; only the distance to it is differentiated.
-
     forward(features): (n, D), one view per image -> a scalar; a ValueError for fewer than two rows.
     """
 
@@ -259,7 +258,6 @@ class CodingRateLoss(nn.Module):
         R = mean over v of 1/2 log det(I + d / (n eps) Z_v^T Z_v)             the total coding rate
         L = - weight C - R
     The rate replaces negatives and needs no large batch. `weight` is the paper's, `eps` its code's.
-
     forward(z): this rank's embeddings (V, B, d) of any length -> C and R; `total(C, R)` is L.
     """
 
@@ -294,8 +292,8 @@ class KDLoss(nn.Module):
     """Knowledge distillation with softened probabilities (Hinton et al., 2015; LowDINO, eq. 4).
 
         L = T^2 KL(softmax(t / T) || softmax(s / T)) = T^2 sum_k P_t[k] (log P_t[k] - log P_s[k])
-    averaged over the rows. T^2 keeps the size of the gradient independent of T. forward(student,
-    teacher): logits or features (n, K) -> a scalar, with the student's gradient alone.
+    averaged over the rows. T^2 keeps the size of the gradient independent of T.
+    forward(student, teacher): logits, or features (n, K) -> a scalar, with the student's gradient.
     """
 
     def __init__(self, temperature: float = 3.0):
@@ -315,8 +313,8 @@ class SimKDLoss(nn.Module):
     """The student's projected features imitate the teacher's, for whose classifier they then serve.
 
         L = |s - t|^2 / D,   mean over the rows     (Chen et al., 2022, SimKD, eq. 4)
-    SimKD projects and compares feature maps; here both are pooled first. forward(student, teacher):
-    (n, D) each -> a scalar, with the student's gradient alone.
+    SimKD projects and compares feature maps; here both are pooled first.
+    forward(student, teacher): (n, D) each -> a scalar, with the student's gradient.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -331,7 +329,6 @@ class SimilarityLoss(nn.Module):
         L = - mean_i sum_j p_t[j] log p_s[j]  (Abbasi Koohpayegani et al., 2020; Fang et al., 2021)
     with unit vectors s_i, t_i and q_j, the teacher's of the batch of all ranks and the last
     `queue_size` before. SEED's code has only t_i of the batch, and a queue of 65,536.
-
     forward(student, teacher): (V * n, D) projected, V views, view by view, and (n, D) -> a scalar
     with the student's gradient. In training mode the teacher's vectors then enter the queue.
     """
@@ -384,7 +381,6 @@ class DistanceCorrelation(nn.Module):
         dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances of the rows of x and y
     It is 0 for independent features and 1 for proportional distances. `correlation` is MV-MR's
     equation 2, `centred_distances` A of equation 3, with the biased (V-statistic) mean.
-
     forward(x, y): (n, D), (n, E) -> dCor over all ranks; 0, without gradient, if rows are equal.
     """
 
@@ -418,7 +414,6 @@ class MVMRLoss(nn.Module):
     The weights are 1, as in the authors' code. That adds dCor(z', r_m), where their paper and this
     file add 1 - dCor(z', r_m); to minimise the former unlearns what the paper learns. Rows are
     gathered, so every rank has the loss of all ranks.
-
     forward(plain, augmented, representations): (n, D), (n, D), M of (n, E_m) -> L1, L2 and L3.
     """
 

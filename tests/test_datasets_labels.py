@@ -219,7 +219,7 @@ def test_nothing_to_hold_out_is_one_sentence(names, message, tmp_path, call_scri
         ("train.py", "--test_fraction 0.2", "--test_fraction goes with a folder or list .* demo"),
         ("train.py", "--labels a.csv --data_path stl10", "--labels goes with .* stl10 has labels"),
         ("eval_linear.py", "pixels --labels a.csv", "--labels goes with a folder or list"),
-        ("eval_knn.py", "--from_features a.npz --labels b.csv", "--labels and --test_fraction nee"),
+        ("eval_knn.py", "--from_features a.npz --labels b.csv", "--labels needs the images, which"),
     ],
 )
 def test_flags_that_do_not_go_together(script, flags, message, call_script):
