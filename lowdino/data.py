@@ -236,8 +236,7 @@ def collate(items: Batch | list[Item], part: Callable[[Tensor], Tensor] | None =
     if (sizes == sizes[0]).all():
         canvas = torch.stack(images)
     else:
-        shape = len(images), len(images[0]), *sizes.amax(dim=0).tolist()
-        canvas = torch.zeros(shape, dtype=torch.uint8, device=images[0].device)
+        canvas = images[0].new_zeros(len(images), len(images[0]), *sizes.amax(dim=0).tolist())
         for corner, image in zip(canvas, images):
             corner[:, : image.shape[1], : image.shape[2]] = image
     return Batch(canvas, sizes, torch.tensor(labels), torch.tensor(indices), sum(bad, []))
@@ -322,9 +321,8 @@ class TrainingBatches(Sampler[list[int]]):
     """This rank's batches of a training from step `start` to step `stop`, across epochs.
 
     Step s takes global batch s mod steps_per_epoch of a permutation that (seed, epoch) determine,
-    so a checkpoint need not save the order. Images that do not fill an epoch's last batch are left
-    out of it, and a UserError says where they do not fill one. The global batch does not depend on
-    the number of ranks that share it.
+    so a checkpoint need not save the order. Images beyond an epoch's last full batch are left out;
+    a UserError where there is none. A global batch does not depend on how many ranks share it.
     """
 
     images: int
@@ -383,10 +381,9 @@ def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 # -- Value range: the deep values of files that become 0 and 255, see `image_io.PixelFormat` -------
 
 
-def describe_value_range(value_range: Range, origin: str) -> str:
+def describe_value_range(limits: Range, origin: str) -> str:
     """A remark for the log, empty without a range."""
-    text = "; values {:g} to {:g} ({}) become 0 to 255"
-    return text.format(*value_range, origin) if value_range else ""
+    return "; values {:g} to {:g} ({}) become 0 to 255".format(*limits, origin) if limits else ""
 
 
 def choose_value_range(

@@ -95,10 +95,9 @@ def torchvision_set(kind: str, name: str, root: str, download: bool) -> Source:
         raise UserError(f"{kind.lower()} under {root}: {hint}") from error
     arrays = []
     for loaded in sets:
-        images, labels = torch.from_numpy(loaded.data), loaded.labels if stl else loaded.targets
-        if not stl:  # CIFAR has channels last
-            images = images.permute(0, 3, 1, 2).contiguous()
-        arrays.append(ImageArray(images, torch.as_tensor(labels, dtype=torch.int64)))
+        images = loaded.data if stl else loaded.data.transpose(0, 3, 1, 2)  # CIFAR: channels last
+        labels = torch.as_tensor(loaded.labels if stl else loaded.targets, dtype=torch.int64)
+        arrays.append(ImageArray(torch.from_numpy(images).contiguous(), labels))
     train, test, pretrain = *arrays[:2], arrays[2 if stl else 0]
     classes, names = int(train.labels.max()) + 1, getattr(sets[0], "classes", None)
     return Source(name, pretrain, train, test, classes, names=names)
@@ -218,13 +217,11 @@ def read_splits(folder: Path, by_table: bool) -> Splits:
         splits.no_test = f"that needs {needed}, or --test_fraction, or --labels"
         splits.notes = [] if by_table else notes_on_names(splits, tops, test_tops)
     else:
-        empty = [f"{test_top} has no image" for test_top in test_tops]
+        empty = [f"{path} has no image" for path in test_tops]
         splits.no_test = empty[0] if empty else f"no val/ or test/ is beside {top}"
-        for test_top in test_tops:
-            splits.test = sorted(image_io.walk(test_top, left_out))
-            if splits.test:
-                splits.test_top, splits.test_name = test_top, str(test_top)
-                break
+        tests = ((path, sorted(image_io.walk(path, left_out))) for path in test_tops)
+        splits.test_top, splits.test = next((pair for pair in tests if pair[1]), (None, []))
+        splits.test_name = str(splits.test_top)
         unused = [path for path in inside if path not in (top, splits.test_top)]
         named = (*tops, *test_tops)
         splits.unused = [str(p) for p in unused if p in named or image_io.has_images(p)]
@@ -238,9 +235,8 @@ def notes_on_names(splits: Splits, tops: list[Path], test_tops: list[Path]) -> l
     """A note on a folder that has the name of a split and is read like any other."""
     if tops:
         return [f"{tops[0]} is read as a class like its neighbours: no val/ is beside it"]
-    folder = splits.folder
-    tops = {*map(os.path.dirname, splits.train)}
-    below = [Path(top).relative_to(folder).parts for top in sorted(tops)]
+    folder, parents = splits.folder, sorted({*map(os.path.dirname, splits.train)})
+    below = [Path(parent).relative_to(folder).parts for parent in parents]
     inner = (folder.joinpath(*parts[:2]) for parts in below if len(parts) > 1)
     named = test_tops or [path for path in inner if path.name.lower() in (*TRAIN, *TEST)]
     return [f"{path} is read like any other folder: {folder} has no train/" for path in named[:1]]
@@ -420,10 +416,10 @@ def source_of(splits: Splits, test_fraction: float | None, seed: int) -> Source:
             empty += [str(path) for path in image_io.sub_folders(top) if path.name not in labels]
     if empty:
         notes.append(f"class folders without an image: {shortened(empty)}")
-    if None in train:
-        notes.append(f"{train.count(None)} images without a label are trained on, not evaluated")
-    if None in test:
-        notes.append(f"{test.count(None)} test images without a label are left out")
+    if count := train.count(None):
+        notes.append(f"{count} images without a label are trained on, not evaluated")
+    if count := test.count(None):
+        notes.append(f"{count} test images without a label are left out")
     return Source(splits.name, pretrain, memory, queries, len(names), notes, names=names)
 
 

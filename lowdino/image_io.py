@@ -201,11 +201,9 @@ def load_array(path: str, channels: int) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise ValueError(f"it holds {values.dtype}, where numbers were expected")
     values = np.atleast_3d(values)
-    for count in (channels, 1) if channels == 3 else (channels,):  # grey becomes RGB
-        if values.shape[2] == count:
-            return values
-        if values.shape[0] == count:
-            return values.transpose(1, 2, 0)
+    for count in (3, 1) if channels == 3 else (channels,):  # grey becomes RGB
+        if count in (values.shape[2], values.shape[0]):
+            return values if values.shape[2] == count else values.transpose(1, 2, 0)
     axis = f"axis of {channels} channels, first or last"
     raise ValueError(f"its shape {shape} has no {axis}, as --in_chans or the network wants")
 
@@ -299,8 +297,7 @@ def channel_statistics(
         read_image(paths[0], max_side, pixel_format)  # raises its ImageError
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    # A constant channel is divided by one level of 255, not by 0.
-    return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
+    return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())  # 0 would divide by 0
 
 
 # -- Image files of a folder -----------------------------------------------------------------------
