@@ -297,7 +297,9 @@ def channel_statistics(
         read_image(paths[0], max_side, pixel_format)  # raises its ImageError
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())  # 0 would divide by 0
+    return tuple(mean.tolist()), tuple(
+        std.clamp(min=1 / 255).tolist()
+    )  # never 0, for constant channels
 
 
 # -- Image files of a folder -----------------------------------------------------------------------
