@@ -296,10 +296,8 @@ def channel_statistics(
     if not count:
         read_image(paths[0], max_side, pixel_format)  # raises its ImageError
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return tuple(mean.tolist()), tuple(
-        std.clamp(min=1 / 255).tolist()
-    )  # never 0, for constant channels
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)  # never 0
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 # -- Image files of a folder -----------------------------------------------------------------------
