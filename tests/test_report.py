@@ -241,7 +241,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, call_script):
 @pytest.mark.parametrize(
     "log, settings, output, message",
     [
-        (None, "{}", "x.html", r"run holds no log.jsonl that can be read: give the --output_dir"),
+        (None, "{}", "x.html", r"run holds no readable log.jsonl: give the --output_dir"),
         ("", "{}", "x.html", r"log.jsonl has no line yet"),
         ('{"step": 1}\n{"st\n{"step": 2}\n', "{}", "x.html", r"log.jsonl is damaged: line 2 is no"),
         ('{"loss": 1}\n', "{}", "x.html", r"damaged: line 1 is not a JSON object with a step"),
