@@ -111,7 +111,7 @@ def choose_device(device: str, world: int, local: int) -> torch.device:
     index = 0 if visible == 1 and by_srun else local
     if index >= visible:
         advice = f"start {visible} processes per node, or use --device cpu"
-        raise UserError(f"local rank {local} has no GPU for itself: {visible} visible; {advice}")
+        raise UserError(f"local rank {local} has no GPU of its own: {visible} visible; {advice}")
     return torch.device("cuda", index)
 
 
