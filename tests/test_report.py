@@ -298,7 +298,7 @@ def test_a_vit_without_labels_shows_neighbours_and_attention(picture_folder, tmp
     assert neighbours.size == (9 * 71 + 1, 8 * 71 + 1)
     # Without labels all frames are grey.
     assert {neighbours.getpixel((71 * i + 2, 2)) for i in range(9)} == {(128, 128, 128)}
-    assert "those of 24 random images" in neighbours.info["caption"]
+    assert "the nearest of 24 random images" in neighbours.info["caption"]
 
 
 def test_pictures_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):
