@@ -133,8 +133,8 @@ def save_neighbours(
     if among:
         kind, others = "image", f"of {len(memory)} random images"
         meaning = "What they have in common is what the network sees."
-    caption = f"A random {kind} per row, framed grey, and the nearest {others}. {meaning}"
-    save_rows(file, queries, rows, memory, near, names, caption)
+    caption = f"A random {kind} per row, framed grey, and the nearest {others} by features. "
+    save_rows(file, queries, rows, memory, near, names, caption + meaning)
 
 
 # -- Feature maps ----------------------------------------------------------------------------------

@@ -131,9 +131,9 @@ def test_a_stopped_cache_resumes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        ({"teacher": "0"}, "belongs to other weights"),
-        ({"images": "0"}, "belongs to other images"),
-        ({"size": 64}, "belongs to other sizes"),
+        ({"teacher": "0"}, "belongs to teacher 0, not "),
+        ({"images": "0"}, "belongs to images 0, not "),
+        ({"size": 64}, "belongs to size 64, not 32"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path):
