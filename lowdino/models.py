@@ -225,7 +225,9 @@ class MobileViT(nn.Module):
                 if block.residual:
                     nn.init.zeros_(block.conv3_1x1.bn.weight)
             elif isinstance(block, MobileViTBlock):
-                fusion = block.conv_fusion.conv.weight.mul_(0.1)  # (dim, 2 * dim, 3, 3), shortcut first
+                fusion = block.conv_fusion.conv.weight.mul_(
+                    0.1
+                )  # (dim, 2 * dim, 3, 3), shortcut first
                 fusion[:, : len(fusion), 1, 1] += torch.eye(len(fusion))
 
     def forward_features(self, x: Tensor) -> Tensor:

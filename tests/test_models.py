@@ -354,7 +354,7 @@ def test_stochastic_depth_is_the_students_alone():
         (
             {"conv1.weight": (64, 3, 7, 7)},
             None,
-            "does not say of which architecture it is; name it: mobilevit_xxs",
+            "does not name its architecture; it is one of mobilevit_xxs",
         ),
         ({"arch": "resnet18", "state_dict": {}}, "resnet50", "holds resnet18, not resnet50"),
     ],

@@ -245,7 +245,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
     for teacher, more, message in (
         (at("none.pth"), "", "no file"),
         (at("damaged.pth"), "", "it is damaged"),
-        (at("plain.pth"), "", "does not say of which architecture"),
+        (at("plain.pth"), "", "does not name its architecture"),
         (f"resnet18={at('plain.pth')}", "", "does not fit this architecture"),
         ("resnet18=", "", "no file ''"),
         (good, "--objective dino", "teacher's head: give a checkpoint.pth of train.py"),
