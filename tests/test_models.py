@@ -347,7 +347,7 @@ def test_stochastic_depth_is_the_students_alone():
 @pytest.mark.parametrize(
     "content, arch, message",
     [
-        ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer with the names"),
+        ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer by the names"),
         (official_names(192, 2, 16), "vit_small", "holds a vit_tiny, not vit_small"),
         (official_names(192, 2, 16), "resnet18", "does not fit this architecture"),
         (official_names(192, 2, 16) | {"norm.bias": (4,)}, None, "1 of another shape"),
