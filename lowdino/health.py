@@ -6,6 +6,23 @@ Use in a training loop:
     for line in health.read(step, feature_std=..., effective_rank=..., cross_entropy=..., ...):
         print(line)          # a symptom that has lasted, or one that is over
     print(health.verdict())  # one sentence at the end
+
+verdict                   symptom                                    try
+uniform collapse          mean entropy above 0.99 ln K: all          --infonce_weight 1,
+                          prototypes, for every image                lower --teacher_temp
+one-cluster collapse      entropy of the mean below 0.1 ln K, or no  lower --center_momentum,
+                          higher than the mean entropy               higher --teacher_temp,
+                                                                     --centering sinkhorn
+nothing left to learn     cross-entropy less entropy, the KL of      higher --out_dim, wider
+                          teacher and student, near 0                crops, local views
+dead features             unit features within 0.01 of their mean,   lower --lr, a look at
+                          or an effective rank below 1.5             crops.png
+collapsed embeddings      within 0.1 of their mean, or an effective  the flag that the log
+                          rank below 1.5 (no prototypes)             names, lower --lr
+diverging loss            cross-entropy above 1.05 ln K              lower --lr, longer
+                                                                     --warmup_epochs
+teacher stands still      the EMA does not change it                 lower --momentum_teacher,
+                                                                     higher --lr
 """
 
 import math
@@ -37,30 +54,13 @@ def spread(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Health:
-    """Reports collapse without labels, and suggests the flag to change.
+    """Reports the symptoms in the table above, without labels, and suggests the flag to change.
 
     A symptom counts once every reading has shown it for `PATIENCE` steps, because a healthy run
     starts near some of them. The symptoms follow DINO (Caron et al., 2021, section 5.3 and
     figure 7): entropy and KL divergence tell the two kinds of collapse apart. Entropies are in
     nats; ln K is that of the uniform distribution over K = `out_dim` prototypes. For a method
     without them, out_dim=None, features alone are judged. `remedy` is against collapsed embeddings.
-
-    verdict                   symptom                                    try
-    uniform collapse          mean entropy above 0.99 ln K: all          --infonce_weight 1,
-                              prototypes, for every image                lower --teacher_temp
-    one-cluster collapse      entropy of the mean below 0.1 ln K, or no  lower --center_momentum,
-                              higher than the mean entropy               higher --teacher_temp,
-                                                                         --centering sinkhorn
-    nothing left to learn     cross-entropy less entropy, the KL of      higher --out_dim, wider
-                              teacher and student, near 0                crops, local views
-    dead features             unit features within 0.01 of their mean,   lower --lr, a look at
-                              or an effective rank below 1.5             crops.png
-    collapsed embeddings      within 0.1 of their mean, or an effective  the flag that the log
-                              rank below 1.5 (no prototypes)             names, lower --lr
-    diverging loss            cross-entropy above 1.05 ln K              lower --lr, longer
-                                                                         --warmup_epochs
-    teacher stands still      the EMA does not change it                 lower --momentum_teacher,
-                                                                         higher --lr
 
     The thresholds were chosen on the runs of tests/test_collapse.py: a healthy one, and one that
     fails in each way.

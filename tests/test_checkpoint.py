@@ -121,7 +121,7 @@ class Malicious:
         (b"some text", "cannot read .*damaged"),
         (None, "no file "),
         (Malicious(), "cannot read .*not a file of plain tensors"),
-        ([1, 2], "holds a list, where a dict"),
+        ([1, 2], "holds a list, not a dict"),
     ],
 )
 def test_bad_files_are_refused_and_never_run(tmp_path, content, message):
