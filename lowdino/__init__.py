@@ -20,12 +20,9 @@ def build_backbone(arch: str, in_chans: int = 3, **options) -> nn.Module:
     """A backbone at random initialisation. `lowdino.models` and `lowdino.vit` state its contract.
 
     Args:
-        arch: one of `ARCHS`, kept as the backbone's `arch`.
+        arch: one of `ARCHS`, kept as the backbone's `arch`; a UserError for any other.
         in_chans: number of input channels. Unless it is 3, set `mean` and `std` from your images.
         options: of a Vision Transformer: patch_size (16) and image_size (224), in pixels.
-
-    Raises:
-        UserError: for an unknown architecture.
     """
     if arch not in ARCHS:
         raise UserError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHS)}")
@@ -45,18 +42,16 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
             DINO's ResNet-50, torchvision's ConvNets, timm's MobileViT.
         arch: name of the architecture, needed for the file of a ConvNet that does not name it.
 
-    Besides the contract of `lowdino.models` it has `arch` and, where the file has them,
-    `image_size`, `value_range` and `epoch`. Its input, which `open_image` makes from a file, is
-    float images in [0, 1], resized to about `image_size`, minus `mean`, over `std`, per channel.
-
-    Raises:
-        UserError: where the file is missing, damaged or of another kind or architecture.
+    It also has `arch` and, where the file has them, `image_size`, `value_range` and `epoch`. Its
+    input, as `open_image` makes it, is float images in [0, 1], resized to about `image_size`, minus
+    `mean`, over `std`. A UserError says that the file is missing, damaged or of another kind.
     """
     content = load(path)
     if arch and content.get("arch", arch) != arch:
         raise UserError(f"{path} holds {content['arch']}, not {arch}")
     weights = weights_of(content, path)
-    backbone = network_for(weights, arch or arch_of(content), path)
+    named = content.get("arch", getattr(content.get("args"), "arch", None))  # itself or by a flag
+    backbone = network_for(weights, arch or named, path)
     if arch and arch != backbone.arch:
         raise UserError(f"{path} holds a {backbone.arch}, not {arch}")
     stem = weights.get(f"{models.stem_of(backbone)[0]}.weight")
@@ -75,11 +70,6 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
     return backbone.eval()
 
 
-def arch_of(content: dict) -> str | None:
-    """The architecture that a file names, itself or in the flags of its run."""
-    return content.get("arch", getattr(content.get("args"), "arch", None))
-
-
 def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.Module:
     """A network that fits a file's weights; those of a Vision Transformer tell its shape."""
     if arch not in models.ARCHS and "pos_embed" in weights:
@@ -91,9 +81,7 @@ def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.M
         backbone.arch = names.get(backbone.embed_dim, "vit")
         return backbone
     if not arch:
-        raise UserError(
-            f"{path} does not say of which architecture it is; name it: {', '.join(ARCHS)}"
-        )
+        raise UserError(f"{path} does not name its architecture; it is one of {', '.join(ARCHS)}")
     return build_backbone(arch)
 
 
@@ -101,22 +89,15 @@ def network_for(weights: dict[str, Tensor], arch: str | None, path: str) -> nn.M
 def open_image(path: str | Path, backbone: nn.Module, size: int | None = None) -> Tensor:
     """An image file as a network's input: (1, C, size, size) float32, on the CPU.
 
-    As in `eval_knn.py` it is the upright picture in the backbone's channels and value range (see
-    `lowdino.image_io`), its central square, resized, and normalised by the backbone's mean and std.
-
-    Args:
-        size: side in pixels; default: the backbone's `image_size`, or 224 where it has none.
-
-    Raises:
-        UserError: naming the file, where it cannot be read or has other channels.
+    As in `eval_knn.py` it is the central square of the upright picture in the backbone's channels
+    and value range, resized to `size` pixels (default: the backbone's `image_size`, or 224) and
+    normalised. A UserError names a file that cannot be read or has other channels.
     """
     size = size or getattr(backbone, "image_size", 224)
     pixels = image_io.PixelFormat(len(backbone.mean), getattr(backbone, "value_range", None))
     if not pixels.value_range and image_io.deep_values(str(path), pixels) is not None:
-        raise UserError(
-            f"{path} has values of more than 8 bits, and the network was trained on 8: set its "
-            "value_range to the values of black and white, such as (0, 4095)"
-        )
+        advice = "set its value_range to the values of black and white, such as (0, 4095)"
+        raise UserError(f"{path} has more than 8 bits, and the network was trained on 8: {advice}")
     image = data.central_part(image_io.read_image(str(path), 2 * size, pixels))
     sizes = torch.tensor([image.shape[1:]])
     return augment.central_view(image[None], sizes, size, backbone.mean, backbone.std)

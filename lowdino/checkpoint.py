@@ -1,7 +1,6 @@
 """Files that survive: atomic writes, safe reads, and the clean backbone file.
 
-A checkpoint holds tensors and plain Python types only. It is read with `weights_only=True`, which
-never runs code from it.
+A checkpoint holds tensors and plain types. Read with `weights_only=True`, it never runs code.
 """
 
 import argparse
@@ -27,11 +26,8 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` once the block ends without an error.
 
     `path` is complete or absent at every moment: tmp, flush, fsync, rename, fsync of the folder.
-    A rename is atomic, but only flushed data survive a power cut, and so does the rename itself
-    only once its folder is flushed.
-
-    Raises:
-        ValueError: where the disk is full or the folder is read-only; an earlier `path` stays.
+    Only flushed data survive a power cut, and a rename only once its folder is flushed.
+    A ValueError says that the disk is full or the folder read-only; an earlier `path` stays.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -80,24 +76,17 @@ def save_checkpoint(folder: str | Path, content: dict) -> None:
 
 
 def checkpoint_paths(folder: str | Path) -> list[Path]:
-    """The three names of a checkpoint, newest first.
-
-    The first exists only between two renames, and is complete.
-    """
+    """The three names of a checkpoint, newest first; the first exists only between two renames."""
     return [Path(folder) / f"checkpoint{which}.pth" for which in (".new", "", ".prev")]
 
 
 def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> dict | None:
     """The latest intact checkpoint in `folder`, on the CPU, or None where there is no file.
 
-    Args:
-        warn: called with one sentence where a newer one is damaged.
-
-    Raises:
-        ValueError: where all are damaged.
+    `warn` is called with one sentence on newer, damaged ones; a ValueError where all are damaged.
     """
     damaged = []
-    for path in (path for path in checkpoint_paths(folder) if path.exists()):
+    for path in filter(Path.exists, checkpoint_paths(folder)):
         try:
             content = load(path)
         except ValueError as error:
@@ -111,47 +100,9 @@ def load_checkpoint(folder: str | Path, warn: Callable[[str], None] = print) -> 
     return None
 
 
-def load(path: str | Path) -> dict:
-    """Read a file of tensors and plain types, on the CPU, without running any code from it.
-
-    torch.save writes a zip file with a CRC-32 of each record, which is checked here: torch.load
-    does not.
-
-    Raises:
-        ValueError: where the file is missing, damaged or holds anything else.
-    """
-    try:
-        if zipfile.is_zipfile(path):  # files of torch before 1.6, such as some of DINO's, are not
-            check_sums(path)
-        with namespaces_allowed():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"no file {path or repr(path)}") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # on a damaged file the unpickler raises any kind of exception
-        raise ValueError(
-            f"cannot read {path}: it is damaged, or not a file of plain tensors"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, where a dict of weights was expected"
-        )
-    return content
-
-
-def check_sums(path: str | Path) -> None:
-    with zipfile.ZipFile(path) as records:
-        if (bad := records.testzip()) is not None:
-            raise zipfile.BadZipFile(f"checksum of {bad}")
-
-
 @contextmanager
 def namespaces_allowed() -> Iterator[None]:
-    """Let torch.load read argparse.Namespace, which holds values alone.
-
-    The training checkpoints of DINO, DeiT and torchvision's references keep their flags in one.
-    """
+    """Let torch.load read argparse.Namespace, in which DINO, DeiT and torchvision keep flags."""
     allowed = list(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
@@ -161,42 +112,53 @@ def namespaces_allowed() -> Iterator[None]:
         torch.serialization.add_safe_globals(allowed)
 
 
+def load(path: str | Path) -> dict:
+    """Read a file of tensors and plain types, on the CPU, without running any code from it.
+
+    The CRC-32 of each record is checked, which torch.load does not. A ValueError says that the file
+    is missing, damaged or holds anything else.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # files of torch before 1.6, such as some of DINO's, are not
+            with zipfile.ZipFile(path) as records:
+                if (bad := records.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"checksum of {bad}")
+        with namespaces_allowed():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path or repr(path)}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # on a damaged file the unpickler raises any kind of exception
+        reason = "it is damaged, or not a file of plain tensors"
+        raise ValueError(f"cannot read {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
 def save_backbone(
     path: str | Path, backbone: nn.Module, arch: str, image_size: int, epoch: int, **more: Any
 ) -> None:
-    """Write the backbone alone, with clean names and all that is needed to use it.
+    """Write the backbone alone, with clean names and all that is needed to use it, and `more`.
 
-    Args:
-        image_size: side in pixels of the images that it was trained on.
-        more: further content of the file.
+    `image_size` is the side in pixels of the images that it was trained on.
     """
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-    content = {
-        "arch": arch,
-        "embed_dim": backbone.embed_dim,
-        "mean": list(backbone.mean),
-        "std": list(backbone.std),
-        "image_size": image_size,
-        "epoch": epoch,
-        "state_dict": weights,
-    }
+    content = {"arch": arch, "embed_dim": backbone.embed_dim}
+    content |= {"mean": list(backbone.mean), "std": list(backbone.std)}
+    content |= {"image_size": image_size, "epoch": epoch, "state_dict": weights}
     if getattr(backbone, "value_range", None):
         content["value_range"] = list(backbone.value_range)
     save_atomic(path, content | more)
 
 
 def weights_of(content: dict, source: str) -> dict[str, Tensor]:
-    """The state dict of a backbone, with clean names, in a file's content.
+    """The state dict of a backbone, with clean names, in the content of the file `source`.
 
     The content is a state dict, plain or under `state_dict` or `model`, or a training checkpoint of
     DINO's official code, whose teacher's backbone is taken. A prefix of `PREFIXES` is removed where
-    all names have it.
-
-    Args:
-        source: name of the file, for messages.
-
-    Raises:
-        ValueError: for a checkpoint of our own training, or anything else.
+    all names have it. Anything else, such as our training checkpoint, is a ValueError.
     """
     if "settings" in content:
         raise ValueError(f"{source} is a training checkpoint; give the backbone.pth beside it")
@@ -220,10 +182,7 @@ def weights_of(content: dict, source: str) -> dict[str, Tensor]:
 def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> None:
     """Load a file's content, as `weights_of` reads it, into `backbone`, strictly.
 
-    A classifier or mask token in the file is left out by its name; everything else must fit.
-
-    Raises:
-        ValueError: naming what is missing, unexpected or of another shape.
+    All but a classifier or mask token must fit; else a ValueError names the parameters.
     """
     expected, weights = backbone.state_dict(), weights_of(content, source)
     weights = {k: v for k, v in weights.items() if k in expected or not k.startswith(LEFT_OUT)}
@@ -235,7 +194,6 @@ def load_backbone_weights(backbone: nn.Module, content: dict, source: str) -> No
     }
     problems = [f"{len(k)} {what} (first {min(k)})" for what, k in misfits.items() if k]
     if problems:
-        raise ValueError(
-            f"{source} does not fit this architecture: parameters {', '.join(problems)}"
-        )
+        parameters = ", ".join(problems)
+        raise ValueError(f"{source} does not fit this architecture: parameters {parameters}")
     backbone.load_state_dict(weights, strict=True)

@@ -6,11 +6,10 @@
         --master_port=29500 train.py ...                                        on each of four
     srun --ntasks-per-node=8 --gpus-per-node=8 python train.py ...              SLURM, one per GPU
 
-SLURM needs MASTER_ADDR, the first host of the job, and MASTER_PORT in the environment. It sends its
-stop signal ahead of time with `#SBATCH --signal=USR1@120 --requeue`; where `srun` then ends with
-status 75, `scontrol requeue $SLURM_JOB_ID` queues the script again. On CUDA with several ranks
-batch norm is synchronised, as in DINO; on the CPU each rank has its own batch statistics. On one
-machine gloo listens on the loopback address alone, torchrun's store on all addresses.
+SLURM needs MASTER_ADDR, the first host of the job, and MASTER_PORT in the environment. With
+`#SBATCH --signal=USR1@120 --requeue` it sends its stop signal early; where `srun` then ends with
+status 75, `scontrol requeue $SLURM_JOB_ID` queues the script again. On one machine gloo listens on
+the loopback address alone, torchrun's store on all addresses.
 """
 
 import ctypes
@@ -59,43 +58,34 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
+    first = property(lambda self: self.rank == 0)
 
 
 def rank_from_environment() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun or `srun` set them; (0, 1, 0) alone.
-
-    Under `srun` one task is one rank.
-    """
+    """(rank, world, local rank) by torchrun, or by `srun`, one rank per task; (0, 1, 0) alone."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        # An interactive `python` inside an allocation has SLURM_PROCID too. Only `srun` makes a
-        # step of several tasks.
+        # A lone `python` in an allocation has SLURM_PROCID too; only `srun` makes several tasks.
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) <= 1:
             return 0, 1, 0
         names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
-    rank, world, local = (int(os.environ.get(name, 0)) for name in names)
-    return rank, world, local
+    return tuple(int(os.environ.get(name, 0)) for name in names)
 
 
 def start(device: str = "auto") -> Ranks:
     """Choose the device and, where there are several processes, join them.
 
-    Args:
-        device: "auto" (CUDA, else MPS for a single process, else CPU), "cuda", "mps" or "cpu".
-
-    Raises:
-        UserError: where the device or the first rank's address is missing, or a node has more
-            processes than GPUs.
+    `device` is "auto" (CUDA, else MPS for a single process, else CPU), "cuda", "mps" or "cpu". A
+    UserError says that there is none for this process, or that the first rank's address is missing.
     """
     rank, world, local = rank_from_environment()
     chosen = choose_device(device, world, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        use_fast_kernels()
+        # cuDNN seeks its fastest algorithm once per shape, and views have few. TF32 has float32's
+        # range and float16's precision; heads, k-NN and all of `--amp none` use it.
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     elif chosen.type == "cpu":
         keep_freed_memory()
     if world > 1:
@@ -112,9 +102,7 @@ def choose_device(device: str, world: int, local: int) -> torch.device:
     if device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if device == "mps" and not mps:
-        raise UserError(
-            "--device mps: needs Apple's Metal, torch 2.5 or newer and a single process"
-        )
+        raise UserError("--device mps: needs Apple's Metal, torch 2.5 or newer and one process")
     if device != "cuda":
         return torch.device(device)
     visible = torch.cuda.device_count()
@@ -122,32 +110,16 @@ def choose_device(device: str, world: int, local: int) -> torch.device:
     by_srun = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     index = 0 if visible == 1 and by_srun else local
     if index >= visible:
-        raise UserError(
-            f"local rank {local} has no GPU of its own: {visible} visible; "
-            f"start {visible} processes per node, or use --device cpu"
-        )
+        advice = f"start {visible} processes per node, or use --device cpu"
+        raise UserError(f"local rank {local} has no GPU of its own: {visible} visible; {advice}")
     return torch.device("cuda", index)
-
-
-def use_fast_kernels() -> None:
-    """Have cuDNN search for its fastest algorithms, and multiply float32 as TF32.
-
-    The search is made once per shape, and views have the same few shapes in every step. TF32 has
-    float32's range and float16's precision, as autocast has anyhow, and is several times as fast;
-    heads, k-NN and all of `--amp none` use it.
-    """
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
 
 
 def join(rank: int, world: int, device: torch.device) -> None:
     """Make this process a member of the process group."""
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"{world} processes cannot find each other: set {' and '.join(missing)}, "
-            "the first node's name and a free port, or start them by torchrun"
-        )
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        advice = "the first node's name and a free port, or start them by torchrun"
+        raise UserError(f"{world} processes cannot meet: set {' and '.join(missing)}, {advice}")
     # By default gloo listens on the network, by the machine's name.
     loopback = {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex())
     if on_one_machine(world) and loopback:
@@ -169,12 +141,7 @@ def on_one_machine(world: int) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step instead of returning it to the kernel.
-
-    Every step takes and frees the same large blocks. The kernel clears the pages that it gives,
-    which can cost as much as the work on them. Nothing happens without glibc or where another
-    allocator is preloaded.
-    """
+    """Have glibc keep memory between steps: clearing new pages can cost as much as their use."""
     with suppress(AttributeError, TypeError, OSError):  # no mallopt; Windows, which opens no None
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
@@ -187,20 +154,15 @@ def keep_freed_memory() -> None:
 NAMES_OF_STOP_SIGNALS = "SIGTERM", "SIGUSR1", "SIGINT"  # Windows lacks SIGUSR1
 STOP_SIGNALS = tuple(getattr(signal, n) for n in NAMES_OF_STOP_SIGNALS if hasattr(signal, n))
 
-# Exit status of a run that a signal stopped; the same command resumes it.
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again"
-INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
+STOPPED = 75  # exit status after a signal (EX_TEMPFAIL, "try again"): the same command resumes
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
 
 def stop(together: bool = True) -> None:
     """Leave the process group, as the last call before the process ends.
 
-    Gloo's group is left alone: its end joins its threads, and one of them may be waiting for
-    Python's lock, which this thread holds, to let go of its last tensor.
-
-    Args:
-        together: whether all ranks leave. Else NCCL's group is left alone too, which would wait
-            for the others.
+    Gloo's group stays: its end joins its threads, and one of them may wait for Python's lock, which
+    this thread holds. NCCL's stays unless all ranks leave `together`: it would wait for the others.
     """
     for number in STOP_SIGNALS:  # all is saved by now, and the exit status should say so
         signal.signal(number, signal.SIG_IGN)
@@ -211,12 +173,10 @@ def stop(together: bool = True) -> None:
 class StopSignals:
     """Notes the signals that ask a run to stop, so that it can save first.
 
-    While `held`, a signal is only noted in `seen`. Else it ends the process at once with `status`
-    and without clean-up, because an exception could come out of any line, of torch's own too. The
-    loss of the torchrun that started this process counts as a signal: nobody would send the next.
-
-    `status` is the exit status to leave with: INTERRUPTED where the first signal was SIGINT, else
-    STOPPED. Later signals change nothing: on Ctrl-C a rank gets the terminal's and torchrun's.
+    While `held`, a signal is only noted in `seen`. Else it ends the process at once and without
+    clean-up, because an exception could come out of any line, even of torch. The loss of the
+    torchrun that started this process counts as a signal: nobody would send the next. The first
+    signal decides the exit `status`, INTERRUPTED by SIGINT, else STOPPED; torchrun repeats Ctrl-C.
     """
 
     def __init__(self):
@@ -243,9 +203,7 @@ class StopSignals:
 
     @property
     def seen(self) -> bool:
-        return self.received or (
-            "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-        )
+        return self.received or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -261,10 +219,7 @@ class StopSignals:
 
 
 def on_device(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module on this rank's device, in channels-last memory format.
-
-    With several ranks on CUDA its batch norm is synchronised.
-    """
+    """The module on its device, channels last; on several GPUs with synchronised batch norm."""
     module = module.to(ranks.device, memory_format=torch.channels_last)
     if ranks.world > 1 and ranks.device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -293,8 +248,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
     """Which flags are set on any rank: one exchange, at which the CPU waits for the device."""
     if dist.is_initialized():
-        numbers = [torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags]
-        highest = torch.stack(numbers)
+        highest = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         flags = highest.tolist()
     return [bool(flag) for flag in flags]
@@ -310,10 +264,7 @@ def gather_objects(item: object) -> list:
 
 
 def gather_strided(rows: Tensor, total: int) -> Tensor:
-    """Join the rows of all ranks, each of which has those of every world-th item, on all ranks.
-
-    (n, ...) on each rank -> (total, ...), in the order of the items.
-    """
+    """Join on all ranks the rows (n, ...) of every world-th item: (total, ...) in their order."""
     if not dist.is_initialized():
         return rows
     world = dist.get_world_size()
@@ -334,87 +285,67 @@ def broadcast_buffers(module: nn.Module) -> None:
 # -- Errors and the launch of a script -------------------------------------------------------------
 
 # Errors of the operating system that are no bug: a full, read-only or failing disk, a permission.
-NAMES_OF_MACHINE_ERRORS = "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO"
-MACHINE_ERRORS = {getattr(errno, name) for name in NAMES_OF_MACHINE_ERRORS if hasattr(errno, name)}
-
-
-def lines_of(error: Exception) -> list[str]:
-    """The lines of an error's text, at least one.
-
-    A DataLoader puts the traceback of its process before an error that was raised there. Then it is
-    the last line alone, without the name of the error's class.
-    """
-    lines = str(error).strip().splitlines()
-    if any(line.endswith("Traceback (most recent call last):") for line in lines):
-        prefix = rf"(\w+\.)*{re.escape(type(error).__name__)}: "
-        lines = [re.sub(f"^{prefix}", "", lines[-1])]
-    return lines or [type(error).__name__]
+MACHINE_ERRORS = "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO"
 
 
 def sentence_of(error: Exception) -> str | None:
     """One sentence on an error that the user can fix; None for any other, which is a bug."""
-    lines = lines_of(error)
+    kind = type(error).__name__
+    lines = str(error).strip().splitlines() or [kind]
+    if any(line.endswith("Traceback (most recent call last):") for line in lines):
+        # From a DataLoader's process, with its traceback: the last line, "module.Class: text".
+        lines = [re.sub(rf"^(\w+\.)*{kind}: ", "", lines[-1])]
     text, first = " ".join(lines), lines[0]
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError):
         written = re.match(r"\[Errno (\d+)\]", first)  # all that a loader's process passes on
-        if (error.errno or (written and int(written[1]))) in MACHINE_ERRORS:
+        number = error.errno or (written and int(written[1]))
+        if errno.errorcode.get(number) in MACHINE_ERRORS:
             return f"{error.filename}: {error.strerror}" if error.filename else first
-    system = isinstance(error, (RuntimeError, OSError))
-    full = system and re.search("allocate memory|out of memory|Storage size", first)
-    if full or isinstance(error, MemoryError):
+    runtime = isinstance(error, RuntimeError)
+    full = re.search("allocate memory|out of memory|Storage size", first)
+    if isinstance(error, MemoryError) or (full and (runtime or isinstance(error, OSError))):
         return f"out of memory: smaller batches, views or heads may help ({first})"
-    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in first):
-        return f"lost another rank, whose own error says why ({text})"
-    if isinstance(error, RuntimeError) and first.startswith("DataLoader worker"):
+    if isinstance(error, dist.DistError) or (runtime and "gloo" in first):
+        return f"lost another rank, whose error says why ({text})"
+    if runtime and first.startswith("DataLoader worker"):
         return f"{first.split('. ')[0]}: where memory is short, fewer --num_workers may help"
     return None
 
 
-def print_error(script: str, sentence: str) -> None:
-    print(f"{script}: error: {sentence}", file=sys.stderr)
-
-
 def launch(script: str, parse: Callable[[], Any], work: Callable[[Any, Ranks], object]) -> None:
-    """Run a script: `work` on what `parse` returns, and on this process's rank.
+    """Run a script: `work` on the settings that `parse` returns, and on this process's rank.
 
-    An error that the user can fix is one line and exit status 2. Any other keeps its traceback.
-
-    Args:
-        parse: returns the settings, whose `device`, by default "cpu", `start` takes; a UserError of
-            it is printed by the first rank alone.
+    `start` takes the settings' `device`, default "cpu". An error that the user can fix is one line,
+    of the first rank alone if in `parse`, and exit status 2. Any other keeps its traceback.
     """
-    status, together, printing = 0, False, rank_from_environment()[0] == 0
+    first = heard = rank_from_environment()[0] == 0
+    status, together, message = 0, False, ""
     with suppress(AttributeError):  # a notebook's stdout
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
         args = parse()
-        printing = True
+        heard = True
         work(args, start(getattr(args, "device", "cpu")))
         together = True
     except SystemExit as stopped:  # of all ranks, after a signal
         status, together = stopped.code if isinstance(stopped.code, int) else 1, True
     except KeyboardInterrupt:
-        status = INTERRUPTED
-        if rank_from_environment()[0] == 0:
-            print(f"{script}: stopped by Ctrl-C", file=sys.stderr)
+        status, message = INTERRUPTED, "stopped by Ctrl-C" * first
     except BrokenPipeError:
-        status = 2
-        with suppress(OSError):  # stderr may be the same pipe
-            print_error(script, "the output pipe was closed")
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status, message = 2, "error: the output pipe was closed"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
     except Exception as error:
-        sentence = sentence_of(error)
-        if sentence is None:
+        if (sentence := sentence_of(error)) is None:
             raise
-        status = 2
-        if printing:
-            print_error(script, sentence)
+        status, message = 2, f"error: {sentence}" * heard
     finally:
         several = dist.is_initialized()
         stop(together)
+    with suppress(OSError):  # stderr may be the closed pipe too
+        if message:
+            print(f"{script}: {message}", file=sys.stderr)
     gc.collect()  # ends a loader that an error left, with its processes
     if several:  # without Python's clean-up, in which gloo can hang or abort, see `stop`
         sys.stdout.flush()

@@ -1,9 +1,8 @@
 """The momentum teacher: an exponential moving average (EMA) of the student's parameters.
 
-He et al., 2020; Caron et al., 2021. Only parameters are averaged. Buffers, such as the running
-statistics of batch norm, come from the teacher's forward passes in training mode: averaged
-statistics would describe the activations of no network. Only a teacher without such passes
-averages its buffers too, see `paired_buffers`.
+He et al., 2020; Caron et al., 2021. Buffers, such as the statistics of batch norm, come from the
+teacher's forward passes in training mode: averages would describe the activations of no network.
+Only a teacher without such passes averages its buffers too, see `paired_buffers`.
 """
 
 import copy
@@ -25,8 +24,7 @@ def make_teacher(student: nn.Module) -> nn.Module:
 def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of both, matched by name, for `update`.
 
-    Raises:
-        ValueError: where the names differ, or a tensor is shared.
+    A ValueError says that the names differ, or that a tensor is shared.
     """
     theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
     if theirs.keys() != ours.keys():
@@ -34,17 +32,12 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tens
         raise ValueError(f"teacher and student have different parameters: {different}")
     shared = [name for name in ours if theirs[name].data_ptr() == ours[name].data_ptr()]
     if shared:
-        raise ValueError(
-            f"teacher and student share the storage of {shared[:5]}: the teacher must be a copy"
-        )
+        raise ValueError(f"teacher and student share {shared[:5]}: the teacher must be a copy")
     return list(theirs.values()), [ours[name] for name in theirs]
 
 
 def paired_buffers(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The floating-point buffers of both, for `update`.
-
-    They are for a teacher that runs no forward pass in training mode, so that it has no statistics.
-    """
+    """The floating-point buffers of both, for `update`, if no forward pass makes the teacher's."""
     pairs = [(a, b) for a, b in zip(teacher.buffers(), student.buffers()) if a.is_floating_point()]
     return [a for a, _ in pairs], [b for _, b in pairs]
 

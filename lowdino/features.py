@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -23,22 +22,20 @@ Images = data.ImageArray | data.ImageFiles
 
 
 class RawPixels(nn.Module):
-    """The pixels themselves as features, reduced to 32 x 32 by area means.
+    """The pixels as features, (B, C * min(S, 32)^2), reduced to 32 x 32 by area means.
 
     More pixels add little, and the cost of a probe grows with the square of their number.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.adaptive_avg_pool2d(x, 32) if x.shape[-1] > 32 else x
-        return x.flatten(1)  # (B, C * min(S, 32)^2)
+        return (nn.functional.adaptive_avg_pool2d(x, 32) if x.shape[-1] > 32 else x).flatten(1)
 
 
 class Pooled(nn.Module):
     """A backbone with a choice of pooling.
 
-    Args:
-        pool: "default", the backbone's own; "mean" or "max" of its last map; "default+mean" or
-            "default+max", both side by side.
+    `pool` is "default", that of the backbone; "mean" or "max" of its last map; or "default+mean" or
+    "default+max", both side by side.
     """
 
     def __init__(self, backbone: nn.Module, pool: str):
@@ -64,15 +61,10 @@ def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
-    """Open a network by name: its title and the module.
+    """Open a network by name: its title and the module; a UserError where there is none.
 
-    Args:
-        name: "pixels"; an architecture, for its random initialisation; a file that
-            `lowdino.load_backbone` reads; or ARCH=FILE, for a plain state dict of a ConvNet.
-        seed: seed of a random initialisation.
-
-    Raises:
-        UserError: where there is no such file or architecture.
+    `name` is "pixels"; an architecture, for its random initialisation by `seed`; a file that
+    `lowdino.load_backbone` reads; or ARCH=FILE, for a plain state dict of a ConvNet.
     """
     if name == "pixels":
         return "raw pixels", RawPixels()
@@ -82,8 +74,8 @@ def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
         return f"{arch} at random initialisation, seed {seed}", lowdino.build_backbone(arch)
     if arch not in lowdino.ARCHS:
         if not os.path.exists(name):
-            known = ", ".join(lowdino.ARCHS)
-            raise UserError(f"no file {name}, and no such architecture; there are {known}")
+            known = f"no such architecture; there are {', '.join(lowdino.ARCHS)}"
+            raise UserError(f"no file {name}, and {known}")
         arch, weights = None, name
     backbone = lowdino.load_backbone(weights, arch)
     epoch = f", epoch {backbone.epoch}" if hasattr(backbone, "epoch") else ""
@@ -91,20 +83,16 @@ def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
 
 
 def build_backbone(s) -> nn.Module:
-    """The backbone to train, from random weights or from --init, the same on every rank.
+    """The backbone to train, from random weights or --init, the same on every rank.
 
-    Raises:
-        UserError: where --init does not fit the settings.
+    A UserError says that --init does not fit the settings.
     """
     torch.manual_seed(s.seed)
     is_vit = s.arch in lowdino.vit.ARCHS
     if s.init:
         backbone = lowdino.load_backbone(s.init, s.arch).train()
-        if is_vit and backbone.patch_size != s.patch_size:
-            size = backbone.patch_size
-            raise UserError(
-                f"--init {s.init} has patches of {size} pixels; give --patch_size {size}"
-            )
+        if is_vit and (size := backbone.patch_size) != s.patch_size:
+            raise UserError(f"--init {s.init} has patches of {size} px: give --patch_size {size}")
     else:
         shape = dict(patch_size=s.patch_size, image_size=s.global_crops_size)
         backbone = lowdino.build_backbone(s.arch, **(shape if is_vit else {}))
@@ -124,8 +112,7 @@ def check_finite(outputs: Tensor, name: str) -> None:
     """Raise a UserError where a network's outputs, called `name`, are not all finite."""
     if not outputs.isfinite().all():
         raise UserError(
-            f"the network gives {name} that are not finite numbers: its weights are damaged, or "
-            "diverged"
+            f"{name} of the network are not finite: its weights are damaged or diverged"
         )
 
 
@@ -134,11 +121,7 @@ def open_images(
 ) -> tuple[datasets.Source, int, int]:
     """The images of an evaluation, the side of the network's input, and the number of workers.
 
-    Args:
-        args: of `settings.EVALUATION_FLAGS`.
-
-    Raises:
-        UserError: where `labelled` and there are no labels to test on.
+    `args` are of `settings.EVALUATION_FLAGS`. A UserError says that needed labels are missing.
     """
     source = datasets.open_source(args, ranks.rank)
     if labelled and source.test is None:
@@ -155,20 +138,13 @@ def open_images(
 
 
 def compute_rank_features(
-    network: nn.Module,
-    images: Images,
-    size: int,
-    ranks: Ranks,
-    batch_size: int = 256,
-    workers: int = 0,
-    through: Callable[[Iterable], Iterable] = iter,
+    network, images: Images, size: int, ranks: Ranks, batch_size=256, workers=0, through=iter
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of this rank's share of the images: every world-th one.
 
     Args:
-        size: side of the central view, in pixels.
-        batch_size: batch size per process.
-        through: what the batches pass through on their way, to time them for instance.
+        size: side of the central view, in pixels. batch_size: per process.
+        through: a function that passes the batches on, to time them for instance.
     """
     mean, std = normalisation(network)
 
@@ -181,25 +157,12 @@ def compute_rank_features(
 
 
 def compute_features(
-    backbone: nn.Module,
-    images: Images,
-    size: int,
-    ranks: Ranks,
-    batch_size: int = 256,
-    workers: int = 0,
-    pool: str = "default",
+    backbone, images: Images, size: int, ranks: Ranks, batch_size=256, workers=0, pool="default"
 ) -> evaluate.Features:
-    """Features of the central view of all images. Each rank computes a share and gets all.
+    """float32 features (N, D), labels (N,) and file names of all images, on every rank.
 
-    Args:
-        size, batch_size: as of `compute_rank_features`.
-        pool: as of `Pooled`.
-
-    Returns:
-        float32 features (N, D), labels (N,) and file names.
-
-    Raises:
-        UserError: where some are not finite.
+    Each rank computes a share, see `compute_rank_features`. `pool` is that of `Pooled`. A UserError
+    says that some features are not finite.
     """
     network = Pooled(backbone, pool)
     share = compute_rank_features(network, images, size, ranks, batch_size, workers)
@@ -210,10 +173,9 @@ def compute_features(
     return features
 
 
-# --------------------------------------------------------------------------------------------------
-# The cache of a teacher's features. PATH is an .npy array (N, D) float16. PATH.json holds its key
-# (weights, images and size) and the number of rows that are done, so that a stopped run can resume.
-# --------------------------------------------------------------------------------------------------
+# -- The cache of a teacher's features -------------------------------------------------------------
+# PATH is an .npy array (N, D) float16. PATH.json holds its key (weights, images and size) and the
+# number of rows that are done, so that a stopped run can resume.
 
 CHUNK = 8192  # images per step of computing, checking and writing
 
@@ -229,14 +191,10 @@ def compute_teacher_features(
 
 
 def cached_features(teacher, images: Images, path: Path, workers: int, ranks: Ranks) -> np.ndarray:
-    """The teacher's features of all images, from the cache, which is made where it is missing.
+    """The teacher's features of all images, (N, D) float16 and memory-mapped, by way of the cache.
 
-    Returns:
-        (N, D) float16, memory-mapped.
-
-    Raises:
-        UserError: where the file cannot be written, is damaged, belongs to other weights or images,
-            or a feature does not fit float16.
+    A UserError says that the file cannot be written, is damaged or belongs to other weights or
+    images, or that a feature does not fit float16.
     """
     backbone = teacher.fingerprint.split("-")[0]  # heads change no feature
     key = {"teacher": backbone, "images": images.fingerprint(), "size": teacher.size}
@@ -262,10 +220,8 @@ def cached_features(teacher, images: Images, path: Path, workers: int, ranks: Ra
         stop = done + CHUNK if total - done - CHUNK >= ranks.world else total
         rows = features_of(range(done, stop)).features.half()
         if not rows.isfinite().all():
-            raise UserError(
-                f"features of {teacher.name} exceed float16's range, 65,504: --cache_teacher "
-                "cannot hold them"
-            )
+            reason = f"features of {teacher.name} exceed float16's range, 65,504"
+            raise UserError(f"--cache_teacher {path}: {reason}")
         if ranks.first:
             write_rows(path, key, done, total, rows.cpu().numpy())
         done = stop
@@ -275,18 +231,12 @@ def cached_features(teacher, images: Images, path: Path, workers: int, ranks: Ra
 
 
 def count_cached_rows(path: Path, key: dict, total: int) -> int:
-    """Number of rows that are done in the cache at `path`; 0 where there is none.
-
-    Raises:
-        UserError: where it is damaged or has another key.
-    """
+    """Number of rows that are done in the cache at `path`; a UserError where it does not fit."""
     notes = Path(f"{path}.json")
     if not notes.exists():
         if path.exists():
-            raise UserError(
-                f"--cache_teacher {path} exists without {notes.name}, which would say whose it is: "
-                "give another file"
-            )
+            reason = f"exists without {notes.name}, which would say whose it is"
+            raise UserError(f"--cache_teacher {path} {reason}: give another file")
         return 0
     try:
         stored = json.loads(notes.read_text())
@@ -297,10 +247,9 @@ def count_cached_rows(path: Path, key: dict, total: int) -> int:
     if not fits:
         raise UserError(f"--cache_teacher {path} is damaged: delete it and {notes.name}")
     for name in differing:
-        what = {"teacher": "weights", "images": "images", "size": "sizes"}[name]
         raise UserError(
-            f"--cache_teacher {path} belongs to other {what} ({stored[name]}, not {key[name]}): "
-            f"give another file, or delete it and {notes.name}"
+            f"--cache_teacher {path} belongs to {name} {stored[name]}, not {key[name]}: give "
+            f"another file, or delete it and {notes.name}"
         )
     return stored["done"]
 
@@ -323,16 +272,16 @@ def compare_first_rows(path: Path, features: Tensor) -> None:
     if stored.shape != features.shape or not np.allclose(stored, features, rtol=0.02, atol=near):
         raise UserError(
             f"--cache_teacher {path} holds other features of the first images than this teacher "
-            "gives: they, or how it sees them, have changed; give another file, or delete it and "
-            f"{path.name}.json"
+            f"gives: give another file, or delete it and {path.name}.json"
         )
 
 
 def write_rows(path: Path, key: dict, start: int, total: int, rows: np.ndarray) -> None:
     """Write rows of a cache from row `start` on, then note that they are done."""
 
+    @user_errors()
     def note(done: int) -> None:
-        with user_errors(), checkpoint.atomic(f"{path}.json") as file:
+        with checkpoint.atomic(f"{path}.json") as file:
             file.write(json.dumps(key | {"done": done}).encode())
 
     if start == 0:

@@ -11,12 +11,9 @@ class WeightNormLinear(nn.Module):
     (..., in_dim) -> (..., out_dim), in the type of the weights whatever autocast says: the softmax
     of a loss divides logits by a small temperature, which multiplies their rounding errors.
 
-    This is weight normalisation (Salimans and Kingma, 2016), computed inside `forward`. torch keeps
-    the normalised weight beside the parameter, which breaks when the module is copied or wrapped.
-
-    Args:
-        learn_gain: learn the gains, (out_dim, 1) as DINO's `weight_g`, so that they decay as
-            weights do. Otherwise every gain is 1, and the outputs for unit inputs are cosines.
+    This is weight normalisation (Salimans and Kingma, 2016), computed inside `forward`: torch's
+    breaks when the module is copied or wrapped. Where gains are learned, they are (out_dim, 1) as
+    DINO's `weight_g`, and decay as weights do; else they are 1, and outputs of unit inputs cosines.
     """
 
     def __init__(self, in_dim: int, out_dim: int, learn_gain: bool):
@@ -40,14 +37,11 @@ class DINOHead(nn.Module):
     the unit vectors and the logits are float32.
 
     Args:
-        in_dim: the backbone's width.
-        out_dim: number of prototypes, K.
+        in_dim: width of the backbone. out_dim: number of prototypes, K.
         use_bn: batch norm after each hidden layer.
-        norm_last_layer: fix the length of every prototype at 1. Training is more stable; where it
-            is stable without, the result is a little worse.
-        hidden_dim: width of the hidden layers.
+        norm_last_layer: fix the length of every prototype at 1: more stable, or a little worse.
+        hidden_dim: width of the hidden layers. nlayers: linear layers of the MLP, at least 1.
         bottleneck_dim: width of the unit vectors that are compared with the prototypes.
-        nlayers: linear layers of the MLP, at least 1.
     """
 
     def __init__(
@@ -85,31 +79,23 @@ class DINOHead(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Linear layers with batch norm and ReLU between them, as in MV-MR and other methods.
+    """Linear layers, with batch norm and ReLU between them: (B, widths[0]) -> (B, widths[-1]).
 
-    (B, widths[0]) -> (B, widths[-1])
-
-    The last layer has a bias and no batch norm, as in SwAV. The authors' code of BYOL, VICReg and
-    Barlow Twins has no such bias; the losses of the last two do not depend on it. The code of
-    SimCLR ends with batch norm.
+    The last has a bias and no batch norm, as in SwAV. The authors' code of BYOL, VICReg and Barlow
+    Twins has no such bias (the losses of these two do not depend on it); SimCLR's ends with a norm.
     """
 
     def __init__(self, *widths: int):
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:-1]):
-            layers += [
-                nn.Linear(before, after, bias=False),
-                nn.BatchNorm1d(after),
-                nn.ReLU(inplace=True),
-            ]
+            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(True)]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 def features_of_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
-    """Features of V views, by one forward pass per resolution.
+    """Features of V views, by one forward pass per resolution: (V * B, embed_dim), view by view.
 
-    V views (B, 3, H, W) -> (V * B, embed_dim), view by view. Views of the same size must be
-    neighbours in the list.
+    Views (B, 3, H, W) of the same size must be neighbours in the list.
     """
     groups: list[list[Tensor]] = []
     for view in views:
@@ -129,8 +115,7 @@ class MultiViewNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head = backbone, head
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         features = features_of_views(self.backbone, views)
@@ -139,15 +124,11 @@ class MultiViewNetwork(nn.Module):
 
 
 class ManyHeads(nn.Module):
-    """A backbone and several heads by name, applied to a list of views; see `features_of_views`.
-
-    forward(views) -> the features (V * B, embed_dim), and the outputs of the heads by name.
-    """
+    """As `MultiViewNetwork`; forward(views) -> features (V * B, embed_dim), outputs by head."""
 
     def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]):
         super().__init__()
-        self.backbone = backbone
-        self.heads = nn.ModuleDict(heads)
+        self.backbone, self.heads = backbone, nn.ModuleDict(heads)
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         features = features_of_views(self.backbone, views)

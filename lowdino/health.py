@@ -6,6 +6,23 @@ Use in a training loop:
     for line in health.read(step, feature_std=..., effective_rank=..., cross_entropy=..., ...):
         print(line)          # a symptom that has lasted, or one that is over
     print(health.verdict())  # one sentence at the end
+
+verdict                   symptom                                    try
+uniform collapse          mean entropy above 0.99 ln K: all          --infonce_weight 1,
+                          prototypes, for every image                lower --teacher_temp
+one-cluster collapse      entropy of the mean below 0.1 ln K, or no  lower --center_momentum,
+                          higher than the mean entropy               higher --teacher_temp,
+                                                                     --centering sinkhorn
+nothing left to learn     cross-entropy less entropy, the KL of      higher --out_dim, wider
+                          teacher and student, near 0                crops, local views
+dead features             unit features within 0.01 of their mean,   lower --lr, a look at
+                          or an effective rank below 1.5             crops.png
+collapsed embeddings      within 0.1 of their mean, or an effective  the flag that the log
+                          rank below 1.5 (no prototypes)             names, lower --lr
+diverging loss            cross-entropy above 1.05 ln K              lower --lr, longer
+                                                                     --warmup_epochs
+teacher stands still      the EMA does not change it                 lower --momentum_teacher,
+                                                                     higher --lr
 """
 
 import math
@@ -25,10 +42,9 @@ def mean_entropy(probabilities: Tensor) -> Tensor:
 def spread(features: Tensor) -> tuple[Tensor, Tensor]:
     """Scatter of the normalised features (n, D) about their mean, and its number of directions.
 
-    Returns:
-        The root mean square distance from the mean, in [0, 1], and the effective rank (sum l)^2 /
-        sum l^2 of the eigenvalues l of their covariance (the participation ratio), from 1 to
-        min(n - 1, D). Both are 0 where all features are equal.
+    These are the root mean square distance from the mean, in [0, 1], and the effective rank (sum
+    l)^2 / sum l^2 of the eigenvalues l of their covariance (the participation ratio), from 1 to
+    min(n - 1, D). Both are 0 where all features are equal.
     """
     z = F.normalize(features.float(), dim=1)
     z = z - z.mean(dim=0)
@@ -38,35 +54,14 @@ def spread(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Health:
-    """Reports collapse without labels, and suggests the flag to change.
+    """Reports the symptoms in the table above, without labels, and suggests the flag to change.
 
     A symptom counts once every reading has shown it for `PATIENCE` steps, because a healthy run
     starts near some of them. The symptoms follow DINO (Caron et al., 2021, section 5.3 and
     figure 7): entropy and KL divergence tell the two kinds of collapse apart. Entropies are in
-    nats; ln K is the entropy of the uniform distribution over K prototypes.
+    nats; ln K is that of the uniform distribution over K = `out_dim` prototypes. For a method
+    without them, out_dim=None, features alone are judged. `remedy` is against collapsed embeddings.
 
-    Args:
-        out_dim: K; None for a method without prototypes, whose features alone are judged.
-        remedy: advice against collapsed embeddings.
-
-    verdict                   symptom                                    try
-    uniform collapse          mean entropy above 0.99 ln K: all          --infonce_weight 1,
-                              prototypes, for every image                lower --teacher_temp
-    one-cluster collapse      entropy of the mean below 0.1 ln K, or no  lower --center_momentum,
-                              higher than the mean entropy               higher --teacher_temp,
-                                                                         --centering sinkhorn
-    nothing left to learn     cross-entropy less entropy, the KL of      higher --out_dim, wider
-                              teacher and student, near 0                crops, local views
-    dead features             unit features within 0.01 of their mean,   lower --lr, a look at
-                              or an effective rank below 1.5             crops.png
-    collapsed embeddings      within 0.1 of their mean, or an effective  the flag that the log
-                              rank below 1.5 (no prototypes)             names, lower --lr
-    diverging loss            cross-entropy above 1.05 ln K              lower --lr, longer
-                                                                         --warmup_epochs
-    teacher stands still      the EMA does not change it                 lower --momentum_teacher,
-                                                                         higher --lr
-
-    The entropy of the mean less the mean entropy is the mutual information of image and prototype.
     The thresholds were chosen on the runs of tests/test_collapse.py: a healthy one, and one that
     fails in each way.
     """
@@ -100,31 +95,24 @@ class Health:
         Args:
             feature_std, effective_rank: `spread` of the backbone's features.
             cross_entropy: of the student to the teacher, which is DINO's loss.
-            entropy: mean entropy of the teacher's distributions.
-            entropy_of_mean: entropy of their mean.
-            embedding_std, embedding_rank: `spread` of one view's embeddings, where a loss compares
-                embeddings.
+            entropy: mean entropy of the teacher's distributions. entropy_of_mean: of their mean.
+            embedding_std, embedding_rank: `spread` of one view's embeddings, if a loss has any.
             teacher_moved: whether a step of the moving average changes the teacher's parameters.
             others: metrics that do not matter here.
         """
         if cross_entropy is not None and cross_entropy > 1.05 * self.uniform:
-            # All other symptoms follow from it.
-            return {
-                "diverging loss": f"the cross-entropy {cross_entropy:.2f} is above that of a "
-                f"uniform distribution, ln K = {self.uniform:.2f}: lower --lr, or lengthen "
-                "--warmup_epochs"
-            }
+            above = f"{cross_entropy:.2f} is above that of a uniform distribution, ln K = "
+            advice = f"{self.uniform:.2f}: lower --lr, or lengthen --warmup_epochs"
+            return {"diverging loss": f"the cross-entropy {above}{advice}"}  # it causes the others
         symptoms = {}
         if not teacher_moved:
-            symptoms["teacher stands still"] = (
-                "the moving average does not change its parameters: lower --momentum_teacher, "
-                "or raise --lr"
-            )
+            advice = "lower --momentum_teacher, or raise --lr"
+            symptoms["teacher stands still"] = f"the EMA does not change it: {advice}"
         if feature_std < 0.01 or effective_rank < 1.5:
             symptoms["dead features"] = (
                 f"the backbone's features are nearly a point or a line (std {feature_std:.4f}, "
                 f"effective rank {effective_rank:.1f}): lower --lr, raise --infonce_weight where "
-                "there is one, and look at crops.png, whether the pictures differ at all"
+                "there is one, and see in crops.png whether the pictures differ at all"
             )
         if embedding_std is not None and (embedding_std < 0.1 or embedding_rank < 1.5):
             symptoms["collapsed embeddings"] = (
@@ -135,32 +123,21 @@ class Health:
             symptoms |= self.collapse(cross_entropy, entropy, entropy_of_mean)
         return symptoms
 
-    def collapse(
-        self, cross_entropy: float | None, entropy: float, entropy_of_mean: float
-    ) -> dict[str, str]:
+    def collapse(self, cross_entropy: float | None, entropy: float, of_mean: float) -> dict:
         """The symptom of the teacher's distributions, if they have one."""
-        entropies = (
-            f"(entropy {entropy:.2f}, of the mean distribution {entropy_of_mean:.2f}, "
-            f"ln K {self.uniform:.2f})"
-        )
+        numbers = f"(entropy {entropy:.2f}, of the mean {of_mean:.2f}, ln K {self.uniform:.2f})"
+        same = "the teacher gives every image the same distribution, "
         if entropy > 0.99 * self.uniform:
-            return {
-                "uniform collapse": "the teacher gives every image the same distribution, uniform "
-                f"over the prototypes {entropies}: raise --infonce_weight, or lower --teacher_temp"
-            }
+            advice = "raise --infonce_weight, or lower --teacher_temp"
+            return {"uniform collapse": f"{same}uniform over the prototypes {numbers}: {advice}"}
         # The difference is the mutual information of image and prototype.
-        if entropy_of_mean < 0.1 * self.uniform or entropy_of_mean - entropy < 0.01 * self.uniform:
-            return {
-                "one-cluster collapse": "the teacher gives every image the same distribution, "
-                f"over few prototypes {entropies}: lower --center_momentum, raise --teacher_temp, "
-                "or use --centering sinkhorn"
-            }
-        if cross_entropy is not None and cross_entropy - entropy < 0.02 * self.uniform:
-            return {
-                "nothing left to learn": "the student already predicts what the teacher does (KL "
-                f"{cross_entropy - entropy:.3f}): raise --out_dim, widen --global_crops_scale, or "
-                "add local views"
-            }
+        if of_mean < 0.1 * self.uniform or of_mean - entropy < 0.01 * self.uniform:
+            advice = "lower --center_momentum, raise --teacher_temp, or use --centering sinkhorn"
+            return {"one-cluster collapse": f"{same}over few prototypes {numbers}: {advice}"}
+        if cross_entropy is not None and (kl := cross_entropy - entropy) < 0.02 * self.uniform:
+            advice = "raise --out_dim, widen --global_crops_scale, or add local views"
+            symptom = f"the student already predicts what the teacher does (KL {kl:.3f}): {advice}"
+            return {"nothing left to learn": symptom}
         return {}
 
     def read(self, step: int, **metrics: float | bool) -> list[str]:
@@ -174,20 +151,15 @@ class Health:
         elif self.ill_since is None:
             self.ill_since = step
         self.since = {name: self.since.get(name, step) for name in current}
-        lasting = {
-            name: text
-            for name, text in current.items()
-            if step - self.since[name] + 1 >= self.PATIENCE
-        }
+        old = {name for name, start in self.since.items() if step - start + 1 >= self.PATIENCE}
+        lasting = {name: text for name, text in current.items() if name in old}
         news = [f"{name}: {text}" for name, text in lasting.items() if name not in self.told]
         news += [f"{name}: over" for name in self.told if name not in current]
         self.told = {name: text for name, text in (self.told | lasting).items() if name in current}
         return news
 
     def verdict(self) -> str:
-        """One sentence on the last reading: the symptoms that have lasted, or that there are none,
-        or that it is too early to say. Symptoms that take turns count together.
-        """
+        """One sentence on the symptoms that have lasted; those that take turns count together."""
         if self.steps < self.PATIENCE:
             steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
             so_far = f"; seen so far: {joined(self.current)}" if self.current else ""

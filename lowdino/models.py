@@ -1,16 +1,13 @@
 """Small backbones: MobileViT and ResNet5M, and torchvision's ConvNets without their classifier.
 
-Every backbone keeps one contract:
-    embed_dim                             width of the pooled features
-    mean, std                             the normalisation that its weights expect, by channel
-    forward((B, 3, H, W))                 -> (B, embed_dim), the mean over the last feature map
-    forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the last feature map
-    forward_pyramid((B, 3, H, W))         -> the feature maps for detectors, the finest first. They
-                                          have pyramid_strides (4 to 32; ResNet5M 4 to 16) and
-                                          pyramid_dims channels; the last is forward_features'
-for any H, W >= 32, odd and non-square sizes included. `mean` and `std` are ImageNet's by default;
-weights that expect others set them on the network. `set_in_chans` changes the number of channels of
-any of these networks and of ViTs.
+Every backbone keeps one contract, for any H, W >= 32, odd and non-square sizes included:
+    embed_dim                       width of the pooled features
+    mean, std                       the normalisation that its weights expect, ImageNet's by default
+    forward((B, 3, H, W))           -> (B, embed_dim), the mean over the last feature map
+    forward_features((B, 3, H, W))  -> (B, embed_dim, h, w), the last feature map
+    forward_pyramid((B, 3, H, W))   -> the feature maps for detectors, of pyramid_strides (4 to 32;
+                                    ResNet5M 4 to 16) and pyramid_dims channels, the finest first
+`set_in_chans` changes the number of channels of any of these networks and of ViTs.
 
     arch                  parameters  embed_dim
     mobilevit_xxs            951,024        320
@@ -37,23 +34,18 @@ def stem_of(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
 
 @torch.no_grad()
 def set_in_chans(backbone: nn.Module, channels: int) -> None:
-    """Adapt a network for RGB images to images of `channels` channels, in place.
+    """Adapt a network for RGB images to images of `channels` channels, in place, if it must change.
 
     The weights are adapted as in timm: summed over RGB for one channel, else R, G, B, R, ... in
     turn, times 3 / channels, so that grey images keep their features. `mean` and `std` become None,
-    because they follow from the images. A network of `channels` channels does not change.
-
-    Raises:
-        ValueError: where the network has neither 3 nor `channels` channels.
+    because they follow from the images. A ValueError says that the network has other channels.
     """
     _, stem = stem_of(backbone)
     if stem.in_channels == channels:
         return
     if stem.in_channels != 3:
-        raise ValueError(
-            f"weights of {stem.in_channels} channels cannot be adapted to {channels}, as those of "
-            "RGB can"
-        )
+        have = f"weights of {stem.in_channels} channels"
+        raise ValueError(f"{have} cannot be adapted to {channels}, as those of RGB can")
     if channels == 1:
         weight = stem.weight.sum(dim=1, keepdim=True)
     else:
@@ -62,23 +54,15 @@ def set_in_chans(backbone: nn.Module, channels: int) -> None:
     backbone.mean = backbone.std = None
 
 
-# --------------------------------------------------------------------------------------------------
-# MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178). The state_dict has the names and shapes
-# of timm's `mobilevit_{xxs,xs,s}` with `num_classes=0`, so weights go both ways with strict=True.
-# --------------------------------------------------------------------------------------------------
+# -- MobileViT (Mehta and Rastegari, 2022, arXiv 2110.02178) ---------------------------------------
+# The state_dict has the names and shapes of timm's `mobilevit_{xxs,xs,s}` with `num_classes=0`.
 
 
 class ConvNormAct(nn.Module):
     """Convolution without bias, batch norm and, except at the end of a residual branch, SiLU."""
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        kernel: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        act: bool = True,
+        self, in_dim: int, out_dim: int, kernel: int = 1, stride: int = 1, groups: int = 1, act=True
     ):
         super().__init__()
         self.conv = nn.Conv2d(
@@ -93,10 +77,7 @@ class ConvNormAct(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block (Sandler et al., 2018): 1x1 wider, depthwise 3x3, 1x1 narrower.
-
-    The last convolution has no activation.
-    """
+    """MobileNetV2's block (Sandler et al., 2018): 1x1 wider, depthwise 3x3, 1x1 without SiLU."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int, expansion: float):
         super().__init__()
@@ -122,9 +103,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # A single token, as in a view of 32 pixels, attends only to itself.
         alone = not isinstance(N, torch.SymInt) and N == 1  # a symbol in a program for any size
         x = v if alone else F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
@@ -159,19 +139,17 @@ class TransformerLayer(nn.Module):
 class MobileViTBlock(nn.Module):
     """Local features by convolution and global features by attention, fused with the input.
 
-    Section 3.1 of the paper. The map is cut into 2x2 patches. Attention joins the pixels that have
-    the same position in their patches. Each of the four sequences covers the image, at a quarter
-    of the cost. The 3x3 convolutions before and after attention join the four. A map of odd side
-    is resized bilinearly to an even side, and back afterwards.
+    Section 3.1 of the paper. Attention joins the pixels that have the same position in their 2x2
+    patches. Each of the four sequences covers the image, at a quarter of the cost; the 3x3
+    convolutions join them. A map of odd side is resized bilinearly to an even side, and back.
     """
 
     def __init__(self, dim: int, transformer_dim: int, depth: int, num_heads: int = 4):
         super().__init__()
         self.conv_kxk = ConvNormAct(dim, dim, 3)
         self.conv_1x1 = nn.Conv2d(dim, transformer_dim, 1, bias=False)
-        self.transformer = nn.Sequential(
-            *(TransformerLayer(transformer_dim, num_heads) for _ in range(depth))
-        )
+        layers = (TransformerLayer(transformer_dim, num_heads) for _ in range(depth))
+        self.transformer = nn.Sequential(*layers)
         self.norm = nn.LayerNorm(transformer_dim)
         self.conv_proj = ConvNormAct(transformer_dim, dim)
         self.conv_fusion = ConvNormAct(2 * dim, dim, 3)
@@ -201,21 +179,14 @@ class MobileViT(nn.Module):
     """MobileViT without classifier. The side of the feature map is 1/32 of the input's.
 
     Args:
-        dims: channels of the five stages.
+        dims: channels of the five stages. embed_dim: channels of the final 1x1 convolution.
         transformer_dims: token widths of the attention blocks in the last three stages.
-        embed_dim: channels of the final 1x1 convolution.
         expansion: width of the middle of an inverted residual block, relative to its input.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
-    def __init__(
-        self,
-        dims: tuple[int, ...],
-        transformer_dims: tuple[int, ...],
-        embed_dim: int,
-        expansion: float,
-    ):
+    def __init__(self, dims: tuple, transformer_dims: tuple, embed_dim: int, expansion: float):
         super().__init__()
         self.embed_dim = embed_dim
         d1, d2, d3, d4, d5 = dims
@@ -241,14 +212,12 @@ class MobileViT(nn.Module):
     def init_to_agree(self) -> None:
         """Initialise so that two views of an image have similar features.
 
-        In self-distillation the teacher's output for one view is the student's target for another.
-        Where the features of two views do not correlate at the start, the target is noise, and the
-        uniform distribution is the best prediction. With He's initialisation alone they do not
-        correlate, because a stride-2 depthwise filter of random signs hashes its input. Therefore
+        Where they do not correlate, the teacher's output for one view is a target of noise for the
+        other, and the uniform distribution the best prediction. With He's initialisation alone they
+        do not, because a stride-2 depthwise filter of random signs hashes its input. Therefore
           - depthwise filters start as a mean plus noise, which is antialiased subsampling;
           - residual branches start at zero (Goyal et al., 2017);
-          - attention starts near zero: the fusion convolution is the identity on its shortcut, plus
-            a tenth of its usual noise.
+          - attention starts near zero: fusion is the identity on its shortcut, plus 0.1 of noise.
         """
         for block in self.modules():
             if isinstance(block, InvertedResidual):
@@ -256,8 +225,9 @@ class MobileViT(nn.Module):
                 if block.residual:
                     nn.init.zeros_(block.conv3_1x1.bn.weight)
             elif isinstance(block, MobileViTBlock):
-                fusion = block.conv_fusion.conv.weight.mul_(0.1)  # (dim, 2 * dim, 3, 3)
-                # The shortcut is the first half of the input.
+                fusion = block.conv_fusion.conv.weight.mul_(
+                    0.1
+                )  # (dim, 2 * dim, 3, 3), shortcut first
                 fusion[:, : len(fusion), 1, 1] += torch.eye(len(fusion))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -276,10 +246,7 @@ class MobileViT(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """He's normal by fan-out for convolutions, as in ResNets; DINO's for linear layers.
-
-    DINO's is a truncated normal of std 0.02 for weights and zero for biases.
-    """
+    """He's normal by fan-out for convolutions; DINO's, truncated at std 0.02, for linear layers."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
@@ -287,17 +254,12 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# --------------------------------------------------------------------------------------------------
-# ResNet5M, the plain ConvNet of the LowDINO paper (Prathapaneni and Shashank, 2023), with the
-# parameter names of torchvision's ResNets.
-# --------------------------------------------------------------------------------------------------
+# -- ResNet5M, the ConvNet of the LowDINO paper (Prathapaneni and Shashank, 2023) ------------------
+# Its parameters have the names of torchvision's ResNets.
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016).
-
-    The shortcut is a 1x1 convolution where the shape changes.
-    """
+    """Two 3x3 convolutions and a shortcut, 1x1 where the shape changes (He et al., 2016)."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int = 1):
         super().__init__()
@@ -318,10 +280,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet5M(nn.Module):
-    """Stem 7x7/2 of 64, max-pool 3x3/2, basic blocks 64 x3, 128 x6 (/2), 512 x1 (/2).
-
-    The side of the feature map is 1/16 of the input's.
-    """
+    """Stem 7x7/2 of 64, max-pool 3x3/2, basic blocks 64 x3, 128 x6 (/2), 512 x1 (/2): stride 16."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
@@ -355,7 +314,7 @@ class ResNet5M(nn.Module):
         return self.forward_features(x).mean(dim=(2, 3))
 
 
-# -- Networks of torchvision under the same contract, with torchvision's parameter names. ----------
+# -- Networks of torchvision, with its parameter names ---------------------------------------------
 
 
 class ResNet(torchvision.models.ResNet):
@@ -408,19 +367,10 @@ class MobileNet(nn.Module):
         return self.features(x).mean(dim=(2, 3))
 
 
-# -- Factories: one per architecture, with random weights. -----------------------------------------
+# -- Factories: one per architecture, with random weights ------------------------------------------
 
-ARCHS = (
-    "mobilevit_xxs",
-    "mobilevit_xs",
-    "mobilevit_s",
-    "resnet5m",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-)
+ARCHS = ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s", "resnet5m")
+ARCHS += ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_small")
 
 
 def mobilevit_xxs() -> MobileViT:

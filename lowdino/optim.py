@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Two groups: weights, which decay, and biases and norms, which do not.
+    """Two groups: weights, which decay, and biases and norms, which do not, marked by `decays`.
 
     Weights have at least two dimensions (so has the gain of `WeightNormLinear`), the others one.
-    The groups are marked `decays` True and False; the second has `weight_decay` 0.
     """
     return decay_groups([p for p in model.parameters() if p.requires_grad])
 
@@ -33,9 +32,7 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
 
     As in BEiT (Bao et al., 2021). A block is a child of the backbone, or each child of a child that
     is a sequence, in the order of definition. In a ViT the final `norm` belongs to the head, and
-    all embeddings form the lowest block: block i of n has depth n - i, the embeddings n + 1.
-
-    Each group is one of the `parameter_groups` of a block, and has its factor in `scale`.
+    all embeddings form the lowest block. The two groups of a block have their factor in `scale`.
     """
     top, blocks = [*head.parameters()], {}  # blocks: name -> parameters
     for name, parameter in backbone.named_parameters():
@@ -59,24 +56,17 @@ def layerwise_groups(backbone: nn.Module, head: nn.Module, decay: float) -> list
 
 @torch.no_grad()
 def clip_gradients_by_parameter(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale each parameter's gradient down to a Euclidean norm of at most `max_norm`, in place.
+    """Scale each gradient to a Euclidean norm of at most `max_norm` (0: no limit), in place.
 
     DINO clips each tensor by itself; `torch.nn.utils.clip_grad_norm_` clips all together. On a GPU
-    nothing here waits for the device.
-
-    Args:
-        max_norm: 0 for no limit.
-
-    Returns:
-        The norms before clipping, one per parameter that has a gradient.
+    nothing here waits for the device. Returns the norms before clipping, one per gradient.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    if max_norm:
-        # On a CPU a look at the norms costs nothing, and mostly none is too large.
-        if norms.device.type != "cpu" or not norms.max() < max_norm:
-            scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, list(scales.unbind()))
+    # On a CPU a look at the norms costs nothing, and mostly none is too large.
+    if max_norm and (norms.device.type != "cpu" or not norms.max() < max_norm):
+        scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
     return norms
 
 
@@ -89,25 +79,11 @@ class LARS(torch.optim.Optimizer):
         v <- momentum * v + d
         w <- w - lr * v
     Biases and norms (at most one dimension) take the plain momentum step without decay, as in BYOL.
-
-    Args:
-        lr: learning rate.
-        weight_decay: of weights.
-        momentum: of the velocity v.
-        trust: the trust coefficient.
     """
 
-    def __init__(
-        self,
-        params,
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust: float = 1e-3,
-    ):
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
-        )
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=1e-3):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -123,11 +99,9 @@ class LARS(torch.optim.Optimizer):
                 if p.ndim > 1:
                     d = d.add(p, alpha=group["weight_decay"])
                     w_norm, d_norm = p.norm(), d.norm()
-                    # Without a ratio of norms, for a zero weight or gradient, the rate stays.
-                    rate = torch.where(
-                        (w_norm > 0) & (d_norm > 0), group["trust"] * w_norm / d_norm, 1.0
-                    )
-                    d = d * rate
+                    # For a zero weight or gradient, without a ratio of norms, the rate stays.
+                    known = (w_norm > 0) & (d_norm > 0)
+                    d = d * torch.where(known, group["trust"] * w_norm / d_norm, 1.0)
                 state = self.state[p]
                 if "velocity" not in state:
                     state["velocity"] = torch.zeros_like(p)
@@ -142,10 +116,7 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def muon_groups(model: nn.Module, scale: float) -> list[dict]:
-    """Groups for `Muon`: the matrices, and two `parameter_groups` for the other parameters.
-
-    The others take AdamW's step; `scale` is the factor of their learning rate.
-    """
+    """Groups for `Muon`: the matrices, and two for the others, at `scale` times their rate."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if is_matrix(p)]
     others = decay_groups([p for p in parameters if not is_matrix(p)])
@@ -154,11 +125,8 @@ def muon_groups(model: nn.Module, scale: float) -> list[dict]:
 
 @contextmanager
 def exact_matmul():
-    """Do not round products of float32 matrices to TF32 or bf16 inside a `with`.
-
-    torch 2.9 has a precision per backend besides the older global one. In a program that sets the
-    former, a query of the latter is an error; the former can always be queried.
-    """
+    """Do not round products of float32 matrices to TF32 or bf16 inside a `with`."""
+    # torch 2.9 has a precision per backend; once set, a query of the global one is an error.
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     before = [backend.fp32_precision for backend in backends]
@@ -181,10 +149,9 @@ def orthogonalized(gradients: Tensor, steps: int = 5) -> Tensor:
 
     Newton and Schulz's iteration X <- (a + b X X^T + c (X X^T)^2) X with Muon's coefficients brings
     singular values from [0.01, 1] near 1, to [0.7, 1.2]. Each factor is a polynomial of S = X X^T,
-    so only S (m, m) is iterated, where m is the shorter side, and X is multiplied once. Factors are
-    not rounded to bf16 or TF32, though that would be faster: rounding can push an eigenvalue of S
-    below 0, where the five steps multiply it by up to a^10 = 235,000. Gradients of low rank, which
-    occur near collapse, then gave updates a thousand times too long.
+    so only S (m, m) is iterated, where m is the shorter side, and X is multiplied once. Rounding to
+    bf16 or TF32 could push an eigenvalue of S below 0, where five steps multiply it by up to a^10 =
+    235,000: gradients of low rank, as near collapse, gave updates a thousand times too long.
     """
     if gradients.shape[1] > gradients.shape[2]:
         return orthogonalized(gradients.mT, steps).mT
@@ -209,13 +176,7 @@ class Muon(torch.optim.Optimizer):
         M <- momentum M + G,   O = orthogonalized(G + momentum M)           (Nesterov's momentum)
         W <- (1 - lr weight_decay) W - lr max(1, out / rest)^0.5 O
     All other parameters (biases, norms, gains, a ViT's tokens and positions; see `is_matrix`) take
-    AdamW's step at `lr`, with the decay of their group.
-
-    The Muon of torch 2.9 is for weights of two dimensions. Convolutions have four, and most weights
-    here are convolutions.
-
-    Args:
-        lr: learning rate. weight_decay: of matrices, decoupled. momentum: of M.
+    AdamW's step at `lr`, with the decay of their group. Torch 2.9's Muon takes no convolutions.
     """
 
     BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's
@@ -225,10 +186,10 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """Keep this run's learning-rate factors, `scale`."""
-        own = [{"scale": g["scale"]} if "scale" in g else {} for g in self.param_groups]
+        factors = [{"scale": g["scale"]} if "scale" in g else {} for g in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, scale in zip(self.param_groups, own):
-            group.update(scale)
+        for group, factor in zip(self.param_groups, factors):
+            group.update(factor)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -281,17 +242,13 @@ class Muon(torch.optim.Optimizer):
         return [self.state[p][name] for p in parameters]
 
 
-# AdamW's peak learning rate for biases, norms and heads beside Muon, as in the recipe "small".
-MUON_OTHERS = 2e-3
+MUON_OTHERS = 2e-3  # AdamW's peak rate for biases, norms and heads beside Muon, in recipe "small"
 
 
 def build(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer `name` for a model: "adamw", "muon", "sgd" or "lars".
+    """The optimizer `name` ("adamw", "muon", "sgd" or "lars"); `lr` is the peak of Muon's matrices.
 
-    A loop sets the learning rate of each group in every step, to its `scale` times the schedule's.
-
-    Args:
-        lr: the peak that the schedule has for Muon's matrices.
+    A loop sets each group's learning rate in every step, to its `scale` times the schedule's.
     """
     if name == "muon":
         return Muon(muon_groups(model, MUON_OTHERS / lr if lr else 1.0))

@@ -1,11 +1,9 @@
-"""Pictures of what a network is given and has learned, as PNG, and curves, as SVG.
+"""Pictures of what a network sees, as PNG with a text "caption", and curves, as SVG.
 
-    crops.png        the views that it is trained on
-    neighbours.png   images and those whose features are nearest
-    maps.png         PCA maps of its last feature map
-    attention.png    the attention of a Vision Transformer's last block
-
-Each carries its caption, as the PNG's text "caption".
+crops.png        the views that it is trained on
+neighbours.png   images and those whose features are nearest
+maps.png         PCA maps of its last feature map
+attention.png    the attention of a Vision Transformer's last block
 """
 
 import html
@@ -22,6 +20,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from lowdino import augment, checkpoint, data, evaluate
@@ -39,8 +38,8 @@ GREY, GREEN, RED = (0.5, 0.5, 0.5), (0.1, 0.7, 0.2), (0.9, 0.1, 0.1)
 
 def random_indices(images, count: int, seed: int = 0) -> list[int]:
     """Indices of `count` random images, always the same, or of all where there are fewer."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(images), generator=generator)[:count].tolist()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return order[:count].tolist()
 
 
 def squares(images, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
@@ -62,42 +61,29 @@ def enlarged(maps: Tensor, side: int) -> Tensor:
 
 
 def write(file: str | BinaryIO, cells: Tensor, columns: int, caption: str) -> None:
-    """Write cells (n, 3, h, w) in [0, 1] as a picture, row by row with white lines between them.
-
-    Args:
-        file: a path, whose suffix names the format, or an open file, for a PNG.
-    """
+    """Write cells (n, 3, h, w) in [0, 1] row by row, to a path or, as a PNG, to an open file."""
     grid = make_grid(cells, nrow=columns, padding=1, pad_value=1.0)
-    values = grid.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+    picture = to_pil_image(grid.mul(255).round().clamp(0, 255).byte())
     info = PngInfo()
     info.add_text("caption", caption)
     kind = None if isinstance(file, str) else "png"
-    Image.fromarray(values.numpy()).save(file, kind, pnginfo=info, compress_level=3)
-
-
-# -- Views -----------------------------------------------------------------------------------------
+    picture.save(file, kind, pnginfo=info, compress_level=3)
 
 
 def save_views(file: BinaryIO, views: list[Tensor], mean, std, images: int = 8) -> None:
-    """Write a PNG of the first images' views: a row per image, a column per view.
+    """Write a row per image, a column per view; `mean` and `std` are those that views have.
 
     Small views are framed in grey.
-
-    Args:
-        mean, std: per channel, those that the views are normalised by.
     """
     side = max(view.shape[-1] for view in views)
     scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
     columns = []
     for view in views:
-        view = visible(view[:images].float().cpu() * scale + shift)
         room = side - view.shape[-1]
-        before, after = room // 2, room - room // 2
-        columns.append(F.pad(view, (before, after, before, after), value=0.5))
-    caption = (
-        "What the network is trained on: a row per image, a column per view. Views of an image "
-        "should still show the same thing."
-    )
+        frame = 2 * (room // 2, room - room // 2)
+        view = visible(view[:images].float().cpu() * scale + shift)
+        columns.append(F.pad(view, frame, value=0.5))
+    caption = "A row per image, a column per view. Views of an image should show the same thing."
     write(file, torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1), len(views), caption)
 
 
@@ -109,8 +95,8 @@ def label_cells(cells: Tensor, words: Sequence[str]) -> None:
     for cell, word in zip(cells, words):
         strip = Image.new("L", (64, 12))
         ImageDraw.Draw(strip).text((2, 0), word[:11], 255)
-        values = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(12, 64) / 255
-        cell[:, -15:-3, 3:-3] = (0.35 * cell[:, -15:-3, 3:-3]).maximum(values)
+        foot = cell[:, -15:-3, 3:-3]
+        foot.copy_((0.35 * foot).maximum(pil_to_tensor(strip) / 255))
 
 
 def save_rows(file, queries, rows, memory, near: list[list[int]], names, caption: str) -> None:
@@ -133,44 +119,31 @@ def save_rows(file, queries, rows, memory, near: list[list[int]], names, caption
 def save_neighbours(
     file, queries, memory, features: tuple[Tensor, Tensor], rows: Sequence[int], names=None, k=8
 ) -> None:
-    """A row per query image: itself, framed grey, and the k nearest images of `memory`.
+    """A row per query at `rows`: itself, framed grey, and the k nearest images of `memory`.
 
-    They are framed green where they have its class, red where not, grey without labels.
-
-    Args:
-        memory: images; `queries` themselves where neighbours are sought among them.
-        features: of the queries and of the memory, (n, D) and (N, D).
-        rows: indices of the queries to show.
-        names: of the classes.
+    They are framed green where they have its class, red where not, grey without labels. `memory`
+    may be `queries` itself. `features` are theirs, (n, D) and (N, D); `names` those of the classes.
     """
     among = memory is queries  # an image is its own nearest neighbour then, or ties with its copy
     k = min(k, len(memory) - among)
     _, nearest = evaluate.nearest_neighbours(features[1], features[0][list(rows)], k + among)
-    near = [
-        [i for i in row if not (among and i == query)][:k]
-        for query, row in zip(rows, nearest.tolist())
-    ]
+    near = [[i for i in row if not among or i != q][:k] for q, row in zip(rows, nearest.tolist())]
+    kind, others = "test image", "training images"
+    meaning = "Green: of its class, red: of another."
     if among:
-        kind, others = "image", f"those of {len(memory)} random images"
+        kind, others = "image", f"of {len(memory)} random images"
         meaning = "What they have in common is what the network sees."
-    else:
-        kind, others = "test image", "the training images"
-        meaning = "Green: of its class, red: of another."
-    caption = (
-        f"Each row is a random {kind}, framed grey, and {others} whose features are nearest to its "
-        f"own. {meaning}"
-    )
-    save_rows(file, queries, rows, memory, near, names, caption)
+    caption = f"A random {kind} per row, framed grey, and the nearest {others} by features. "
+    save_rows(file, queries, rows, memory, near, names, caption + meaning)
 
 
 # -- Feature maps ----------------------------------------------------------------------------------
 
 
 def principal_components(maps: Tensor) -> Tensor:
-    """The first three principal components of all cells of all maps, as colours.
+    """The first three principal components of all cells: (n, C, h, w) -> (n, 3, h, w) in [0, 1].
 
-    (n, C, h, w) -> (n, 3, h, w) in [0, 1], each component from its 1st percentile to its 99th. Its
-    sign is such that its largest loading is positive.
+    Each goes from its 1st percentile to its 99th, and its largest loading is positive.
     """
     cells = maps.movedim(1, -1).flatten(0, 2).float().cpu()  # (n * h * w, C)
     cells = cells - cells.mean(dim=0)
@@ -196,13 +169,8 @@ def save_maps(
 ) -> Tensor:
     """Some images, each with its PCA map beside it, four cells per row.
 
-    Args:
-        backbone: in eval mode.
-        size: side of the views that it knows. Where its maps would be smaller than CELLS x CELLS,
-            images are enlarged, which the caption says.
-
-    Returns:
-        The network's input, (n, C, side, side) normalised.
+    `backbone` is in eval mode and knows views of `size` pixels. Images are enlarged where its maps
+    would be smaller than CELLS x CELLS. Returns its input (n, C, side, side), normalised.
     """
     side, shown = map_side(backbone, size, device), 160
     mean, std = normalisation(backbone)
@@ -212,19 +180,18 @@ def save_maps(
     pairs = torch.stack([visible(squares(images, indices, shown)[0]), colours], dim=1)
     larger = f", enlarged from the {size} of its training" if side > size else ""
     caption = (
-        f"Images and the last feature map, {maps.shape[3]} x {maps.shape[2]} cells: its first "
-        f"three principal components over all of these images as red, green and blue. "
-        f"Equal colours are alike to the network. Its input had {side} pixels{larger}."
+        f"Images and the first three principal components of their last feature maps, "
+        f"{maps.shape[3]} x {maps.shape[2]} cells, as red, green and blue. Equal colours are alike "
+        f"to the network. Its input had {side} pixels{larger}."
     )
     write(file, pairs.flatten(0, 1), 4, caption)
     return x
 
 
 def attention_maps(network: nn.Module, x: Tensor) -> Tensor:
-    """Attention of the class token in a ViT's last block: (n, C, H, W) -> (n, heads, h, w).
+    """Attention of a ViT's class token to the patches: (n, C, H, W) -> (n, heads, h, w).
 
-    The weights of a map are those of the patches. With those of the class token itself and of the
-    registers they sum to one.
+    It is that of the last block, and sums to one with that to the class token and the registers.
     """
     h, w = (side // network.patch_size for side in x.shape[-2:])
     return network.get_last_selfattention(x)[:, :, 0, -h * w :].unflatten(2, (h, w))
@@ -234,11 +201,7 @@ def attention_maps(network: nn.Module, x: Tensor) -> Tensor:
 def save_attention(
     file: str | BinaryIO, backbone: nn.Module, images, indices: list[int], x: Tensor
 ) -> None:
-    """A row per image: itself, then as each head of the last block sees it.
-
-    Args:
-        x: the network's input, as `save_maps` returns it.
-    """
+    """A row per image: itself, then as each head sees it; `x` is what `save_maps` returned."""
     maps, shown = attention_maps(backbone, x), 96
     image = visible(squares(images, indices, shown)[0])  # (n, 3, 96, 96)
     light = enlarged(maps / maps.amax(dim=(2, 3), keepdim=True), shown)  # (n, heads, 96, 96)
@@ -246,27 +209,17 @@ def save_attention(
     cells = [image, *(grey.expand(-1, 3, -1, -1) * head for head in light.split(1, dim=1))]
     caption = (
         f"Attention of the class token in the last block, {maps.shape[3]} x {maps.shape[2]} "
-        f"patches: the image, then a column for each of the {maps.shape[1]} heads. What is bright "
-        "is what the head looks at."
+        f"patches: the image, then {maps.shape[1]} heads. A head looks at what is bright."
     )
     write(file, torch.stack(cells, dim=1).flatten(0, 1), len(cells), caption)
 
 
 @user_errors()
-def save_all(
-    folder: Path,
-    backbone: nn.Module,
-    source: Source,
-    size: int,
-    device: torch.device,
-    features=None,
-) -> None:
+def save_all(folder: Path, backbone, source: Source, size: int, device, features=None) -> None:
     """Write neighbours.png, maps.png and, for a ViT, attention.png.
 
-    Args:
-        size: side of the views that the network knows.
-        features: `evaluate.Features` of the training and test images; without them neighbours are
-            sought among MEMORY images of the training.
+    The network knows views of `size` pixels. `features` are `evaluate.Features` of the training and
+    test images; without them neighbours are sought among MEMORY training images.
     """
     images = source.test if features else source.pretrain
     indices, training = random_indices(images, QUERIES), backbone.training
@@ -321,8 +274,8 @@ def thinned(curve: Curve) -> Curve:
     return means
 
 
-def svg_text(x: float, y: float, words: str, more: str = "") -> str:
-    return f'<text x="{x}" y="{y}" {more}>{html.escape(words)}</text>'
+def svg_text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>'
 
 
 def svg_line(points: Sequence[tuple[float, float]], kind: str) -> str:
@@ -347,12 +300,7 @@ def legend(names: Sequence[str], kinds: Sequence[str]) -> tuple[list[str], int]:
 def draw_curves(
     curves: dict[str, Curve], x_name: str, y_name: str, logarithmic=False, from_zero=False
 ) -> str:
-    """An SVG of curves by name; a single curve needs no legend.
-
-    Args:
-        logarithmic: whether the x axis is; every x has its number then.
-        from_zero: whether the y axis begins at 0.
-    """
+    """An SVG of curves by name. A logarithmic x axis names every x; `from_zero` is for y."""
     xs = sorted({x for curve in curves.values() for x in curve})
     ys = [y for curve in curves.values() for y in curve.values() if y is not None]
     low, high = min([0.0] * from_zero + ys), max([0.0] * from_zero + ys)
@@ -367,15 +315,13 @@ def draw_curves(
         up = (y - bottom) / ((top - bottom) or 1.0)
         return round(60 + 480 * across, 1), round(340 - 300 * up, 1)
 
-    parts = [svg_text(300, 392, x_name, 'text-anchor="middle"'), svg_text(60, 22, y_name)]
+    parts = [svg_text(300, 392, x_name, "middle"), svg_text(60, 22, y_name)]
     for tick in y_ticks:
         x, y = at(x_ticks[0], tick)
-        parts.append(svg_line([(x, y), (540, y)], "grid"))
-        parts.append(svg_text(x - 8, y + 6, f"{tick:g}", 'text-anchor="end"'))
+        parts += [svg_line([(x, y), (540, y)], "grid"), svg_text(x - 8, y + 6, f"{tick:g}", "end")]
     for tick in x_ticks:
         x, y = at(tick, bottom)
-        parts.append(svg_line([(x, y), (x, y + 5)], "grid"))
-        parts.append(svg_text(x, 365, f"{tick:g}", 'text-anchor="middle"'))
+        parts += [svg_line([(x, y), (x, y + 5)], "grid"), svg_text(x, 365, f"{tick:g}", "middle")]
     kinds = [f"c{i % len(COLOURS)}" for i in range(len(curves))]
     for curve, kind in zip(curves.values(), kinds):
         for piece in pieces(curve):
@@ -385,10 +331,9 @@ def draw_curves(
                 dot = f'class="{kind}" r="3.5" fill="{STROKES[kind]}"'
                 parts += [f'<circle cx="{x}" cy="{y}" {dot}/>' for x, y in points]
     names, height = legend(curves, kinds) if len(curves) > 1 else ([], 402)
-    content = "\n".join(parts + names)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-14 0 580 {height}" font-size="18" '
         f'font-family="sans-serif" role="img"><title>{html.escape(y_name)}</title>'
-        f'<rect class="paper" x="-14" width="580" height="{height}" fill="white"/>\n{content}\n'
-        "</svg>\n"
+        f'<rect class="paper" x="-14" width="580" height="{height}" fill="white"/>\n'
+        + "\n".join([*parts, *names, "</svg>\n"])
     )

@@ -3,9 +3,8 @@
     python -m lowdino.report runs/a                                  writes runs/a/report.html
     python -m lowdino.report runs/a runs/b --output both.html
 
-It is made from a run's folder: log.jsonl, args.json and the pictures. train.py and distill.py write
-it into --output_dir at every evaluation and at the end. The page needs no other file: its curves
-are SVG, and its pictures are embedded.
+It shows log.jsonl, args.json and the pictures of a run's folder. train.py and distill.py write it
+at every evaluation and at the end. It needs no other file: curves are SVG, pictures are embedded.
 """
 
 import argparse
@@ -17,8 +16,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise, product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -32,77 +31,18 @@ from lowdino.pictures import COLOURS, Curve, draw_curves, save_all, thinned
 # -- The record of a run ---------------------------------------------------------------------------
 
 
-class Chart(NamedTuple):
-    heading: str
-    unit: str
-    note: str
-    curves: dict[str, str]  # name -> key in `RunRecord.curves`
-    from_zero: bool = True
-
-
-CHARTS = (
-    Chart(
-        "k-NN accuracy",
-        "%",
-        "Held-out images, classified by their nearest training images. It should rise.",
-        {"k-NN": "knn"},
-    ),
-    Chart(
-        "Loss",
-        "cross-entropy / ln K",
-        "At 1 the student knows nothing yet. It should fall.",
-        {"loss": "loss_over_lnk"},
-    ),
-    Chart(
-        "Loss",
-        "loss",
-        "It should fall, fast at first. Its height means nothing by itself.",
-        {"loss": "loss"},
-        from_zero=False,
-    ),
-    Chart(
-        "Entropy of the teacher",
-        "nats",
-        "Both at ln K, or both near 0: it has collapsed. The wider apart the two, the better.",
-        {"of an image": "entropy", "of the mean": "entropy_of_mean", "ln K": "ln_k"},
-    ),
-    Chart(
-        "KL divergence",
-        "nats",
-        "What the student has yet to learn from the teacher. At 0 nothing is left.",
-        {"KL": "kl"},
-    ),
-    Chart(
-        "Effective rank",
-        "directions",
-        "Number of directions over which a batch scatters. Near 1 everything looks alike.",
-        {"features": "effective_rank", "embeddings": "embedding_rank"},
-    ),
-    Chart("Learning rate", "learning rate", "It follows its schedule.", {"learning rate": "lr"}),
-    Chart(
-        "Throughput", "images/s", "Images per second of all ranks.", {"images/s": "images_per_s"}
-    ),
-)
-
-
 def finite(value: object) -> float | None:
-    """A number as a float; None where it is none, or not finite."""
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if known else None
+    """A number as a float; None where it is no number, or not finite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log. An incomplete last line is left out, as a resumed run does.
-
-    Raises:
-        UserError: where there is no log, or a line is damaged.
-    """
+    """The records of a log, without an incomplete last line; a UserError where it is damaged."""
     try:
         lines = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path.parent} holds no log.jsonl that can be read: give the --output_dir of a run"
-        ) from error
+        missing = f"{path.parent} holds no readable log.jsonl: give the --output_dir of a run"
+        raise UserError(missing) from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -111,10 +51,8 @@ def read_log(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise UserError(
-                f"{path} is damaged: line {number} is not a JSON object with a step; delete the "
-                "line, or give another run"
-            ) from error
+            damage = f"line {number} is not a JSON object with a step; delete it"
+            raise UserError(f"{path} is damaged: {damage}") from error
         records.append(record)
     if not records:
         raise UserError(f"{path} has no line yet: wait for the run's first step")
@@ -124,26 +62,20 @@ def read_log(path: Path) -> list[dict]:
 def read_settings(path: Path) -> dict:
     """The content of args.json; an empty dict where there is no such file."""
     try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return {}
+        return dict(json.loads(path.read_text())) if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: it is not a JSON object") from error
 
 
 class RunRecord:
-    """The settings and numbers of a run, read from its folder.
+    """The settings and numbers of a run, read from its folder; a UserError for damaged files.
 
     `curves` holds, by name, the numbers of the log by their step. Added are `kl`, `ln_k` and the
     k-NN accuracy in percent; `loss` is left out where the log has it over ln K.
-
-    Raises:
-        UserError: where there is no log, or files are damaged.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.name = str(folder)
+        self.folder, self.name = Path(folder), str(folder)
         self.records = read_log(self.folder / "log.jsonl")
         self.args = read_settings(self.folder / "args.json")
         self.facts, self.unusual = self.args.pop("run", {}), self.args.pop("unusual", [])
@@ -168,29 +100,24 @@ class RunRecord:
         return [y for _, y in sorted(self.curves.get(name, {}).items()) if y is not None]
 
     def verdict(self) -> str:
-        """The verdict of `health.Health` on the whole log."""
+        """The verdict of `health.Health` on the log."""
         losses = [record["loss"] for record in self.records if "loss" in record]
         if losses and finite(losses[-1]) is None:
-            return (
-                "diverging loss: the last one is not finite: lower --lr, or lengthen "
-                "--warmup_epochs"
-            )
+            return "diverging loss: the last is not finite: lower --lr, or lengthen --warmup_epochs"
         watch = health.Health(self.facts.get("out_dim"), self.facts.get("remedy", "lower --lr"))
         for record in self.records:
             metrics = {key: finite(value) for key, value in record.items() if key != "step"}
-            if {"loss", "feature_std", "effective_rank"} <= metrics.keys():
-                if None not in metrics.values():
-                    watch.read(record["step"], **metrics)
+            complete = {"loss", "feature_std", "effective_rank"} <= metrics.keys()
+            if complete and None not in metrics.values():
+                watch.read(record["step"], **metrics)
         return watch.verdict()
 
     def seconds(self) -> float:
         """Time of all steps, those before a stop too."""
         images = self.args.get("batch_size_per_gpu", 0) * self.args.get("world", 1)
-        total, before = 0.0, 0
-        for step, speed in sorted(self.curves.get("images_per_s", {}).items()):
-            total += (step - before) * images / speed if speed else 0.0
-            before = step
-        return total
+        speeds = sorted(self.curves.get("images_per_s", {}).items())
+        intervals = pairwise([(0, None), *speeds])
+        return sum((step - last) * images / v for (last, _), (step, v) in intervals if v)
 
     def progress(self) -> str:
         """How far it is, in words."""
@@ -204,16 +131,17 @@ class RunRecord:
         return f"{self.step:,}{f' of {total:,.0f}' if total else ''} steps{then}"
 
     def figures(self) -> dict[str, str]:
-        """The key figures, by name."""
+        """The key figures, by name: the first and last value of some curves, and the speed."""
         figures = {}
-        if knn := self.values("knn"):
-            first = f"{knn[0]:.1f} → " if len(knn) > 1 else ""
-            figures["k-NN accuracy"] = f"{first}{knn[-1]:.1f} %"
-        for key, name in (("loss_over_lnk", "loss / ln K"), ("loss", "loss")):
+        for key, name, digits, unit in (
+            ("knn", "k-NN accuracy", ".1f", " %"),
+            ("loss_over_lnk", "loss / ln K", ".3g", ""),
+            ("loss", "loss", ".3g", ""),
+            ("effective_rank", "effective rank", ".1f", ""),
+        ):
             if values := self.values(key):
-                figures[name] = f"{values[0]:.3g} → {values[-1]:.3g}"
-        if ranks := self.values("effective_rank"):
-            figures["effective rank"] = f"{ranks[0]:.1f} → {ranks[-1]:.1f}"
+                ends = dict.fromkeys((0, len(values) - 1))  # one where there is one value
+                figures[name] = " → ".join(f"{values[i]:{digits}}" for i in ends) + unit
         figures["steps"] = f"{self.step:,}"
         if speeds := self.values("images_per_s"):
             figures["time of the steps"] = logger.duration(self.seconds())
@@ -241,20 +169,17 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1c2024; --ink: #e4e7ea;
   --soft: #98a2ab; --rule: #30363c; --well: #55c08a; --wait: #e0a844; --ill: #ef7b6d;
   --c0: #6db3e8; --c1: #ef7b6d; --c2: #67c98f; --c3: #c792e0; --c4: #e8ae4d; --c5: #b5bcc2; } }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } footer { margin-top: 40px; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 48px; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 40px 0 12px; }
-h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
-p, figcaption { margin: 4px 0; }
-.soft, figcaption { color: var(--soft); font-size: .875rem; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 48px; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; }
+h2 { font-size: 1.2rem; margin: 40px 0 12px; } h3 { font-size: 1rem; margin: 0; }
+p, figcaption { margin: 4px 0; } .soft, figcaption { color: var(--soft); font-size: .875rem; }
 .grid { display: grid; gap: 16px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
 .fit { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
-.fit + .fit { margin-top: 16px; }
-.seen { columns: 2 460px; column-gap: 16px; }
+.fit + .fit { margin-top: 16px; } .seen { columns: 2 460px; column-gap: 16px; }
 .seen figure { break-inside: avoid; margin-bottom: 16px; }
 .card, figure { margin: 0; padding: 16px 18px; background: var(--card); min-width: 0;
   border: 1px solid var(--rule); border-radius: 10px; }
@@ -268,16 +193,14 @@ dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabu
 svg { display: block; width: 100%; height: auto; margin-top: 8px; }
 svg text { fill: var(--ink); } svg .paper { fill: none; } svg .grid { stroke: var(--rule); }
 img { display: block; max-width: 100%; height: auto; margin: 10px 0 8px; border-radius: 4px; }
-.small { image-rendering: pixelated; }
-.scroll { overflow-x: auto; }
+.small { image-rendering: pixelated; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 3px 20px 3px 0; border-bottom: 1px solid var(--rule);
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; }
 th { font-weight: 600; } tr.changed td { font-weight: 600; }
 summary { cursor: pointer; color: var(--soft); margin: 12px 0; }
 code { font: .9em ui-monospace, Menlo, Consolas, monospace; background: var(--rule);
   border-radius: 4px; padding: 1px 4px; white-space: nowrap; }
-footer { margin-top: 40px; }
 @media (max-width: 700px) { main { padding: 18px 12px 32px; } h1 { font-size: 1.4rem; }
   .card, figure { padding: 12px; } .grid { grid-template-columns: minmax(0, 1fr); } }
 """
@@ -287,79 +210,90 @@ STYLE += "\n".join(
 )
 
 
-def prose(words: str) -> str:
-    """Escaped, its flags set as code."""
-    return re.sub(r"(--\w+(?: sinkhorn)?)", r"<code>\1</code>", escape(words))
+ENTROPIES = {"of an image": "entropy", "of the mean": "entropy_of_mean", "ln K": "ln_k"}
+RANKS = {"features": "effective_rank", "embeddings": "embedding_rank"}
+CHARTS = (  # heading, unit, and the curves by name: their keys in `RunRecord.curves`
+    ("k-NN accuracy", "%", {"k-NN": "knn"}),
+    ("Loss", "cross-entropy / ln K", {"loss": "loss_over_lnk"}),
+    ("Loss", "loss", {"loss": "loss"}),
+    ("Entropy of the teacher", "nats", ENTROPIES),
+    ("KL divergence", "nats", {"KL": "kl"}),
+    ("Effective rank", "directions", RANKS),
+    ("Learning rate", "learning rate", {"learning rate": "lr"}),
+    ("Throughput", "images/s", {"images/s": "images_per_s"}),
+)
+NOTES = {  # by the key of a chart's first curve
+    "knn": "Held-out images, classified by their nearest training images. It should rise.",
+    "loss_over_lnk": "At 1 the student knows nothing yet. It should fall.",
+    "loss": "It should fall, fast at first. Its height means nothing by itself.",
+    "entropy": "Both at ln K, or both near 0: a collapse. The wider apart, the better.",
+    "kl": "What the student has yet to learn from the teacher. At 0 nothing is left.",
+    "effective_rank": "Number of directions over which a batch scatters. Near 1 all looks alike.",
+    "lr": "It follows its schedule.",
+    "images_per_s": "Images per second of all ranks.",
+}
 
 
 def figure(heading: str, content: str, caption: str) -> str:
-    return (
-        f"<figure><h3>{escape(heading)}</h3>{content}<figcaption>{escape(caption)}</figcaption>"
-        "</figure>"
-    )
+    caption = f"<figcaption>{escape(caption)}</figcaption>"
+    return f"<figure><h3>{escape(heading)}</h3>{content}{caption}</figure>"
 
 
 def card(run: RunRecord, level: str) -> str:
     """The verdict on a run and its key figures, below a heading of a level."""
-    verdict = run.verdict()
-    heading, _, rest = verdict.partition(": ")
+    heading, _, rest = run.verdict().partition(": ")
     state = {"no sign of collapse": "well", "too short to tell": "wait"}.get(heading, "ill")
-    words = f"<h2>{escape(heading.capitalize())}</h2>"
-    if rest:
-        words += f"<p>{prose(rest[0].upper() + rest[1:])}.</p>"
+    sentences = [f"{rest[0].upper()}{rest[1:]}."] if rest else []
     knn = run.values("knn")
     if len(knn) > 1:
         change = "risen" if knn[-1] > knn[0] else "not risen"
-        words += f"<p>The k-NN accuracy has {change}: {knn[0]:.1f} % → {knn[-1]:.1f} %.</p>"
+        sentences.append(f"The k-NN accuracy has {change}: {knn[0]:.1f} % → {knn[-1]:.1f} %.")
     if (loss := run.values("loss_over_lnk")) and loss[-1] > 0.98:
-        words += f"<p>The loss is still {loss[-1]:.3f} ln K: little is learned so far.</p>"
+        sentences.append(f"The loss is still {loss[-1]:.3f} ln K: little is learned so far.")
         state = "wait" if state == "well" else state
     if not knn and (run.folder / "neighbours.png").exists():
-        words += "<p>No k-NN accuracy is known: judge by the nearest neighbours below.</p>"
-    terms = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in run.figures().items()
-    )
+        sentences.append("No k-NN accuracy is known: judge by the nearest neighbours below.")
+    words = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    words = re.sub(r"(--\w+(?: sinkhorn)?)", r"<code>\1</code>", words)  # flags
+    figures = run.figures().items()
+    terms = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
     about = [run.args.get("arch"), run.args.get("method"), run.facts.get("images"), run.progress()]
     line = " · ".join(escape(str(part)) for part in about if part)
     return (
         f'<section class="card run {state}"><{level}>{escape(run.name)}</{level}>'
-        f'<p class="soft">{line}</p>{words}<dl>{terms}</dl></section>'
+        f'<p class="soft">{line}</p><h2>{escape(heading.capitalize())}</h2>{words}'
+        f"<dl>{terms}</dl></section>"
     )
 
 
-def plots(chart: Chart, runs: Sequence[RunRecord]) -> str:
-    """A chart's figure; of several runs a figure per number, with a curve per run."""
+def plots(heading: str, unit: str, keys: dict[str, str], runs: Sequence[RunRecord]) -> str:
+    """A chart of `CHARTS`; of several runs a chart per number, with a curve per run."""
     several, groups = len(runs) > 1, {}
-    for run in runs:
-        for name, key in chart.curves.items():
-            curve = thinned(run.curves.get(key, {}))
-            if {*curve.values()} <= {None} or (several and key == "ln_k"):
-                continue
-            many = several and len(chart.curves) > 1
-            heading = f"{chart.heading}, {name}" if many else chart.heading
-            groups.setdefault(heading, {})[run.name if several else name] = curve
+    for run, (name, key) in product(runs, keys.items()):
+        curve = thinned(run.curves.get(key, {}))
+        if {*curve.values()} <= {None} or (several and key == "ln_k"):
+            continue
+        title = heading + f", {name}" * (several and len(keys) > 1)
+        groups.setdefault(title, {})[run.name if several else name] = curve
     figures = ""
-    for heading, curves in groups.items():
+    for title, curves in groups.items():
         if several and len(curves) == 1:  # which has no legend
-            heading += f", {next(iter(curves))}"
+            title += f", {next(iter(curves))}"
         gap = any(None in curve.values() for curve in curves.values())
-        svg = draw_curves(curves, "step", chart.unit, from_zero=chart.from_zero)
-        figures += figure(heading, svg, chart.note + " In a gap it is not finite." * gap)
+        note = NOTES[next(iter(keys.values()))] + " In a gap it is not finite." * gap
+        svg = draw_curves(curves, "step", unit, from_zero=unit != "loss")
+        figures += figure(title, svg, note)
     return figures
 
 
-PICTURES = {
-    "crops.png": "Views",
-    "neighbours.png": "Nearest neighbours",
-    "maps.png": "Feature maps",
-    "attention.png": "Attention",
-}
+PICTURES = dict(
+    crops="Views", neighbours="Nearest neighbours", maps="Feature maps", attention="Attention"
+)
 
 
-def picture(run: RunRecord, file: str, several: bool) -> str:
+def picture(run: RunRecord, name: str, several: bool) -> str:
     """A figure of one of the run's pictures; nothing where there is none."""
-    path = run.folder / file
+    path = run.folder / f"{name}.png"
     try:
         with Image.open(path) as image:
             (width, height), caption = image.size, image.info.get("caption", "")
@@ -367,12 +301,9 @@ def picture(run: RunRecord, file: str, several: bool) -> str:
     except OSError:  # missing or incomplete
         return ""
     scale = max(min(480 // width, 560 // height), 1)  # a small one in whole pixels
-    image = (
-        f'<img {"class=small " if scale > 1 else ""}style="width:{width * scale}px" alt="" '
-        f'src="data:image/png;base64,{content}">'
-    )
-    heading = f"{PICTURES[file]}, {run.name}" if several else PICTURES[file]
-    return figure(heading, image, caption)
+    look = f'{"class=small " if scale > 1 else ""}style="width:{width * scale}px" alt=""'
+    heading = PICTURES[name] + f", {run.name}" * several
+    return figure(heading, f'<img {look} src="data:image/png;base64,{content}">', caption)
 
 
 def shown(value: object) -> str:
@@ -392,59 +323,53 @@ def settings_table(runs: Sequence[RunRecord], names: Sequence[str], kind: str = 
 
 
 def all_settings(runs: Sequence[RunRecord]) -> str:
-    """Those that differ from the defaults, or between the runs, and then the others."""
+    """The settings that differ from the defaults or between the runs, and then the others."""
     names = list(dict.fromkeys(name for run in runs for name in run.args))
     unusual = {name for run in runs for name in run.unusual}
     unusual |= {n for n in names if len({str(run.args.get(n)) for run in runs}) > 1}
-    others = [name for name in names if name not in unusual]
-    first = settings_table(runs, [name for name in names if name in unusual], "changed")
+    first, others = ([n for n in names if (n in unusual) == kind] for kind in (True, False))
     note = "Those that differ from the defaults" + " or between the runs" * (len(runs) > 1)
     return (
-        f'<h2>Settings</h2><p class="soft">{note}.</p>{first}<details><summary>The {len(others)} '
-        f"others</summary>{settings_table(runs, others)}</details>"
+        f'<h2>Settings</h2><p class="soft">{note}.</p>{settings_table(runs, first, "changed")}'
+        f"<details><summary>The {len(others)} others</summary>{settings_table(runs, others)}"
+        "</details>"
     )
 
 
 def page(runs: Sequence[RunRecord]) -> str:
-    """The whole report."""
+    """The report as HTML."""
     several = len(runs) > 1
     title = f"{len(runs)} runs" if several else runs[0].name
-    rows = ["".join(picture(run, file, several) for run in runs) for file in PICTURES]
-    if several:  # a picture of one run beside that of another
-        pictures = "\n".join(f'<div class="grid fit">{row}</div>' for row in rows if row)
-    else:
-        pictures = f'<div class="seen">{"".join(rows)}</div>' if any(rows) else ""
-    machines = dict.fromkeys(run.facts.get("machine", "an unknown machine") for run in runs)
-    versions = dict.fromkeys(run.facts.get("version", "unknown") for run in runs)
+    rows = ["".join(picture(run, name, several) for run in runs) for name in PICTURES]
+    # A row per kind, a picture of one run beside that of another.
+    kind, rows = ("grid fit", rows) if several else ("seen", ["".join(rows)])
+    pictures = "\n".join(f'<div class="{kind}">{row}</div>' for row in rows if row)
+    facts = [run.facts.get("version", "?") + " on " + run.facts.get("machine", "?") for run in runs]
+    by = escape("; ".join(dict.fromkeys(facts)))
     parts = [
         f"<h1>{escape(title)}</h1>" if several else "",
         *(card(run, "h3" if several else "h1") for run in runs),
-        f'<h2>Curves</h2>\n<div class="grid">{"".join(plots(c, runs) for c in CHARTS)}</div>',
+        f'<h2>Curves</h2>\n<div class="grid">{"".join(plots(*c, runs) for c in CHARTS)}</div>',
         f"<h2>What the network sees</h2>\n{pictures}" if pictures else "",
         all_settings(runs),
-        f'<footer class="soft"><p>LowDINO {escape(", ".join(versions))} on '
-        f"{escape('; '.join(machines))}.</p><p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>"
-        "</footer>",
+        f'<footer class="soft">LowDINO {by}. Written {time.strftime("%Y-%m-%d %H:%M")}.</footer>',
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} – LowDINO</title>\n"
-        f'<link rel="icon" href="data:,">\n<style>{STYLE}</style></head>\n<body><main>\n'
+        f'<title>{escape(title)} – LowDINO</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(filter(None, parts))
         + "\n</main></body></html>\n"
     )
 
 
-def write(folders: Sequence[str | Path], output: str | Path) -> None:
-    """Write the report of the runs in some folders.
-
-    Raises:
-        UserError: where a folder holds no run, or `output` cannot be written.
-    """
+def write(folders: Sequence[str | Path], output: Path) -> Path:
+    """Write the report of the runs in some folders to `output`; a UserError where one has none."""
     content = page([RunRecord(folder) for folder in folders])
     with user_errors(), checkpoint.atomic(output) as file:
         file.write(content.encode("utf-8", "backslashreplace"))
+    return output
 
 
 class Reporter:
@@ -480,19 +405,12 @@ class Reporter:
 
 
 def main() -> None:
-    description, usage = __doc__.split("\n\n")[:2]
-    parser = argparse.ArgumentParser("python -m lowdino.report", description=description)
+    parser = argparse.ArgumentParser("python -m lowdino.report", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", help="folders, each the --output_dir of a run")
-    help = "default: report.html, in the folder of a single run or else here"
-    parser.add_argument("--output", metavar="FILE", help=help)
+    parser.add_argument("--output", help="default: report.html, in the only run's folder or here")
     args = parser.parse_args()
     output = Path(args.output or Path(args.runs[0] if len(args.runs) == 1 else "") / "report.html")
-
-    def work(_, ranks: distributed.Ranks) -> None:
-        write(args.runs, output)
-        print(output)
-
-    distributed.launch("report", lambda: None, work)
+    distributed.launch("report", lambda: None, lambda *_: print(write(args.runs, output)))
 
 
 if __name__ == "__main__":

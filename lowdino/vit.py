@@ -1,18 +1,16 @@
 """Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929), as student and as teacher.
 
-Parameters have the names and shapes of the official files of DINO (`dino_deitsmall16_pretrain.pth`
-and the like) and DINOv2 (`dinov2_vits14_pretrain.pth`, `dinov2_vits14_reg4_pretrain.pth` and the
-like). These load with strict=True, and the features equal those of the official code at every size.
-`like(state_dict)` builds the network for a file.
+Official files of DINO (such as `dino_deitsmall16_pretrain.pth`) and DINOv2 (such as
+`dinov2_vits14_reg4_pretrain.pth`) load with strict=True, and the features equal those of the
+official code at every size. `like(state_dict)` builds the network for a file.
 
-The contract is that of the ConvNets:
-    embed_dim                             width of the features
-    mean, std                             the normalisation that its weights expect
-    forward((B, 3, H, W))                 -> (B, embed_dim), the class token
-    forward_features((B, 3, H, W))        -> (B, embed_dim, h, w), the patch tokens as a map
-    forward_tokens((B, 3, H, W))          -> class token and map, from one pass
-    forward_pyramid((B, 3, H, W))         -> the map in a list, see pyramid_strides and pyramid_dims
-for any H, W of at least one patch. Pixels beyond the last complete patch are ignored.
+The contract is that of the ConvNets, for any H, W of a patch or more; pixels beyond are ignored:
+    embed_dim                       width of the features
+    mean, std                       the normalisation that its weights expect
+    forward((B, 3, H, W))           -> (B, embed_dim), the class token
+    forward_features((B, 3, H, W))  -> (B, embed_dim, h, w), the patch tokens as a map
+    forward_tokens((B, 3, H, W))    -> class token and map, from one pass
+    forward_pyramid((B, 3, H, W))   -> the map in a list, see pyramid_strides and pyramid_dims
 
     arch         parameters (patch 16, 224 px)    embed_dim    heads
     vit_tiny                         5,524,416          192        3
@@ -87,10 +85,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block.
-
-    Stochastic depth (Huang et al., 2016) drops a branch for some images of the batch.
-    """
+    """Pre-norm transformer block, with stochastic depth per image (Huang et al., 2016)."""
 
     def __init__(self, dim: int, num_heads: int, layer_scale: bool):
         super().__init__()
@@ -110,13 +105,12 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT without classifier.
 
-    The position embedding is that of a square image of `image_size` pixels. For other sizes it is
-    resized as in the official code, see `positions`. That code differs with and without registers,
-    so `antialias` follows from `registers`, and a state dict is enough to build the network.
+    The position embedding is resized as in the official code, see `positions`, which differs with
+    and without registers; so `antialias` follows from these, and a state dict tells all.
 
     Args:
         patch_size: side of a patch in pixels.
-        image_size: side in pixels of the images that the position embedding is for.
+        image_size: side in pixels of the square images that the position embedding is for.
         dim, depth, num_heads: width of the tokens, number of blocks, heads per block.
         registers: number of register tokens (Darcet et al., 2024).
         layer_scale: a learned gain per channel of each branch, as in DINOv2.
@@ -125,14 +119,7 @@ class VisionTransformer(nn.Module):
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # the normalisation that its weights expect
 
     def __init__(
-        self,
-        patch_size: int,
-        image_size: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        registers: int = 0,
-        layer_scale: bool = False,
+        self, patch_size, image_size, dim, depth, num_heads, registers: int = 0, layer_scale=False
     ):
         super().__init__()
         self.embed_dim, self.patch_size = dim, patch_size
@@ -164,28 +151,26 @@ class VisionTransformer(nn.Module):
         """Position embedding of an image of height x width pixels: (1, 1 + h * w, C).
 
         DINO, and DINOv2 without registers, resize without antialiasing, by the scale factor of 0.1
-        patches more than there are. The 0.1 was meant to protect the size from rounding. But it
-        also shifts where the embedding is sampled, so features differ without it. DINOv2 with
-        registers resizes to the exact size, with antialiasing.
+        patches more than there are: meant against rounding of the size, it also shifts where the
+        embedding is sampled. DINOv2 with registers resizes to the exact size, with antialiasing.
         """
         h, w, grid = height // self.patch_size, width // self.patch_size, self.grid
         # The official code compares pixels: 224 x 230 has the same number of patches, but resizes.
         if h * w == grid**2 and height == width:
             return self.pos_embed
-        own, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        first, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         patches = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (1, C, grid, grid)
         if self.antialias:
             patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=True)
         else:
             scale = ((h + 0.1) / grid, (w + 0.1) / grid)
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
-        return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, int, int]:
         """The input of the first block: (B, 1 + registers + h * w, C), h and w."""
         B, _, H, W = x.shape
-        if min(H, W) < self.patch_size:
-            p = self.patch_size
+        if min(H, W) < (p := self.patch_size):
             raise ValueError(f"an image must have one whole patch at least, {p} x {p} pixels")
         x = self.patch_embed(x)  # (B, C, h, w)
         h, w = x.shape[-2:]
@@ -214,10 +199,7 @@ class VisionTransformer(nn.Module):
         return self.forward_tokens(x)[0]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block; row 0 is the class token's.
-
-        (B, 3, H, W) -> (B, heads, N, N) with N = 1 + registers + h * w.
-        """
+        """Attention of the last block, (B, heads, N, N) with N = 1 + registers + h * w."""
         x, _, _ = self.tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -226,48 +208,31 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """DINO's initialisation: truncated normal of std 0.02 for linear weights, zero for biases.
-
-    The patch embedding keeps torch's own initialisation.
-    """
+    """DINO's: truncated normal of std 0.02 for linear weights, zero for biases, no others."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 def like(state_dict: dict[str, Tensor]) -> VisionTransformer:
-    """A network with random weights that fits a state dict; its heads are 64 wide.
-
-    Raises:
-        ValueError: where the state dict is not a Vision Transformer's.
-    """
+    """A network with random weights and heads of 64 that fits a state dict; else a ValueError."""
     try:
         positions, patches = state_dict["pos_embed"], state_dict["patch_embed.proj.weight"]
-        registers = state_dict.get("register_tokens")
-        depth = 1 + max(
-            int(name.split(".")[1]) for name in state_dict if name.startswith("blocks.")
-        )
+        registers = state_dict.get("register_tokens", torch.empty(1, 0)).shape[1]
+        blocks = (name.split(".")[1] for name in state_dict if name.startswith("blocks."))
+        depth = 1 + max(map(int, blocks))
         dim, side = positions.shape[2], patches.shape[3]
         grid = math.isqrt(positions.shape[1] - 1)
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            "no Vision Transformer with the names of DINO's and DINOv2's files"
+            "no Vision Transformer by the names of DINO's or DINOv2's files"
         ) from error
-    return VisionTransformer(
-        patch_size=side,
-        image_size=grid * side,
-        dim=dim,
-        depth=depth,
-        num_heads=max(dim // 64, 1),
-        registers=0 if registers is None else registers.shape[1],
-        layer_scale="blocks.0.ls1.gamma" in state_dict,
-    )
+    scaled = "blocks.0.ls1.gamma" in state_dict
+    return VisionTransformer(side, grid * side, dim, depth, max(dim // 64, 1), registers, scaled)
 
 
-# --------------------------------------------------------------------------------------------------
-# Factories of DINO's architectures. DINOv2's are the same with patch_size=14, image_size=518 and
-# layer_scale=True. `options` are arguments of VisionTransformer.
-# --------------------------------------------------------------------------------------------------
+# -- Factories -------------------------------------------------------------------------------------
+# DINO's architectures; DINOv2's have patch_size=14, image_size=518 and layer_scale=True too.
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base")
 

@@ -121,7 +121,7 @@ class Malicious:
         (b"some text", "cannot read .*damaged"),
         (None, "no file "),
         (Malicious(), "cannot read .*not a file of plain tensors"),
-        ([1, 2], "holds a list, where a dict"),
+        ([1, 2], "holds a list, not a dict"),
     ],
 )
 def test_bad_files_are_refused_and_never_run(tmp_path, content, message):
@@ -301,7 +301,7 @@ def test_a_vit_says_its_own_shape_and_a_convnet_must_be_named(tmp_path):
     with pytest.raises(ValueError, match="holds a vit_tiny, not vit_small"):
         lowdino.load_backbone(str(tmp_path / "vit.pth"), "vit_small")
     torch.save(lowdino.build_backbone("resnet18").state_dict(), tmp_path / "convnet.pth")
-    with pytest.raises(ValueError, match="does not say of which architecture it is"):
+    with pytest.raises(ValueError, match="does not name its architecture; it is one of"):
         lowdino.load_backbone(str(tmp_path / "convnet.pth"))
 
 

@@ -161,8 +161,7 @@ def raise_(error):
         ),
         (
             RuntimeError("[/gloo/x.cc:1] Connection closed by peer"),
-            "lost another rank, whose own error says why "
-            "([/gloo/x.cc:1] Connection closed by peer)",
+            "lost another rank, whose error says why ([/gloo/x.cc:1] Connection closed by peer)",
         ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

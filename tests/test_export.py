@@ -161,7 +161,7 @@ def test_bad_input_of_the_command(command, tmp_path, monkeypatch):
     out = tmp_path / "out.pt2"
     cases = [
         ((path, tmp_path / "out.tflite"), "out.tflite should end in .pt2 or .onnx or .safetensors"),
-        ((path, tmp_path / "no" / "out.pt2"), "no that can be written to"),
+        ((path, tmp_path / "no" / "out.pt2"), "no writable folder"),
         ((tmp_path / "none.pth", out), "no file"),
         (("mobilevit_s", out), "no file mobilevit_s"),
         ((tmp_path / "checkpoint.pth", out), "give the backbone.pth beside it"),

@@ -347,14 +347,14 @@ def test_stochastic_depth_is_the_students_alone():
 @pytest.mark.parametrize(
     "content, arch, message",
     [
-        ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer with the names"),
+        ({"pos_embed": torch.zeros(1, 5, 192)}, None, "no Vision Transformer by the names"),
         (official_names(192, 2, 16), "vit_small", "holds a vit_tiny, not vit_small"),
         (official_names(192, 2, 16), "resnet18", "does not fit this architecture"),
         (official_names(192, 2, 16) | {"norm.bias": (4,)}, None, "1 of another shape"),
         (
             {"conv1.weight": (64, 3, 7, 7)},
             None,
-            "does not say of which architecture it is; name it: mobilevit_xxs",
+            "does not name its architecture; it is one of mobilevit_xxs",
         ),
         ({"arch": "resnet18", "state_dict": {}}, "resnet50", "holds resnet18, not resnet50"),
     ],

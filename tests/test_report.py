@@ -241,7 +241,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, call_script):
 @pytest.mark.parametrize(
     "log, settings, output, message",
     [
-        (None, "{}", "x.html", r"run holds no log.jsonl that can be read: give the --output_dir"),
+        (None, "{}", "x.html", r"run holds no readable log.jsonl: give the --output_dir"),
         ("", "{}", "x.html", r"log.jsonl has no line yet"),
         ('{"step": 1}\n{"st\n{"step": 2}\n', "{}", "x.html", r"log.jsonl is damaged: line 2 is no"),
         ('{"loss": 1}\n', "{}", "x.html", r"damaged: line 1 is not a JSON object with a step"),
@@ -298,7 +298,7 @@ def test_a_vit_without_labels_shows_neighbours_and_attention(picture_folder, tmp
     assert neighbours.size == (9 * 71 + 1, 8 * 71 + 1)
     # Without labels all frames are grey.
     assert {neighbours.getpixel((71 * i + 2, 2)) for i in range(9)} == {(128, 128, 128)}
-    assert "those of 24 random images" in neighbours.info["caption"]
+    assert "the nearest of 24 random images" in neighbours.info["caption"]
 
 
 def test_pictures_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):

@@ -131,9 +131,9 @@ def test_a_stopped_cache_resumes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        ({"teacher": "0"}, "belongs to other weights"),
-        ({"images": "0"}, "belongs to other images"),
-        ({"size": 64}, "belongs to other sizes"),
+        ({"teacher": "0"}, "belongs to teacher 0, not "),
+        ({"images": "0"}, "belongs to images 0, not "),
+        ({"size": 64}, "belongs to size 64, not 32"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(spoil, message, tmp_path):
@@ -245,7 +245,7 @@ def test_wrong_teachers_are_one_sentence(picture_folder, tmp_path, call_script):
     for teacher, more, message in (
         (at("none.pth"), "", "no file"),
         (at("damaged.pth"), "", "it is damaged"),
-        (at("plain.pth"), "", "does not say of which architecture"),
+        (at("plain.pth"), "", "does not name its architecture"),
         (f"resnet18={at('plain.pth')}", "", "does not fit this architecture"),
         ("resnet18=", "", "no file ''"),
         (good, "--objective dino", "teacher's head: give a checkpoint.pth of train.py"),

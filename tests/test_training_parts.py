@@ -122,7 +122,7 @@ def test_teacher_follows_by_name_and_keeps_its_own_buffers():
 
 def test_teacher_that_is_the_student_is_refused():
     student = nn.Linear(3, 4)
-    with pytest.raises(ValueError, match="share the storage of .*'weight'.*must be a copy"):
+    with pytest.raises(ValueError, match="share .*'weight'.*must be a copy"):
         ema.paired_parameters(student, student)
     with pytest.raises(ValueError, match="different parameters: .*'0.bias'"):
         ema.paired_parameters(nn.Sequential(nn.Linear(3, 4)), student)
