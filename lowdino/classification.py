@@ -144,7 +144,7 @@ def measure(subject: linear.Subject) -> dict:
         else:
             weights, setting = linear.choose_and_fit(subject, inputs, indices, seed)
             logits = test_x @ weights
-            linear.check_logits(logits)
+            linear.refuse_divergence(logits, "trained logits are not finite")
         return accuracies(logits, test.labels, setting)
 
     return row | {"trained": linear.measure_subsets(subject, subsets, learn, "labels")}

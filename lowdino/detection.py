@@ -225,17 +225,16 @@ def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
     """
     args, ranks, source, size = subject.args, subject.ranks, subject.source, subject.size
     # At 32 pixels the coarsest map is one cell, which has no variance.
-    batch, steps = linear.batch_and_steps(args, len(indices), ranks.world, batch_norm=size <= 32)
+    order = linear.training_order(subject, len(indices), seed, batch_norm=size <= 32)
     _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
     freeze_bn = detector_size(size).freeze_bn and subject.name not in lowdino.ARCHS
     detector = build(args.detector, backbone, len(source.names), size, freeze_bn)
     detector = distributed.on_device(detector, ranks)
-    order = linear.training_order(subject, len(indices), batch, steps, seed)
     pictures, body = Subset(source.train, indices), {*backbone.parameters()}
     head = nn.ParameterList(p for p in detector.parameters() if p not in body)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
-    optimizer = linear.CosineAdamW(subject, groups, steps, MAX_NORM)
+    optimizer = linear.CosineAdamW(subject, groups, len(order), MAX_NORM)
     model = distributed.data_parallel(detector).train()
     for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
         images, targets = training_batch(items, seed, step, ranks.rank)

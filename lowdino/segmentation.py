@@ -240,18 +240,17 @@ def finetune(subject: linear.Subject, indices: list[int], seed: int) -> nn.Modul
     _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
     network = distributed.on_device(dense.segmenter(backbone, source.classes), ranks)
-    batch, steps = linear.batch_and_steps(args, len(indices), ranks.world, batch_norm=True)
-    order = linear.training_order(subject, len(indices), batch, steps, seed)
+    order = linear.training_order(subject, len(indices), seed)
     pictures = Subset(source.train, indices)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
-    optimizer = linear.CosineAdamW(subject, groups, steps)
+    optimizer = linear.CosineAdamW(subject, groups, len(order))
     model = distributed.data_parallel(network).train()
     for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
         x, mask = training_squares(subject, items, seed, step)
         with linear.autocast(ranks.device):
             logits = model(x)["out"]
         optimizer.step(pixel_loss(logits.float(), mask))
-    later = enumerate(linear.picture_batches(subject, pictures, order), start=steps)
+    later = enumerate(linear.picture_batches(subject, pictures, order), start=len(order))
     views = (training_squares(subject, items, seed, step)[0] for step, items in later)
     linear.estimate_batch_norm(network, views)
     return network.eval()
@@ -294,7 +293,7 @@ def evaluate(subject: linear.Subject, logits_of: Callable[[Tensor], Tensor]) -> 
     order = linear.rank_batches(subject, len(test))
     for pictures in linear.picture_batches(subject, test, order):
         batch_logits = logits_of(squares(subject, pictures))
-        linear.check_logits(batch_logits)
+        linear.refuse_divergence(batch_logits, "trained logits are not finite")
         for logits, (_, mask) in zip(batch_logits, pictures):
             predicted = predicted_classes(logits, tuple(mask.shape))
             total += dense.confusion(predicted, mask, classes, masks.IGNORED)
