@@ -174,15 +174,14 @@ def print_pictures(subject: Subject, classes: int, remark: str) -> None:
     """Print what the model is measured on; before the first row, the notes on the pictures."""
     source = subject.source
     if subject.ranks.first:
-        if subject.number == 1 and source.notes:
-            print("\n".join(source.notes))
+        print("".join(f"{note}\n" for note in source.notes * (subject.number == 1)), end="")
         counts = f"{len(source.train)} training and {len(source.test)} test pictures"
         size = f"{classes} classes, {subject.size} px{remark}"
         print(f"{subject.title}; {source.name}: {counts}, {size}", flush=True)
 
 
 def random_subset(count: int, fraction: float, seed: int, least: int = 1) -> list[int]:
-    """Sorted indices of a random fraction, `least` or more; those of a smaller one are among them."""
+    """Sorted indices of a random fraction, `least` or more; a larger one has those of a smaller."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return sorted(order[: max(round(fraction * count), least)].tolist())
 
@@ -212,7 +211,7 @@ class CosineAdamW:
         self.done = 0
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient; `Diverged` where the printed loss or its norm is infinite."""
+        """One step down the gradient; `Diverged` on a printed loss or clipped norm not finite."""
         lr = schedules.cosine(self.done, self.steps, self.lr, 0.0, warmup_steps=self.steps // 20)
         groups = self.optimizer.param_groups
         for group in groups:
@@ -237,7 +236,6 @@ def refuse_divergence(values: Tensor, sentence: str) -> None:
         raise Diverged(f"diverging loss: {sentence}; a lower --lr may help")
 
 
-@torch.no_grad()
 def estimate_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
     """Replace batch norm's moving averages by the mean over the first `batches` of `views`.
 
@@ -304,8 +302,7 @@ def fit(
     world = subject.ranks.world if args.augment else 1  # else every rank trains on all features
     batch, steps = batch_and_steps(args, len(x), world)
     settings = [(lr * batch * world / 256, decay) for lr, decay in grid]
-    if choosing:
-        batch = math.ceil(batch / 16)
+    batch = math.ceil(batch / 16) if choosing else batch
     if not args.augment:
         return probe.train_probes(x, labels, classes, settings, steps, batch, seed)
     order = data.TrainingBatches(len(x), batch, seed, 0, steps, subject.ranks.rank, world)
@@ -373,14 +370,12 @@ def measure_subsets(
     measure: Callable[[Sequence, int, str], tuple[dict, str]],
     labelled: str,
 ) -> list[dict]:
-    """Train on each fraction of the labels by each seed: one cell of the table per fraction.
+    """Train on each subset; cells of the table, each a fraction, the seeds and their figures.
 
     Args:
         subsets: indices of the training images by (fraction, seed).
         measure: (indices, seed, name of the subset) -> figures by name, and the same in words.
         labelled: the fraction is one of the "labels", "masks" or "pictures".
-
-    A cell holds the fraction, the seeds and, for each name, the figures of all seeds.
     """
     cells = {}
     for (fraction, seed), indices in subsets.items():
