@@ -138,7 +138,7 @@ def frozen_maps(subject: linear.Subject, images: Dataset) -> tuple[Tensor, Tenso
         maps.append(maps_of(subject.backbone, squares(subject, pictures), args.maps))
         square_masks += [square_mask(mask, size, full_box(image)) for image, mask in pictures]
         if len(maps) == 1:
-            # Four bytes per number, once in parts and once together. The host has those of all ranks.
+            # Four bytes per number, in parts and together; on the host, those of all ranks.
             copies = 8 * (1 if ranks.device.type == "cuda" else ranks.world)
             needed = copies * maps[0][0].numel() * count
             check_memory(args, needed, count, memory_of(ranks.device))
@@ -247,7 +247,7 @@ def predicted_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(subject: linear.Subject, logits_of: Callable[[Tensor], Tensor]) -> float:
-    """Mean IoU on the test pictures, each at its own size; `Diverged` on logits that are not finite.
+    """Mean IoU on the test pictures, each at its own size; `Diverged` on infinite logits.
 
     `logits_of` maps squares (B, C, size, size) to logits (B, classes, h, w), of any h and w.
     """
