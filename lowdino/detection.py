@@ -245,7 +245,7 @@ def evaluate(subject: linear.Subject, detector: FasterRCNN) -> dict[str, Score]:
 
 
 def suitable_size(pictures: Dataset) -> int:
-    """The median of the shorter side, rounded to torchvision's multiples of 32 pixels; 32 to 800."""
+    """The median of the shorter side in whole 32 pixels, torchvision's unit; from 32 to 800."""
     return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
 
 
