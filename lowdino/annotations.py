@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,16 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets as torchvision_datasets
+from torchvision.datasets import VOCDetection
 
 from lowdino import demo, image_io
 from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, PixelFormat
-
-# -- Masks by polygons, and by COCO's run lengths, which go down the columns and begin with zeros --
 
 
 def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -49,8 +47,8 @@ def run_lengths(text: str) -> list[int]:
     """Run lengths from COCO's compressed form.
 
     A character is 48 plus five bits of a number, lowest first, and a sixth bit where more follow.
-    The fifth bit of a number's last character is its sign. From the fourth number on, the text
-    holds the difference to the last number but one.
+    The fifth bit of its last character is the sign. From the fourth number on, the text holds the
+    difference to the last number but one.
     """
     counts, value, shift = [], 0, 0
     for code in text.encode():
@@ -59,42 +57,29 @@ def run_lengths(text: str) -> list[int]:
         shift += 5
         if code & 32:
             continue
-        if code & 16:
-            value -= 1 << shift
+        value -= bool(code & 16) << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value, shift = 0, 0
     return counts
 
 
 def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Alternate runs of zeros and ones, height * width long in all: (H, W) bool."""
+    """Runs of zeros and ones in turn, zeros first, down the columns: (H, W) bool."""
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-
-
-# -- Data sets -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Picture:
-    """A picture's file, and the objects in it.
-
-    Attributes:
-        path: path of the file, whose picture is `height` x `width` pixels when upright.
-        boxes: (n, 4) float32, left, top, right and bottom in pixels, inside the picture, not empty.
-        labels: (n,) int64 from 1.
-        crowd: (n,) bool, boxes of several objects.
-        difficult: (n,) bool, objects too hard to be counted. Neither is trained on.
-        shapes: polygons or run lengths of each object; None without masks.
-    """
+    """A picture's file, and the objects in it. Crowds and difficult objects are not trained on."""
 
     path: str
-    height: int
+    height: int  # of the upright picture, in pixels
     width: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    difficult: np.ndarray
-    shapes: list[list[np.ndarray] | np.ndarray] | None = None
+    boxes: np.ndarray  # (n, 4) float32: left, top, right, bottom in pixels, inside, not empty
+    labels: np.ndarray  # (n,) int64 from 1
+    crowd: np.ndarray  # (n,) bool: the box of several objects
+    difficult: np.ndarray  # (n,) bool: too hard to be counted
+    shapes: list[list[np.ndarray] | np.ndarray] | None = None  # polygons or run lengths of each
 
     def masks(self) -> np.ndarray:
         """(n, H, W) uint8."""
@@ -112,8 +97,8 @@ class Picture:
 class Pictures(Dataset):
     """Files, decoded on access, each with its objects.
 
-    An item is the image, (C, H, W) uint8, and a dict of boxes (n, 4) float32, labels (n,) int64,
-    crowd and difficult (n,) bool and, where there are masks, masks (n, H, W) uint8; see `Picture`.
+    An item is the image, (C, H, W) uint8, and a dict of `Picture`'s boxes, labels, crowd and
+    difficult and, where there are masks, masks (n, H, W) uint8.
     """
 
     def __init__(self, pictures: list[Picture], pixels: PixelFormat = RGB):
@@ -163,30 +148,19 @@ class Scenes(Dataset):
 
 @dataclass
 class BoxSource:
-    """Training and test pictures with boxes.
+    """Training and test pictures with boxes."""
 
-    Attributes:
-        name: the source in words, for the log.
-        names: names of the classes; label 1 is the first.
-        notes: sentences on what was assumed, cut or left out.
-    """
-
-    name: str
+    name: str  # in words, for the log
     train: Pictures | Scenes
     test: Pictures | Scenes
-    names: Sequence[str]
-    notes: list[str] = field(default_factory=list)
+    names: Sequence[str]  # of the classes; label 1 is the first
+    notes: list[str] = field(default_factory=list)  # sentences on what was cut or left out
 
 
 def upright_size(path: str, pixels: PixelFormat) -> tuple[int, int]:
-    """Height and width of a picture as `read_image` gives it, from the file's header.
-
-    Raises:
-        UserError: naming the file.
-    """
-    turns = Image.Transpose
-    lying = turns.TRANSPOSE, turns.ROTATE_90, turns.ROTATE_270, turns.TRANSVERSE
-    try:
+    """Height and width of a picture as `read_image` gives it, from the file's header."""
+    lying = [image_io.TURNS[orientation] for orientation in (5, 6, 7, 8)]
+    with image_io.named_errors(path):
         if image_io.is_array(path):
             height, width = image_io.load_array(path, pixels.channels).shape[:2]
             pixels.check_size(width, height)
@@ -197,20 +171,17 @@ def upright_size(path: str, pixels: PixelFormat) -> tuple[int, int]:
             if image.format == "TIFF":  # whose size newer versions of Pillow give upright already
                 width, height = image.tag_v2[256], image.tag_v2[257]
             return (width, height) if image_io.turn_of(image) in lying else (height, width)
-    except Exception as error:  # on a damaged file Pillow raises any kind of exception
-        raise UserError(f"cannot read image {path}: {error}") from error
 
 
 def clip_boxes(
-    boxes: list[list[float]], height: int, width: int, changes: Counter
+    boxes: Iterable[list[float]], height: int, width: int, changes: Counter
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes clipped to their picture, (n, 4) float32, and which of them have an area, (n,) bool.
 
-    Args:
-        changes: counts boxes that are cut by more than a pixel, and boxes without an area.
+    `changes` counts boxes that are cut by more than a pixel, and boxes without an area.
     """
     # Clipped in float64: a number too large for float32 would become infinite.
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes = np.array([*boxes], dtype=np.float64).reshape(-1, 4)
     clipped = boxes.clip(0, [width, height, width, height]).astype(np.float32)
     kept = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
     changes["cut"] += int((kept & (abs(clipped - boxes) > 1).any(axis=1)).sum())
@@ -220,18 +191,16 @@ def clip_boxes(
 
 def notes_of(file: str | Path, changes: Counter) -> list[str]:
     """A note on the boxes that `clip_boxes` counted, or none."""
-    words = {
-        "cut": "boxes reach beyond their pictures and are cut",
-        "left out": "have no area inside theirs and are left out",
-    }
+    cut = "boxes reach beyond their pictures and are cut"
+    words = {"cut": cut, "left out": "have no area inside theirs and are left out"}
     notes = [f"{changes[name]} {words[name]}" for name in words if changes[name]]
     return [f"{file}: {', '.join(notes)}"] if notes else []
 
 
 def need_objects(name: str | Path, pictures: list[Picture]) -> None:
     """Refuse pictures without an object to train on or to test on."""
-    if all((picture.crowd | picture.difficult).all() for picture in pictures):
-        raise UserError(f"{name} has no box of an object that counts, and a detector needs some")
+    count = sum((~(picture.crowd | picture.difficult)).sum() for picture in pictures)
+    need(count, f"{name} has no box of an object that counts, and a detector needs some")
 
 
 # -- COCO's form -----------------------------------------------------------------------------------
@@ -240,19 +209,13 @@ def need_objects(name: str | Path, pictures: list[Picture]) -> None:
 def load_coco(folder: Path, masks: bool = False, pixels: PixelFormat = RGB) -> BoxSource:
     """Pictures in train/ and val/ of a folder, with their objects in JSON files of COCO's form.
 
-    COCO's own names, train2017/ and val2017/, are known too. The files, in annotations/ or in the
+    COCO's names, train2017/ and val2017/, are known too. The files, in annotations/ or in the
     folder itself, are instances_train*.json and instances_val*.json, or train.json and val.json.
-    Categories become labels 1, 2, ... in the order of their ids.
-
-    Raises:
-        UserError: see `load`; it names the file.
+    Categories become labels 1, 2, ... in the order of their ids. A UserError names the wrong file.
     """
-    train_file, train_folder = find_split(folder, "train")
-    test_file, test_folder = find_split(folder, "val")
-    categories, train, notes = read_coco(train_file, train_folder, masks, pixels)
-    _, test, test_notes = read_coco(test_file, test_folder, masks, pixels, categories)
-    need_objects(train_file, train)
-    need_objects(test_file, test)
+    train_place, test_place = (find_split(folder, split) for split in ("train", "val"))
+    categories, train, notes = read_coco(*train_place, masks, pixels)
+    _, test, test_notes = read_coco(*test_place, masks, pixels, categories)
     names = [categories[number] for number in sorted(categories)]
     splits = Pictures(train, pixels), Pictures(test, pixels)
     return BoxSource(f"folder {folder}", *splits, names, notes + test_notes)
@@ -265,59 +228,43 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
             for name in (file.stem.removeprefix("instances_"), split):
                 if file.is_file() and (folder / name).is_dir():
                     return file, folder / name
-    raise UserError(
-        f"{folder} lacks {split} pictures in COCO's form: looked for annotations/instances_"
-        f"{split}*.json, annotations/{split}.json and the same without annotations/, and for "
-        f"folders {split}/ or that of the file's year, as {split}2017/"
-    )
+    wanted = f"annotations/instances_{split}*.json or {split}.json, with or without annotations/, "
+    wanted += f"and for a folder {split}/, or one of the file's year, as {split}2017/"
+    raise UserError(f"{folder} lacks {split} pictures in COCO's form: looked for {wanted}")
 
 
 def read_coco(
     file: Path, folder: Path, masks: bool, pixels: PixelFormat, train_categories: dict | None = None
 ) -> tuple[dict[int, str], list[Picture], list[str]]:
-    """Names of categories by id, pictures in the file's order, and notes.
+    """Names of categories by id, pictures in the order of the JSON file, and notes.
 
-    Args:
-        file: JSON file in COCO's form. folder: folder of its pictures.
-        masks: every object needs its segmentation.
-        train_categories: those of the training file, which number the labels; None for that file.
-
-    Raises:
-        UserError: names the file and the first error in it.
+    With `masks` every object needs its segmentation. The categories of the training file number the
+    labels of both files.
     """
     try:
         images, rows, categories = read_tables(file)
         names = category_names(categories, train_categories)
-        need(images, "it has no images")
-        need(names, "it has no categories")
         labels = {number: i for i, number in enumerate(sorted(train_categories or names), start=1)}
         rows_of_image = {number: [] for number in images}
         for number, row in rows.items():
-            image, category = row.get("image_id"), row.get("category_id")
-            need(
-                is_id(image, images),
-                f"annotation {number} is of image {image!r}, which is not listed",
-            )
-            need(
-                is_id(category, names),
-                f"annotation {number} has category {category!r}, which is not listed; there are "
-                f"{len(names)}, ids {min(names)} to {max(names)}",
-            )
-            rows_of_image[image].append(row)
+            for key, table in (("image_id", images), ("category_id", names)):
+                value = row.get(key)
+                known = isinstance(value, int | str) and value in table
+                need(known, f"annotation {number} has {key} {value!r}, none of {len(table)} listed")
+            rows_of_image[row["image_id"]].append(row)
         changes, pictures = Counter(), []
         for number, image in images.items():
             path, size = checked_file(image, folder, pixels)
-            boxes, kept = clip_boxes(
-                [corners(row) for row in rows_of_image[number]], *size, changes
-            )
+            boxes, kept = clip_boxes(map(corners, rows_of_image[number]), *size, changes)
             objects = [row for row, keep in zip(rows_of_image[number], kept) if keep]
             row_labels = np.array([labels[row["category_id"]] for row in objects], dtype=np.int64)
             crowd = np.array([bool(row.get("iscrowd", 0)) for row in objects], dtype=bool)
             shapes = [mask_shape(row, size) for row in objects] if masks else None
             values = boxes[kept], row_labels, crowd, np.zeros_like(crowd), shapes
             pictures.append(Picture(path, *size, *values))
-    except UserError as error:
+    except (UserError, image_io.ImageError) as error:
         raise UserError(f"{file}: {error}") from error
+    need_objects(file, pictures)
     return names, pictures, notes_of(file, changes)
 
 
@@ -333,15 +280,13 @@ def read_tables(file: Path) -> list[dict]:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
         raise UserError(f"it is damaged, or no JSON ({error})") from error
-    need(
-        isinstance(content, dict),
-        f"it holds a {type(content).__name__}; COCO's form is an object of images, annotations "
-        "and categories",
-    )
+    kind, names = type(content).__name__, ("images", "annotations", "categories")
+    need(kind == "dict", f"it holds a {kind}; COCO's form is an object of {', '.join(names)}")
     tables = []
-    for name in ("images", "annotations", "categories"):
+    for name in names:
         rows, table = content.get(name), {}
         need(isinstance(rows, list), f'it lacks a list "{name}"; COCO\'s form has one')
+        need(rows or name == "annotations", f"it has no {name}")
         for i, row in enumerate(rows):
             number = row.get("id") if isinstance(row, dict) else None
             need(isinstance(number, int | str), f'row {i} of "{name}" is no object with an id')
@@ -353,16 +298,13 @@ def read_tables(file: Path) -> list[dict]:
 
 def category_names(categories: dict, train_categories: dict[int, str] | None) -> dict[int, str]:
     """Names of categories by id, which must be those of the training file."""
-    names = {}
-    for number, row in categories.items():
-        name = names[number] = row.get("name")
+    names = {number: row.get("name") for number, row in categories.items()}
+    for number, name in names.items():
         valid = type(number) is int and isinstance(name, str)
         need(valid, f"category {number!r} needs an integer as id, and a name")
-        trained = name if train_categories is None else train_categories.get(number)
-        need(
-            name == trained,
-            f"category {number} is {name!r} here, and {trained!r} in the training file",
-        )
+        trained = (train_categories or names).get(number)
+        words = f"{name!r} here, and {trained!r} in the training file"
+        need(name == trained, f"category {number} is {words}")
     return names
 
 
@@ -372,65 +314,41 @@ def checked_file(image: dict, folder: Path, pixels: PixelFormat) -> tuple[str, t
     need(isinstance(name, str) and name, f"image {image['id']} has no file_name")
     path = str(folder / name)
     need(os.path.isfile(path), f"it names {path}, which does not exist")
-    height, width = upright_size(path, pixels)
-    given_height, given_width = image.get("height", height), image.get("width", width)
-    need(
-        (given_height, given_width) == (height, width),
-        f"{path} should be {given_width!r} x {given_height!r} pixels and is {width} x {height}; "
-        "its boxes would lie elsewhere",
-    )
-    return path, (height, width)
+    height, width = size = upright_size(path, pixels)
+    given = image.get("height", height), image.get("width", width)
+    words = f"{given[1]!r} x {given[0]!r} pixels and is {width} x {height}"
+    need(given == size, f"{path} should be {words}; its boxes would lie elsewhere")
+    return path, size
 
 
 def corners(row: dict) -> list[float]:
     """Left, top, right and bottom, from an annotation's `bbox` of left, top, width and height."""
     bbox = row.get("bbox")
-    need(
-        isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox)),
-        f"the bbox of annotation {row['id']} is {str(bbox)[:80]}, where [left, top, width, height] "
-        "was expected",
-    )
+    valid, given = isinstance(bbox, list) and len(bbox) == 4, str(bbox)[:80]
+    valid = valid and all(map(is_number, bbox))
+    need(valid, f"the bbox of annotation {row['id']} is {given}, not [left, top, width, height]")
     left, top, width, height = bbox
     return [left, top, left + width, top + height]
 
 
 def mask_shape(row: dict, size: tuple[int, int]) -> list[np.ndarray] | np.ndarray:
     """The polygons, (N, 2) each, or the run lengths of an annotation's mask."""
-    number, segmentation = row["id"], row.get("segmentation")
-    need(
-        segmentation,
-        f"annotation {number} has no segmentation, which Mask R-CNN needs for every object; Faster "
-        "R-CNN needs none",
-    )
+    name, segmentation = f"annotation {row['id']}", row.get("segmentation")
+    need(segmentation, f"{name} has no segmentation, which Mask R-CNN needs; Faster R-CNN does not")
     if isinstance(segmentation, list):
-        need(
-            all(map(is_polygon, segmentation)),
-            f"the segmentation of annotation {number} has a polygon that is no list of three pairs "
-            "or more of x and y",
-        )
+        valid = all(map(is_polygon, segmentation))
+        need(valid, f"{name} has a polygon that is no list of three or more pairs of x and y")
         return [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
     counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    need(isinstance(counts, list | str), f"{name} has neither polygons nor run lengths")
+    given = segmentation.get("size")
     need(
-        isinstance(counts, list | str),
-        f"the segmentation of annotation {number} is neither polygons nor run lengths",
-    )
-    need(
-        segmentation.get("size") == [*size],
-        f"the mask of annotation {number} is of size {segmentation.get('size')} (height, width), "
-        f"and its picture of {[*size]}",
+        given == [*size], f"the mask of {name} has height and width {given}, its picture {[*size]}"
     )
     counts = run_lengths(counts) if isinstance(counts, str) else counts
-    need(
-        all(type(count) is int and count >= 0 for count in counts)
-        and sum(counts) == math.prod(size),
-        f"the run lengths of annotation {number} do not fill its mask of {size[0]} x {size[1]} "
-        "pixels",
-    )
+    valid = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == math.prod(size)
+    need(valid, f"the run lengths of {name} do not fill its mask of {size[0]} x {size[1]} pixels")
     return np.array(counts, dtype=np.int64)
-
-
-def is_id(value, table: dict) -> bool:
-    return isinstance(value, int | str) and value in table
 
 
 def is_number(value) -> bool:
@@ -445,8 +363,7 @@ def is_polygon(value) -> bool:
 
 # -- PASCAL VOC ------------------------------------------------------------------------------------
 
-# Label 1 is the first; in the order of the classes' names.
-VOC_CLASSES = (
+VOC_CLASSES = (  # in the order of their names; label 1 is the first
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
@@ -455,49 +372,40 @@ VOC_CLASSES = (
 def open_voc(
     dataset: Callable, year: str, splits: tuple[str, ...], root: str, download: bool, rank: int
 ) -> list:
-    """torchvision's data set of each split.
+    """torchvision's `VOCDetection` or `VOCSegmentation` of each split.
 
-    Args:
-        dataset: torchvision's `VOCDetection` or `VOCSegmentation`.
-        download: fetch what `root` lacks. `rank` 0 does, and the others wait for it.
-
-    Raises:
-        UserError: a split is missing, or the download failed.
+    With `download` rank 0 fetches what `root` lacks, and the others wait for it. A UserError names
+    a split that is missing, or was not fetched.
     """
-    together = download and dist.is_initialized()
-    if together and rank != 0:
-        dist.barrier()
-    opened = []
-    for split in splits:
-        hint = "not found; add --download, or name its folder by --data_root"
+
+    def open_split(split: str) -> Dataset:
+        with suppress(RuntimeError, OSError):
+            return dataset(root, year, split)
+        fetch = download and rank == 0
         try:
-            try:
-                opened.append(dataset(root, year, split))
-            except (RuntimeError, OSError):
-                if not download or rank != 0:
-                    raise
-                hint = "the download failed"
-                opened.append(dataset(root, year, split, download=True))
+            return dataset(root, year, split, download=fetch)
         except (RuntimeError, OSError) as error:
+            hint = "not found; add --download, or name its folder by --data_root"
+            hint = "the download failed" if fetch else hint
             raise UserError(f"voc{year}, {split}, under {root}: {hint}") from error
-    if together and rank == 0:
+
+    ranks_wait = download and dist.is_initialized()
+    if ranks_wait and rank != 0:
+        dist.barrier()
+    opened = [open_split(split) for split in splits]
+    if ranks_wait and rank == 0:
         dist.barrier()
     return opened
 
 
 def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> BoxSource:
-    """VOC 2007 through torchvision: trainval to train on, test to test on.
-
-    Objects marked as difficult are neither trained on nor counted.
-    """
-    splits = "trainval", "test"
-    opened = open_voc(torchvision_datasets.VOCDetection, "2007", splits, root, download, rank)
+    """VOC 2007: trainval to train on, test to test on; difficult objects are not counted."""
     changes, parts = Counter(), []
-    for split, files in zip(splits, opened):
+    for files in open_voc(VOCDetection, "2007", ("trainval", "test"), root, download, rank):
         pairs = zip(files.images, files.targets)
         parts.append([read_voc(*pair, pixels, changes) for pair in pairs])
-        need_objects(f"voc2007, {split}, under {root}", parts[-1])
-    difficult = sum(int(picture.difficult.sum()) for part in parts for picture in part)
+        need_objects(f"voc2007, {files.image_set}, under {root}", parts[-1])
+    difficult = sum(picture.difficult.sum() for part in parts for picture in part)
     notes = [f"{difficult} objects marked as difficult are not counted"] * bool(difficult)
     notes += notes_of("VOC 2007", changes)
     train, test = (Pictures(part, pixels) for part in parts)
@@ -505,11 +413,8 @@ def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> BoxSo
 
 
 def read_voc(path: str, file: str, pixels: PixelFormat, changes: Counter) -> Picture:
-    """A picture and its XML file.
-
-    VOC counts pixels from 1, and its boxes include their last pixel: left and top become one less.
-    """
-    height, width = upright_size(path, pixels)
+    """A picture and its XML file, whose boxes count from 1 and include their last pixel."""
+    size = upright_size(path, pixels)
     names = [f"bndbox/{name}" for name in ("xmin", "ymin", "xmax", "ymax")]
     try:
         objects = ElementTree.parse(file).getroot().findall("object")
@@ -518,16 +423,12 @@ def read_voc(path: str, file: str, pixels: PixelFormat, changes: Counter) -> Pic
         boxes = [[float(item.findtext(name, "")) for name in names] for item in objects]
     except (ElementTree.ParseError, OSError, ValueError) as error:
         raise UserError(f"{file} is missing, damaged, or not VOC's ({error})") from error
-    if not np.isfinite(boxes).all():
-        raise UserError(f"{file} has a box that is no numbers")
+    need(np.isfinite(boxes).all(), f"{file} has a box that is no numbers")
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
-    boxes, kept = clip_boxes(boxes, height, width, changes)
+    boxes, kept = clip_boxes(boxes, *size, changes)
     labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
     crowd = np.zeros(kept.sum(), dtype=bool)
-    return Picture(path, height, width, boxes[kept], labels[kept], crowd, difficult[kept])
-
-
-# -- Any source by name ----------------------------------------------------------------------------
+    return Picture(path, *size, boxes[kept], labels[kept], crowd, difficult[kept])
 
 
 @user_errors()
@@ -539,29 +440,21 @@ def load(
     pixels: PixelFormat = RGB,
     rank: int = 0,
 ) -> BoxSource:
-    """Open a source by name.
+    """Open a source by name; a UserError where there is none, it lacks masks, or a file is wrong.
 
     Args:
-        source: "demo_scenes"; "voc2007", stored under `root`; or a folder in COCO's form, see
-            `load_coco`.
+        source: "demo_scenes"; "voc2007" under `root`; or a folder in COCO's form, see `load_coco`.
         download: fetch VOC where `root` lacks it. `rank` 0 does, and the others wait for it.
         masks: give every object its mask.
-        pixels: see `read_image`.
-
-    Raises:
-        UserError: there is nothing to read, a file has an error, or there are no masks.
     """
     if source == "demo_scenes":
         splits = demo.splits(demo.SCENE_TRAIN, demo.SCENE_TEST)
         train, test = (Scenes(indices, masks) for indices in splits)
         return BoxSource("the built-in demo scenes", train, test, demo.SCENE_CLASSES)
     if source == "voc2007":
-        if masks:
-            raise UserError("voc2007 is read for its boxes alone; masks need demo_scenes or COCO's")
+        need(not masks, "voc2007 is read for its boxes alone; masks need demo_scenes or COCO's")
         return load_voc(root, download, pixels, rank)
     if source and Path(source).is_dir():  # Path("") would be the current folder
         return load_coco(Path(source), masks, pixels)
-    raise UserError(
-        f"no pictures with boxes at {source or 'an empty path'}: give a folder in COCO's form, "
-        "demo_scenes or voc2007"
-    )
+    where, choices = source or "an empty path", "a folder in COCO's form, demo_scenes or voc2007"
+    raise UserError(f"no pictures with boxes at {where}: give {choices}")

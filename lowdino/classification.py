@@ -11,9 +11,8 @@
                      networkROW_FRACTION_seedSEED.pth, a backbone.pth with its classifier
     --from_scratch   the whole network from random weights, saved likewise: the supervised rival
 
---label_fraction takes that fraction of each class's images: the same images for every model, and a
-subset of those of a larger fraction. --pool default+mean adds the mean patch token to the class
-token, as in DINOv2's probe. Test labels choose nothing.
+--label_fraction takes the same images of each class for every model, which a larger fraction has
+too. --pool default+mean pools as DINOv2's probe does. Test labels choose nothing.
 """
 
 import time
@@ -68,40 +67,27 @@ def defaults(args: Settings) -> dict:
         lr, weight_decay = [1e-3], [0.05]
     elif args.solver == "lbfgs":
         lr, weight_decay = [0.0], linear.LBFGS_WEIGHT_DECAY
-    layer_decay = 0.75 if args.finetune else 1.0
-    return dict(
-        lr=lr,
-        weight_decay=weight_decay,
-        layer_decay=layer_decay,
-        epochs=100,
-        batch_size_per_gpu=256,
-    )
+    values = dict(lr=lr, weight_decay=weight_decay, layer_decay=0.75 if args.finetune else 1.0)
+    return values | dict(epochs=100, batch_size_per_gpu=256)
 
 
 def protocol(args: Settings) -> str:
     """The training and its settings, in one sentence for people who compare."""
     if linear.trains_network(args):
-        return (
-            f"whole network {'from random weights' if args.from_scratch else 'fine-tuned'}: "
-            f"AdamW, learning rate {args.lr[0]:g}, x {args.layer_decay:g} per block downwards, "
-            f"weight decay {args.weight_decay[0]:g}, {args.epochs} epochs of crops and flips; the "
-            "last epoch"
-        )
+        start = "from random weights" if args.from_scratch else "fine-tuned"
+        rates = f"learning rate {args.lr[0]:g}, x {args.layer_decay:g} per block downwards"
+        rest = f"weight decay {args.weight_decay[0]:g}, {args.epochs} epochs of crops and flips"
+        return f"whole network {start}: AdamW, {rates}, {rest}; the last epoch"
     sgd, grid = args.solver == "sgd", f"{len(args.weight_decay)} weight decays"
-    if sgd:
-        grid = f"{len(args.lr)} learning rates x {grid}"
+    grid = f"{len(args.lr)} learning rates x {grid}" if sgd else grid
     if len(args.lr) * len(args.weight_decay) > 1:
-        grid += (
-            f", chosen by squared error of probabilities on {args.val_fraction:g} of the training "
-            f"labels in use{' after a training on a sixteenth of the batch' if sgd else ''}; then "
-            "fitted to all of them"
-        )
+        labels = f"{args.val_fraction:g} of the training labels in use"
+        labels += " after a training on a sixteenth of the batch" if sgd else ""
+        grid += f", chosen by squared error of probabilities on {labels}"
+        grid += "; then fitted to all of them"
     views = "features of crops and flips" if args.augment else "features"
     solver = f"SGD, {args.epochs} epochs" if sgd else "logistic regression to its optimum"
     return f"linear classifier on {views}, half-whitened by all training images: {solver}; {grid}"
-
-
-# -- One model -------------------------------------------------------------------------------------
 
 
 def measure(subject: linear.Subject) -> dict:
@@ -115,9 +101,7 @@ def measure(subject: linear.Subject) -> dict:
         row = {"model": title}
     classes, last = int(train.labels.max()) + 1, int(test.labels.max())
     if last >= classes:
-        raise UserError(
-            f"the test images have class {last}, the training images none above {classes - 1}"
-        )
+        raise UserError(f"a test image has class {last}, no training image one above {classes - 1}")
     row["knn"] = evaluate.knn_accuracy(train, test, args.nb_knn, classes)
     if ranks.first:
         k = min(args.nb_knn, len(train.labels))
@@ -135,8 +119,7 @@ def measure(subject: linear.Subject) -> dict:
         indices, setting = indices.to(ranks.device), ""
         if linear.trains_network(args):
             network = linear.finetune(subject, indices, seed)
-            options = args.batch_size_per_gpu, args.num_workers
-            test_images = subject.source.test
+            test_images, options = subject.source.test, (args.batch_size_per_gpu, args.num_workers)
             logits = compute_features(network, test_images, subject.size, ranks, *options).features
             if ranks.first:
                 path = Path(args.output_dir) / f"network{subject.number}_{subset}.pth"
@@ -144,25 +127,16 @@ def measure(subject: linear.Subject) -> dict:
         else:
             weights, setting = linear.choose_and_fit(subject, inputs, indices, seed)
             logits = test_x @ weights
-            linear.check_logits(logits)
-        return accuracies(logits, test.labels, setting)
+            linear.refuse_divergence(logits, "trained logits are not finite")
+        tops = (1, 5) if logits.shape[1] > 5 else (1,)
+        figures = {f"top{top}": evaluate.accuracy(logits, test.labels, top) for top in tops}
+        words = " ".join(f"top-{top} {figures[f'top{top}']:.4f}" for top in tops)
+        return figures | {"chosen": setting}, f"{words}, {setting}" if setting else words
 
     return row | {"trained": linear.measure_subsets(subject, subsets, learn, "labels")}
 
 
-def accuracies(logits: Tensor, labels: Tensor, setting: str) -> tuple[dict, str]:
-    """Accuracies of logits (M, C) for labels (M,), by name and in words with the setting chosen."""
-    figures = {"top1": evaluate.accuracy(logits, labels)}
-    words = f"top-1 {figures['top1']:.4f}"
-    if logits.shape[1] > 5:
-        figures["top5"] = evaluate.accuracy(logits, labels, top=5)
-        words += f" top-5 {figures['top5']:.4f}"
-    return figures | {"chosen": setting}, words + (f", {setting}" if setting else "")
-
-
-def features_of_images(
-    subject: linear.Subject,
-) -> tuple[linear.Subject, dict, Features, Features]:
+def features_of_images(subject: linear.Subject) -> tuple[linear.Subject, dict, Features, Features]:
     """The subject with its images, its row so far, and its training and test features."""
     args, ranks = subject.args, subject.ranks
     source, size, workers = open_images(args, subject.backbone, ranks)

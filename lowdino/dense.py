@@ -24,8 +24,7 @@ from lowdino.distributed import UserError
 def freeze_batch_norm(module: nn.Module) -> None:
     """Replace batch norm in place by torchvision's with fixed statistics and weights.
 
-    Mask R-CNN (He et al., 2017) is fine-tuned this way: one or two images per GPU are too few to
-    estimate statistics.
+    Mask R-CNN (He et al., 2017) has it: one or two images per GPU are too few for statistics.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -40,15 +39,11 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 
 class Finer(nn.Sequential):
-    """A map of twice the side and half the channels, by a transposed convolution.
-
-    ViTDet (Li et al., 2022) makes the finer maps of a ViT this way.
-    """
+    """A map of twice the side and half the channels, as ViTDet's (Li et al., 2022) of a ViT."""
 
     def __init__(self, dim: int):
-        super().__init__(
-            nn.ConvTranspose2d(dim, dim // 2, 2, stride=2), nn.GroupNorm(1, dim // 2), nn.GELU()
-        )
+        enlarge = nn.ConvTranspose2d(dim, dim // 2, 2, stride=2)
+        super().__init__(enlarge, nn.GroupNorm(1, dim // 2), nn.GELU())
 
 
 class FPNBackbone(nn.Module):
@@ -58,14 +53,13 @@ class FPNBackbone(nn.Module):
         super().__init__()
         self.backbone, self.out_channels = backbone, out_channels
         self.mean, self.std = backbone.mean, backbone.std
-        dims = backbone.pyramid_dims
         levels = [round(math.log2(stride)) for stride in backbone.pyramid_strides]
         # Detectors take a map's scale for a power of 2. A ViT with patches of 14 pixels gets images
         # of 14/16 of their side, so that its map has a stride of 16.
         self.shrink = backbone.pyramid_strides[0] / 2 ** levels[0]
         wanted = [round(math.log2(stride)) for stride in strides]
         self.chosen = [i for i, level in enumerate(levels) if level in wanted]
-        dims = [dims[i] for i in self.chosen]
+        dims = [backbone.pyramid_dims[i] for i in self.chosen]
         finer = range(max(levels[0] - wanted[0], 0))
         self.finer = nn.ModuleList(Finer(dims[0] // 2**n) for n in finer)
         dims = [dims[0] // 2 ** (n + 1) for n in reversed(finer)] + dims
@@ -76,8 +70,8 @@ class FPNBackbone(nn.Module):
         if self.shrink != 1:
             size = [round(side * self.shrink) for side in x.shape[2:]]
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
-        maps = self.backbone.forward_pyramid(x)
-        maps = [maps[i] for i in self.chosen]
+        pyramid = self.backbone.forward_pyramid(x)
+        maps = [pyramid[i] for i in self.chosen]
         for finer in self.finer:
             maps.insert(0, finer(maps[0]))
         maps = self.fpn(OrderedDict((str(i), map) for i, map in enumerate(maps)))
@@ -95,25 +89,18 @@ def fpn_backbone(
 ) -> FPNBackbone:
     """A backbone for torchvision's MaskRCNN, FasterRCNN, RetinaNet and FCOS.
 
-    These normalise the images: give them the backbone's `mean` and `std` as `image_mean` and
-    `image_std`.
+    (B, C, H, W) -> maps by name, "0" the finest. The detectors normalise the images: give them the
+    backbone's `mean` and `std` as `image_mean` and `image_std`.
 
     Args:
         backbone: becomes part of the result; `freeze_bn` changes it.
         out_channels: number of channels of every map.
-        strides: strides of the maps, each twice the one before. The default is Mask R-CNN's.
-            RetinaNet and FCOS have anchors for (8, 16, 32, 64, 128), or can be given others. Maps
-            coarser than the backbone's are max-pooled, as in the FPN. Maps finer than the one map
-            of a ViT are made by transposed convolutions.
+        strides: powers of 2, each twice the one before, among them the backbone's coarsest (a ViT's
+            is the power nearest to the side of its patches), else a UserError. The default is Mask
+            R-CNN's; RetinaNet and FCOS have anchors for (8, 16, 32, 64, 128). Coarser maps are
+            max-pooled, as in the FPN; those finer than a ViT's come of transposed convolutions.
         freeze_bn: keep batch norm as it is, as Mask R-CNN does. Random weights, whose statistics
             are not estimated yet, need False.
-
-    Returns:
-        A module with `out_channels`: (B, C, H, W) -> maps by name, "0" the finest.
-
-    Raises:
-        UserError: strides are not powers of 2, each twice the one before, or do not include the
-            backbone's coarsest; a ViT's is the power of 2 nearest to the side of its patches.
     """
     first = strides[0] if strides else 0
     if first.bit_count() != 1 or any(b != 2 * a for a, b in zip(strides, strides[1:])):
@@ -141,60 +128,38 @@ class LastMap(nn.Module):
 
 
 def segmenter(backbone: nn.Module, classes: int) -> FCN:
-    """torchvision's FCN (Long et al., 2015) on the last feature map.
+    """torchvision's FCN (Long et al., 2015) on the last feature map; the backbone is part of it.
 
-    Images (B, C, H, W), normalised by the backbone's `mean` and `std`, -> {"out": logits (B,
-    classes, H, W)}. The backbone becomes part of it.
+    Images (B, C, H, W), normalised by its `mean` and `std`, -> {"out": (B, classes, H, W)}.
     """
     return FCN(LastMap(backbone), FCNHead(backbone.embed_dim, classes))
 
 
 def confusion(predicted: Tensor, mask: Tensor, classes: int, ignore: int = 255) -> Tensor:
-    """Pixels of each class (rows) by predicted class: (H, W), (H, W) -> (C, C) int64.
-
-    Args:
-        ignore: class of pixels that are not counted.
-    """
+    """Pixels of each class but `ignore` (rows) by predicted class: (H, W) twice -> (C, C) int64."""
     known = mask != ignore
     pairs = mask[known].long() * classes + predicted[known]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean over the classes of the intersection over union, from a confusion matrix (C, C).
-
-    It leaves out classes that neither occur nor are predicted.
-    """
+    """Mean intersection over union of the classes that occur or are predicted, from (C, C)."""
     confusion = confusion.cpu().double()  # MPS has no float64
     both = confusion.diag()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - both
     return (both[union > 0] / union[union > 0]).mean().item()
 
 
-# -- Label propagation -----------------------------------------------------------------------------
-
-
 def propagate(
-    maps: Tensor,
-    labels: Tensor,
-    memory: int = 7,
-    k: int = 5,
-    radius: int = 12,
-    temperature: float = 0.1,
+    maps: Tensor, labels: Tensor, memory: int = 7, k: int = 5, radius: int = 12, temperature=0.1
 ) -> Tensor:
     """Carry the labels of a film's first frame to the others, by nearest neighbours among cells.
 
+    Maps (T, D, h, w), labels (C, h, w), such as one-hot or the shares of a cell, -> (T, C, h, w).
     A cell takes the labels of its k most similar cells in the first frame and in the `memory`
-    frames before it, weighted by exp(cosine / temperature). They are at most `radius` cells away on
-    each axis. It is DINO's evaluation on DAVIS 2017 (Jabri et al., 2020), without the rescaling of
-    each label's map to [0, 1] at the end.
-
-    Args:
-        maps: feature maps of the frames, (T, D, h, w).
-        labels: labels of the first frame, (C, h, w), such as one-hot or the shares of a cell.
-
-    Returns:
-        Labels of all frames, (T, C, h, w); those of the first frame are as given.
+    frames before it, weighted by exp(cosine / temperature), at most `radius` cells away on each
+    axis. It is DINO's evaluation on DAVIS 2017 (Jabri et al., 2020), without the rescaling of each
+    label's map to [0, 1] at the end.
     """
     frames, _, h, w = maps.shape
     cells = F.normalize(maps.float().flatten(2), dim=1).transpose(1, 2)  # (T, h * w, D)
@@ -204,9 +169,8 @@ def propagate(
     carried = [labels.flatten(1).T.float()]  # (h * w, C) of each frame
     for t in range(1, frames):
         known = [0, *range(max(t - memory, 1), t)]
-        similar = torch.cat(
-            [(cells[t] @ cells[i].T).masked_fill(far, -torch.inf) for i in known], 1
-        )
+        similar = [(cells[t] @ cells[i].T).masked_fill(far, -torch.inf) for i in known]
+        similar = torch.cat(similar, dim=1)
         values, indices = similar.topk(min(k, similar.shape[1]), dim=1)  # (h * w, k)
         weights = (values / temperature).softmax(dim=1)
         votes = torch.cat([carried[i] for i in known])[indices]  # (h * w, k, C)

@@ -29,9 +29,7 @@ from lowdino.settings import Settings
 # The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("detector", "steps", "layer_decay")
 
-# Streams of random numbers, see augment.derived_seed: flips, and the detector's choice of anchors
-# and proposals to learn from.
-FLIPS, CHOICES = 2, 3
+FLIPS, CHOICES = 2, 3  # streams of random numbers: flips; anchors and proposals to learn from
 
 MAX_NORM = 10.0  # limit of the gradient's norm
 
@@ -51,17 +49,19 @@ def defaults(args: Settings) -> dict:
 
 
 NAMES = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN"}
+KINDS = {"faster_rcnn": ["boxes"], "mask_rcnn": ["boxes", "masks"]}  # of AP
 
 
 def protocol(args: Settings) -> str:
     """The training and its settings, in one sentence for people who compare."""
-    decay = f", x {args.layer_decay:g} per block downwards" if args.layer_decay < 1 else ""
+    rates = f"learning rate {args.lr[0]:g}"
+    rates += f", x {args.layer_decay:g} per block downwards" if args.layer_decay < 1 else ""
     return (
-        f"torchvision's {NAMES[args.detector]} on an FPN, all weights trained: AdamW, learning "
-        f"rate {args.lr[0]:g}{decay}, weight decay {args.weight_decay[0]:g}, {args.steps} steps "
-        f"of {args.batch_size_per_gpu} pictures per process with flips, the same at every fraction "
-        f"of the pictures; batch norm is frozen in pre-trained weights on pictures of {SMALL_SIDE} "
-        "pixels or more, else trained; COCO's AP on the test pictures"
+        f"torchvision's {NAMES[args.detector]} on an FPN, all weights trained: AdamW, {rates}, "
+        f"weight decay {args.weight_decay[0]:g}, {args.steps} steps of {args.batch_size_per_gpu} "
+        "pictures per process with flips, the same at every fraction of the pictures; batch norm "
+        f"is frozen in pre-trained weights on pictures of {SMALL_SIDE} pixels or more, else "
+        "trained; COCO's AP on the test pictures"
     )
 
 
@@ -69,28 +69,20 @@ def protocol(args: Settings) -> str:
 
 
 class DetectorSize(NamedTuple):
-    """The numbers of a detector.
+    """The numbers of a detector."""
 
-    Attributes:
-        strides: strides of the maps. width: channels of the maps and of the mask head.
-        hidden: width of the box head. anchors, proposals: how many of each image are trained on.
-        kept: proposals per image after non-maximum suppression.
-        freeze_bn: keep the batch norm of pre-trained weights as it is.
-    """
-
-    strides: tuple[int, ...]
-    width: int
-    hidden: int
-    anchors: int
-    proposals: int
-    kept: int
-    freeze_bn: bool
+    strides: tuple[int, ...]  # of the maps
+    width: int  # channels of the maps and of the mask head
+    hidden: int  # width of the box head
+    anchors: int  # per image to train on
+    proposals: int  # per image to train on
+    kept: int  # proposals per image after non-maximum suppression
+    freeze_bn: bool  # keep the batch norm of pre-trained weights as it is
 
 
 # LARGE is torchvision's, made for 800 pixels. SMALL, for an eighth of them, has a quarter of the
-# width. It always trains batch norm, so that random and pre-trained weights differ in nothing else.
-# On the demo scenes this costs nothing: after 100 steps from the weights of a classifier of glyphs,
-# mobilevit_xxs has an AP of 63 with trained batch norm, and of 62 with frozen batch norm.
+# width. It always trains batch norm, so that random and pre-trained weights differ in nothing else;
+# on the demo scenes this costs no AP.
 FINEST = 4  # stride of the finest map
 LARGE = DetectorSize((FINEST, 8, 16, 32, 64), 256, 1024, 256, 512, 2000, freeze_bn=True)
 SMALL = DetectorSize((FINEST, 8, 16, 32), 64, 256, 128, 32, 200, freeze_bn=False)
@@ -102,10 +94,9 @@ def detector_size(size: int) -> DetectorSize:
 
 
 def anchor_sizes(size: int, strides: tuple[int, ...]) -> tuple[tuple[int], ...]:
-    """Sides of the anchors of each map, for images of `size` pixels.
+    """Sides of the anchors of each map, for images of `size` pixels: COCO's 8 strides at 800.
 
-    COCO's are 8 times the stride at 800 pixels. They shrink with the image, but not below 3 times
-    the stride: an object between two such anchors would be far from both.
+    Below 3 strides an object between two anchors would be far from both.
     """
     return tuple((round(max(8 * size / 800, 3) * stride),) for stride in strides)
 
@@ -113,8 +104,7 @@ def anchor_sizes(size: int, strides: tuple[int, ...]) -> tuple[tuple[int], ...]:
 class Maps(nn.Module):
     """The FPN's maps, computed in bfloat16 on CUDA and returned in float32.
 
-    Anchors take the type of the maps, and bfloat16 would round them to multiples of 4 pixels in
-    images of 800.
+    Anchors take the type of the maps, and bfloat16 would round them to 4 pixels in images of 800.
     """
 
     def __init__(self, body: dense.FPNBackbone):
@@ -135,9 +125,7 @@ class RoIAlign(MultiScaleRoIAlign):
     then takes small images for half as large. The size of the maps gives the padded size.
     """
 
-    def forward(
-        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list) -> Tensor:
         height, width = next(iter(x.values())).shape[-2:]
         return super().forward(x, boxes, [(FINEST * height, FINEST * width)])
 
@@ -145,14 +133,11 @@ class RoIAlign(MultiScaleRoIAlign):
 def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bool) -> FasterRCNN:
     """torchvision's detector on a backbone, for images with a shorter side of `size` pixels.
 
-    Args:
-        kind: "faster_rcnn" or "mask_rcnn".
-        classes: number of classes, without the background.
+    `kind` is "faster_rcnn" or "mask_rcnn"; `classes` does not count the background.
     """
-    numbers = detector_size(size)
+    numbers, (mean, std) = detector_size(size), normalisation(backbone)
     width, strides = numbers.width, numbers.strides
     maps = Maps(dense.fpn_backbone(backbone, width, strides, freeze_bn))
-    mean, std = normalisation(backbone)
     pooled = ["0", "1", "2", "3"]  # names of the maps; a fifth map is for proposals only
     heads = {
         "box_roi_pool": RoIAlign(pooled, output_size=7, sampling_ratio=2),
@@ -181,61 +166,49 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
     )
 
 
-# -- Training and evaluation -----------------------------------------------------------------------
-
 Item = tuple[Tensor, dict[str, Tensor]]
 
 
 def images_of(items: list[Item]) -> list[Tensor]:
-    """The images in [0, 1]."""
-    return [image / 255 for image, _ in items]
+    return [image / 255 for image, _ in items]  # in [0, 1]
 
 
 def flipped(image: Tensor, target: dict[str, Tensor]) -> Item:
     """An image and its target, left and right exchanged."""
     left, top, right, bottom = target["boxes"].unbind(dim=1)
-    width = image.shape[2]
-    target = target | {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
+    left, right = image.shape[2] - right, image.shape[2] - left
+    target = target | {"boxes": torch.stack([left, top, right, bottom], dim=1)}
     if "masks" in target:
         target["masks"] = target["masks"].flip(2)
     return image.flip(2), target
 
 
 def training_batch(items: list[Item], seed: int, step: int, rank: int):
-    """Images in [0, 1] and targets as torchvision's detectors take them.
-
-    Half of the images are flipped. Crowds and difficult objects are left out.
-    """
+    """Images and targets for torchvision's detectors: half flipped, without what does not count."""
     generator = augment.seeded_generator("cpu", FLIPS, seed, step, rank)
     flips = torch.rand(len(items), generator=generator) < 0.5
     items = [flipped(*item) if flip else item for item, flip in zip(items, flips)]
     targets = []
     for _, target in items:
         kept = ~(target["crowd"] | target["difficult"])
-        names = [name for name in target if name not in ("crowd", "difficult")]
-        targets.append({name: target[name][kept] for name in names})
+        targets.append({n: v[kept] for n, v in target.items() if n not in ("crowd", "difficult")})
     return images_of(items), targets
 
 
 def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
-    """A detector on the network, trained on the pictures at `indices`.
-
-    Raises:
-        UserError: the pictures are fewer than the ranks; `linear.Diverged`.
-    """
+    """A detector on the network, trained on the pictures at `indices`."""
     args, ranks, source, size = subject.args, subject.ranks, subject.source, subject.size
     # At 32 pixels the coarsest map is one cell, which has no variance.
-    batch, steps = linear.batch_and_steps(args, len(indices), ranks.world, batch_norm=size <= 32)
+    order = linear.training_order(subject, len(indices), seed, batch_norm=size <= 32)
     _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
     freeze_bn = detector_size(size).freeze_bn and subject.name not in lowdino.ARCHS
     detector = build(args.detector, backbone, len(source.names), size, freeze_bn)
     detector = distributed.on_device(detector, ranks)
-    order = linear.training_order(subject, len(indices), batch, steps, seed)
     pictures, body = Subset(source.train, indices), {*backbone.parameters()}
     head = nn.ParameterList(p for p in detector.parameters() if p not in body)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
-    optimizer = linear.CosineAdamW(subject, groups, steps, MAX_NORM)
+    optimizer = linear.CosineAdamW(subject, groups, len(order), MAX_NORM)
     model = distributed.data_parallel(detector).train()
     for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
         images, targets = training_batch(items, seed, step, ranks.rank)
@@ -248,21 +221,13 @@ def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
     return detector
 
 
-def kinds_of(args: Settings) -> list[str]:
-    """What the detector gives for each object, by which its AP is named."""
-    return ["boxes", *["masks"] * (args.detector == "mask_rcnn")]
-
-
 @user_errors()
 @torch.no_grad()
 def evaluate(subject: linear.Subject, detector: FasterRCNN) -> dict[str, Score]:
-    """The detector's AP by kind, "boxes" and, for Mask R-CNN, "masks", on all test pictures.
-
-    Each rank does its share.
-    """
+    """The detector's AP by kind, "boxes" and, for Mask R-CNN, "masks"; each rank does its share."""
     detector.eval()
     pictures, world = subject.source.test, subject.ranks.world
-    matches = {kind: [] for kind in kinds_of(subject.args)}
+    matches = {kind: [] for kind in KINDS[subject.args.detector]}
     order = linear.rank_batches(subject, len(pictures))
     for items in linear.picture_batches(subject, pictures, order):
         detections = detector(images_of(items))
@@ -279,23 +244,17 @@ def evaluate(subject: linear.Subject, detector: FasterRCNN) -> dict[str, Score]:
     }
 
 
-# -- One model -------------------------------------------------------------------------------------
-
-
 def suitable_size(pictures: Dataset) -> int:
-    """The median of the shorter side to the nearest multiple of 32 pixels, 32 to 800.
-
-    torchvision pads images to multiples of 32.
-    """
+    """The median of the shorter side in whole 32 pixels, torchvision's unit; from 32 to 800."""
     return min(max(round(statistics.median(map(min, pictures.sizes)) / 32), 1) * 32, 800)
 
 
 def measure(subject: linear.Subject) -> dict:
     """All figures of one model: its row of the table."""
-    args, ranks, masks = subject.args, subject.ranks, subject.args.detector == "mask_rcnn"
+    args = subject.args
     where = dict(source=args.data_path, root=args.data_root, download=args.download)
-    load = partial(annotations.load, **where, masks=masks, rank=ranks.rank)
-    source, remark = linear.open_pictures(subject, load)
+    options = dict(masks=args.detector == "mask_rcnn", rank=subject.ranks.rank)
+    source, remark = linear.open_pictures(subject, partial(annotations.load, **where, **options))
     subject = replace(subject, source=source, size=args.image_size or suitable_size(source.train))
     linear.print_pictures(subject, len(source.names), remark)
     torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape
@@ -316,5 +275,5 @@ def measure(subject: linear.Subject) -> dict:
 def columns(args: Settings) -> dict:
     """Columns after the model's name: headings, and functions from a row to its text."""
     aps = {"AP50": "ap50", "AP": "ap"}
-    figures = {f"{ap} of {k},": f"{k}_{aps[ap]}" for k in kinds_of(args) for ap in aps}
+    figures = {f"{ap} of {k},": f"{k}_{aps[ap]}" for k in KINDS[args.detector] for ap in aps}
     return {"pixels": lambda row: str(row["image_size"])} | linear.figure_columns(args, figures)

@@ -29,15 +29,13 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Run a network in eval mode over batches: (N, D) float32 features, (N,) labels, on `device`.
 
-    On CUDA the network runs under bfloat16 autocast.
+    On CUDA it runs under bfloat16 autocast. Its mode is restored afterwards.
 
     Args:
-        backbone: images to features; its mode is restored afterwards.
         batches: (images uint8 (B, C, H, W), sizes (B, 2), labels (B,), ...) each.
         view: (images, sizes) -> the network's input.
     """
-    device = torch.device(device)
-    training = backbone.training
+    device, training = torch.device(device), backbone.training
     backbone.eval()
     features, labels = [], []
     for images, sizes, label, *_ in batches:
@@ -51,17 +49,11 @@ def extract_features(
 
 
 def save_features(path: str, name: str, splits: dict[str, Features]) -> None:
-    """Write an .npz of plain arrays: `model`, and NAME, NAME_labels, NAME_files of each split.
-
-    The names of the splits are "train" and "test".
-    """
+    """Write an .npz of plain arrays: `model`, and SPLIT, SPLIT_labels, SPLIT_files by split."""
     arrays = {"model": np.array(name)}
     for split, (x, labels, files) in splits.items():
-        arrays |= {
-            split: x.cpu().numpy(),
-            f"{split}_labels": labels.cpu().numpy(),
-            f"{split}_files": np.array(files),
-        }
+        arrays |= {split: x.cpu().numpy(), f"{split}_labels": labels.cpu().numpy()}
+        arrays[f"{split}_files"] = np.array(files)
     with open(path, "wb") as file:  # np.savez would add .npz to another name
         np.savez(file, **arrays)
 
@@ -69,8 +61,7 @@ def save_features(path: str, name: str, splits: dict[str, Features]) -> None:
 def load_features(path: str, device: torch.device | str = "cpu") -> tuple[str, Features, Features]:
     """Model name, training and test features from a file with the arrays of `save_features`.
 
-    Raises:
-        ValueError: the file is damaged, lacks labels, or its arrays do not fit each other.
+    A ValueError where it is damaged, lacks labels, or its arrays do not fit each other.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -78,15 +69,12 @@ def load_features(path: str, device: torch.device | str = "cpu") -> tuple[str, F
     except FileNotFoundError as error:
         raise ValueError(f"no file {path}") from error
     except Exception as error:  # on a damaged file zipfile and numpy raise any kind of exception
-        raise ValueError(
-            f"cannot read {path}: it is damaged, or not an .npz file of plain arrays"
-        ) from error
+        reason = "it is damaged, or not an .npz file of plain arrays"
+        raise ValueError(f"cannot read {path}: {reason}") from error
     train, test = (checked_split(path, arrays, split, device) for split in ("train", "test"))
-    if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(
-            f"{path}: train has {train.features.shape[1]} features per image, "
-            f"test {test.features.shape[1]}"
-        )
+    widths = train.features.shape[1], test.features.shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(f"{path}: train has {widths[0]} features per image, test {widths[1]}")
     return str(arrays.get("model", path)), train, test
 
 
@@ -99,23 +87,16 @@ def checked_split(
             raise ValueError(f"{path} lacks the array {key!r}; it has {', '.join(sorted(arrays))}")
     x, labels = arrays[split], arrays[f"{split}_labels"]
     if x.ndim != 2 or labels.shape != (len(x),) or not len(x):
-        raise ValueError(
-            f"{path}: {split} should be (N, D) with N labels, "
-            f"not {x.shape} with labels {labels.shape}"
-        )
+        shapes = f"{x.shape} with labels {labels.shape}"
+        raise ValueError(f"{path}: {split} should be (N, D) with N labels, not {shapes}")
     if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(
-            f"{path}: {split}_labels should be integers from 0; "
-            "a file of unlabelled images has none"
-        )
+        words = "should be integers from 0; a file of unlabelled images has none"
+        raise ValueError(f"{path}: {split}_labels {words}")
     if x.dtype.kind not in "fiu" or not np.isfinite(x).all():
         raise ValueError(f"{path}: {split} has values that are not finite numbers")
-    names = arrays.get(f"{split}_files", np.arange(len(x)))
-    return Features(
-        torch.from_numpy(x).float().to(device),
-        torch.from_numpy(labels).long().to(device),
-        [str(name) for name in names],
-    )
+    files = [str(name) for name in arrays.get(f"{split}_files", np.arange(len(x)))]
+    features, labels = torch.from_numpy(x).float(), torch.from_numpy(labels).long()
+    return Features(features.to(device), labels.to(device), files)
 
 
 # -- k-NN and retrieval ----------------------------------------------------------------------------
@@ -126,11 +107,9 @@ def nearest_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities and indices of the k nearest training features, best first.
 
-    (N, D), (M, D) -> (M, k), (M, k). The (M, N) similarities are computed in blocks of at most
-    `chunk_bytes`. k is at most N.
+    (N, D), (M, D) -> (M, k), (M, k), in blocks of at most `chunk_bytes`. k is at most N.
     """
-    train = F.normalize(train_features.float(), dim=1)
-    test = F.normalize(test_features.float(), dim=1)
+    train, test = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
     rows = max(chunk_bytes // (4 * len(train)), 1)
     nearest = [(block @ train.T).topk(k, dim=1) for block in test.split(rows)]
     return torch.cat([n.values for n in nearest]), torch.cat([n.indices for n in nearest])
@@ -146,16 +125,13 @@ def knn_classify(
 ) -> Tensor:
     """Weighted k-NN of Wu et al. (2018, arXiv 1805.01978), as in DINO's evaluation.
 
-    (N, D), (N,), (M, D) -> (M, num_classes).
+    (N, D), (N,), (M, D) -> (M, num_classes): the sum of the votes exp(cosine / temperature) of the
+    k nearest, or of all features, for each class; -inf where there is none. Its argmax is the
+    prediction.
 
     Args:
-        k: number of neighbours, at most that of the training features.
-        temperature: T of the votes exp(cosine / T); at least 0.013, or the sum of many votes
-            overflows float32.
-        num_classes: width of the result; None for the largest label plus one.
-
-    Returns:
-        The sum of the votes for each class, -inf where there is none. Its argmax is the prediction.
+        temperature: at least 0.013, or the sum of many votes overflows float32.
+        num_classes: None for the largest label plus one.
     """
     num_classes = num_classes or int(train_labels.max()) + 1
     k = min(k, len(train_features))
@@ -186,10 +162,7 @@ def retrieval_map(train: Features, test: Features, chunk: int = 256) -> float:
 
     Images of the query's class are relevant. The average precision of a query is the mean, over its
     relevant images, of the share of relevant images down to that rank. Queries of a class without
-    training images are left out.
-
-    Args:
-        chunk: number of queries ranked at a time, which bounds the memory.
+    training images are left out. `chunk` queries are ranked at a time, which bounds the memory.
     """
     memory = F.normalize(train.features.float(), dim=1)
     ranks = torch.arange(1, len(memory) + 1, dtype=torch.float64)
@@ -199,8 +172,7 @@ def retrieval_map(train: Features, test: Features, chunk: int = 256) -> float:
         relevant = (train.labels[order] == labels[:, None]).cpu()  # MPS has no float64
         precision = relevant.cumsum(dim=1).double() / ranks
         counts = relevant.sum(dim=1)
-        sums = (precision * relevant).sum(dim=1)
-        average_precisions.append((sums / counts)[counts > 0])
+        average_precisions.append(((precision * relevant).sum(dim=1) / counts)[counts > 0])
     return torch.cat(average_precisions).mean().item()
 
 
@@ -212,12 +184,9 @@ MOST = 100  # detections that count per class and picture, those of the highest 
 
 
 class Matches(NamedTuple):
-    """The detections of one picture after matching, sorted by class and falling score.
+    """The detections of one picture after matching, at T IoU thresholds."""
 
-    There are T IoU thresholds, D detections, and G objects that count.
-    """
-
-    scores: np.ndarray  # (D,) float64
+    scores: np.ndarray  # (D,) float64, falling within each class
     labels: np.ndarray  # (D,) int64
     correct: np.ndarray  # (T, D) bool, matched to an object that counts
     ignored: np.ndarray  # (T, D) bool, matched to one that does not count: neither right nor wrong
@@ -225,25 +194,15 @@ class Matches(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Average precision, NaN where no picture has an object that counts.
+    """Average precision, a mean over classes; NaN where no picture has an object that counts."""
 
-    Attributes:
-        ap50: at IoU 0.5. ap: the mean over all thresholds. Both are means over the classes that
-            have objects.
-        by_class: (T,) for each such class.
-    """
-
-    ap50: float
-    ap: float
-    by_class: dict[int, np.ndarray]
+    ap50: float  # at IoU 0.5
+    ap: float  # mean over all thresholds
+    by_class: dict[int, np.ndarray]  # (T,) for each class that has objects
 
 
 def iou(intersection: np.ndarray, detected: np.ndarray, true: np.ndarray, crowd) -> np.ndarray:
-    """Intersection over union; over the detection's area where the object is a crowd.
-
-    Args:
-        intersection: (D, G). detected: areas (D,). true: areas (G,). crowd: (G,) bool.
-    """
+    """Intersection (D, G) over union, by areas (D,) and (G,); over the detection's in a crowd."""
     union = np.where(crowd, detected[:, None], detected[:, None] + true - intersection)
     return np.divide(intersection, union, out=np.zeros(union.shape), where=intersection > 0)
 
@@ -281,35 +240,26 @@ def match(
             COCO's rule; a difficult object is met by IoU, VOC's.
         kind: "boxes" or "masks", by which the overlap is measured.
 
-    Both may hold tensors on the CPU.
-
-    Raises:
-        ValueError: scores are not finite, so that they have no order.
+    Tensors must be on the CPU. A ValueError where scores are not finite: they have no order.
     """
     scores = np.asarray(prediction["scores"], dtype=np.float64)
     if not np.isfinite(scores).all():
         raise ValueError("scores of detections are not finite numbers: the detector has diverged")
     labels, true = np.asarray(prediction["labels"]), np.asarray(target["labels"])
-    crowd, difficult = (
-        np.asarray(target.get(name, np.zeros(len(true))), dtype=bool)
-        for name in ("crowd", "difficult")
-    )
+    none, flags = np.zeros(len(true)), ("crowd", "difficult")
+    crowd, difficult = (np.asarray(target.get(flag, none), dtype=bool) for flag in flags)
     left_out = crowd | difficult
     overlap = {"boxes": box_iou, "masks": mask_iou}[kind]
     detected, shapes = np.asarray(prediction[kind]), np.asarray(target[kind])
-    none = np.zeros((len(IOU_THRESHOLDS), 0), dtype=bool)
-    orders, correct, ignored = [np.zeros(0, dtype=int)], [none], [none]
+    orders, matched = [np.zeros(0, dtype=int)], [np.zeros((2, len(IOU_THRESHOLDS), 0), dtype=bool)]
     for label in np.unique(labels):
         order = by_score(scores, labels == label)[:MOST]
         objects = np.flatnonzero(true == label)
         objects = objects[np.argsort(left_out[objects], kind="stable")]  # those left out are last
         overlaps = overlap(detected[order], shapes[objects], crowd[objects])
-        right, neither = match_class(overlaps, left_out[objects])
         orders.append(order)
-        correct.append(right)
-        ignored.append(neither)
-    order = np.concatenate(orders)
-    matched = np.concatenate(correct, axis=1), np.concatenate(ignored, axis=1)
+        matched.append(match_class(overlaps, left_out[objects]))
+    order, matched = np.concatenate(orders), np.concatenate(matched, axis=2)
     return Matches(scores[order], labels[order], *matched, true[~left_out])
 
 
@@ -319,17 +269,14 @@ def by_score(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return indices[np.argsort(-scores[indices], kind="stable")]
 
 
-def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy matching: `Matches.correct` and `.ignored` of one class's (D, G) overlaps.
+def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """Greedy matching: `Matches.correct` and `.ignored` of one class, (2, T, D) bool.
 
     Each detection in turn takes the free object that it overlaps most, the last of equal ones. Only
-    without one does it take an object that is left out, which many detections may take.
-
-    Args:
-        overlaps: (D, G), detections by falling score, objects with those left out last.
-        left_out: (G,) bool.
+    without one does it take an object that is left out, which many detections may take. Overlaps
+    are (D, G): detections by falling score, objects with those `left_out`, (G,) bool, last.
     """
-    correct, ignored = np.zeros((2, len(IOU_THRESHOLDS), len(overlaps)), dtype=bool)
+    correct, ignored = matched = np.zeros((2, len(IOU_THRESHOLDS), len(overlaps)), dtype=bool)
     single = int((~left_out).sum())
     free = np.ones((len(IOU_THRESHOLDS), single), dtype=bool)
     enough = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
@@ -342,7 +289,7 @@ def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray,
             correct[taken, d] = True
             free[taken, best[taken]] = False
         ignored[:, d] = ~correct[:, d] & (row[single:].max(initial=-1) >= enough)
-    return correct, ignored
+    return matched
 
 
 def average_precision(pictures: Sequence[Matches]) -> Score:
@@ -353,25 +300,19 @@ def average_precision(pictures: Sequence[Matches]) -> Score:
     )
     if not len(objects):
         return Score(math.nan, math.nan, {})
-    correct = np.concatenate([picture.correct for picture in pictures], axis=1)
-    ignored = np.concatenate([picture.ignored for picture in pictures], axis=1)
+    correct, ignored = np.concatenate([(p.correct, p.ignored) for p in pictures], axis=2)
     by_class = {}
     for label, count in zip(*np.unique(objects, return_counts=True)):
         order = by_score(scores, labels == label)
         at_thresholds = zip(correct[:, order], ignored[:, order])
-        by_class[int(label)] = np.array(
-            [mean_precision(right[~left_out], count) for right, left_out in at_thresholds]
-        )
+        precisions = [mean_precision(right[~out], count) for right, out in at_thresholds]
+        by_class[int(label)] = np.array(precisions)
     values = np.stack([*by_class.values()])  # (classes, T)
     return Score(float(values[:, 0].mean()), float(values.mean()), by_class)
 
 
 def mean_precision(correct: np.ndarray, objects: int) -> float:
-    """Mean over 101 recalls of the best precision at that recall or a higher one.
-
-    Args:
-        correct: (D,) bool of detections by falling score. objects: number of objects.
-    """
+    """Mean over 101 recalls of the best precision there or beyond; `correct` by falling score."""
     hits = np.cumsum(correct)
     precision = hits / np.arange(1, len(correct) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]

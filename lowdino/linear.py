@@ -1,6 +1,5 @@
-"""Training with labels: what the tasks of eval_linear.py share, and how images are classified.
+"""Training with labels: batches, steps, batch norm and the table of eval_linear.py's tasks.
 
-The tasks share batches, training steps, the estimate of batch norm, and the cells of the table.
 Images are classified by a linear classifier on frozen features, or by fine-tuning the network.
 """
 
@@ -10,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowdino
@@ -39,26 +40,16 @@ class Diverged(UserError, FloatingPointError):
 
 @dataclass
 class Subject:
-    """A model, and the settings and the images that it is measured with.
+    """A model, and the settings and the images that it is measured with."""
 
-    Attributes:
-        args: settings of eval_linear.py.
-        number: row of the model in the table, from 1.
-        name, title: the model as it is given, or a file of features; and in words.
-        backbone, source, size: the network, its images and the side of its input in pixels.
-    """
-
-    args: Any
+    args: Any  # settings of eval_linear.py
     ranks: distributed.Ranks
-    number: int
-    name: str
-    title: str
+    number: int  # row of the model in the table, from 1
+    name: str  # the model as it is given, or a file of features
+    title: str  # the model in words
     backbone: nn.Module | None = None
-    source: object = None
-    size: int | None = None
-
-
-# -- Flags -----------------------------------------------------------------------------------------
+    source: object = None  # the images
+    size: int | None = None  # side of the network's input, in pixels
 
 
 def trains_network(args) -> bool:
@@ -95,41 +86,35 @@ def check_dense(args) -> str | None:
 def batch_and_steps(args, count: int, world: int, batch_norm: bool = False) -> tuple[int, int]:
     """Batch size per process and number of steps, --steps or else --epochs, of `count` images.
 
-    Raises:
-        UserError: the images are fewer than the ranks, or a batch is too small for `batch_norm`.
+    A UserError where the images are fewer than the ranks, or a batch too small for `batch_norm`.
     """
     if count < world:
         raise UserError(f"{count} labelled images are fewer than the {world} ranks; start fewer")
-    batch = min(args.batch_size_per_gpu, count // world)
+    given = args.batch_size_per_gpu
+    batch = min(given, count // world)
     if batch_norm and batch == 1:
-        advice = "a --batch_size_per_gpu of at least 2"
-        advice = "more labelled images" if args.batch_size_per_gpu > 1 else advice
+        advice = "more labelled images" if given > 1 else "a --batch_size_per_gpu of at least 2"
         raise UserError(f"batch norm needs two images per process and step: give {advice}")
     return batch, args.steps or args.epochs * (count // (batch * world))
 
 
 def training_order(
-    subject: Subject, count: int, batch: int, steps: int, seed: int
+    subject: Subject, count: int, seed: int, batch_norm: bool = True
 ) -> data.TrainingBatches:
-    """This rank's batches of the positions 0 to `count` - 1, shuffled by the seed."""
+    """This rank's batches of the positions 0 to `count` - 1, see `batch_and_steps`."""
     ranks = subject.ranks
+    batch, steps = batch_and_steps(subject.args, count, ranks.world, batch_norm)
     return data.TrainingBatches(count, batch, seed, 0, steps, ranks.rank, ranks.world)
 
 
-def training_loader(
-    subject: Subject, indices: Tensor, batch: int, steps: int, seed: int
-) -> DataLoader:
-    """This rank's batches of the training images at `indices`, of `batch` images each."""
-    order = training_order(subject, len(indices), batch, steps, seed)
+def training_loader(subject: Subject, indices: Tensor, order: data.TrainingBatches) -> DataLoader:
+    """Batches of the training images at `indices`, of which `order` names positions."""
     images, workers = Subset(subject.source.train, indices.tolist()), subject.args.num_workers
     return data.training_loader(images, order, workers, subject.ranks.device.type == "cuda")
 
 
 def training_view(subject: Subject, batch: data.Batch, seed: int, step: int) -> Tensor:
-    """A random-resized crop (area 0.08 to 1) and a flip of each image: (B, C, size, size).
-
-    These are the usual views of supervised training on ImageNet.
-    """
+    """ImageNet's usual random-resized crop (area 0.08 to 1) and flip: (B, C, size, size)."""
     device = subject.ranks.device
     images, sizes = batch.images.to(device), batch.sizes.to(device)
     generator = augment.seeded_generator(device, VIEWS, seed, step, subject.ranks.rank)
@@ -140,11 +125,10 @@ def training_view(subject: Subject, batch: data.Batch, seed: int, step: int) -> 
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def rank_batches(subject: Subject, count: int) -> list[list[int]]:
+def rank_batches(subject: Subject, count: int) -> BatchSampler:
     """Indices of this rank's share of `count` pictures, every world-th one, in batches."""
-    batch = subject.args.batch_size_per_gpu
-    indices = range(subject.ranks.rank, count, subject.ranks.world)
-    return [list(indices[i : i + batch]) for i in range(0, len(indices), batch)]
+    share = range(subject.ranks.rank, count, subject.ranks.world)
+    return BatchSampler(share, subject.args.batch_size_per_gpu, drop_last=False)
 
 
 def picture_batches(
@@ -169,11 +153,8 @@ def picture_batches(
 def open_pictures(subject: Subject, load: Callable) -> tuple[object, str]:
     """Pictures with targets, read as the backbone needs them, and a remark on their values.
 
-    Args:
-        load: opens the pictures by `pixels`, a `PixelFormat`. Those of files have `paths`.
-
-    Raises:
-        UserError: the pictures are in memory, and have other channels than the backbone.
+    `load` opens them by `pixels`, a `PixelFormat`. Those in memory, which have no `paths`, are in
+    colours: a UserError where the backbone is not.
     """
     args, channels = subject.args, len(normalisation(subject.backbone)[0])
     pixels = image_io.PixelFormat(channels, max_megapixels=args.max_megapixels)
@@ -184,9 +165,8 @@ def open_pictures(subject: Subject, load: Callable) -> tuple[object, str]:
         value_range, remark = data.choose_value_range(images, source.name, args.value_range, known)
         source.train.pixels = source.test.pixels = pixels._replace(value_range=value_range)
     elif channels != 3:
-        raise UserError(
-            f"{source.name} are pictures in colours, and {subject.title} is of {channels}"
-        )
+        words = f"{subject.title} is of {channels} channels"
+        raise UserError(f"{source.name} are pictures in colours, and {words}")
     return source, remark
 
 
@@ -194,18 +174,14 @@ def print_pictures(subject: Subject, classes: int, remark: str) -> None:
     """Print what the model is measured on; before the first row, the notes on the pictures."""
     source = subject.source
     if subject.ranks.first:
-        if subject.number == 1 and source.notes:
-            print("\n".join(source.notes))
+        print("".join(f"{note}\n" for note in source.notes * (subject.number == 1)), end="")
         counts = f"{len(source.train)} training and {len(source.test)} test pictures"
         size = f"{classes} classes, {subject.size} px{remark}"
         print(f"{subject.title}; {source.name}: {counts}, {size}", flush=True)
 
 
 def random_subset(count: int, fraction: float, seed: int, least: int = 1) -> list[int]:
-    """Sorted indices of a random fraction of `count` pictures, at least `least`, by the seed.
-
-    The pictures of a smaller fraction are a subset of those of a larger one.
-    """
+    """Sorted indices of a random fraction, `least` or more; a larger one has those of a smaller."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return sorted(order[: max(round(fraction * count), least)].tolist())
 
@@ -220,15 +196,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 class CosineAdamW:
-    """AdamW with a short warm-up and a cosine to 0; `step(loss)` is called once per batch.
+    """AdamW with a short warm-up and a cosine to 0, by the first --lr and --weight_decay.
 
-    The first rank prints the loss at every fifth of the steps, and at the last step.
-
-    Args:
-        subject: the first values of its --lr and --weight_decay are used.
-        groups: groups of parameters, with `scale`, the factor of their learning rate.
-        steps: number of steps; the learning rate ends near 0 at the last one.
-        max_norm: limit of the gradient's norm over all parameters.
+    Each group has `scale`, the factor of its learning rate. `max_norm` limits the gradient's norm
+    over all parameters. The first rank prints the loss at every fifth of the steps and at the last.
     """
 
     def __init__(
@@ -240,60 +211,41 @@ class CosineAdamW:
         self.done = 0
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss, a scalar.
-
-        Raises:
-            Diverged: a printed loss is not finite, or a gradient that is clipped.
-        """
+        """One step down the gradient; `Diverged` on a printed loss or clipped norm not finite."""
         lr = schedules.cosine(self.done, self.steps, self.lr, 0.0, warmup_steps=self.steps // 20)
         groups = self.optimizer.param_groups
         for group in groups:
             group["lr"] = lr * group["scale"]
         self.done += 1
         if self.done % max(self.steps // 5, 1) == 0 or self.done == self.steps:
-            value = loss.item()
-            self.check_finite("it", value)
+            refuse_divergence(loss, f"it is {loss.item()} at step {self.done}")
             if self.printing:
-                print(f"  step {self.done}/{self.steps} loss {value:.4f}", flush=True)
+                print(f"  step {self.done}/{self.steps} loss {loss.item():.4f}", flush=True)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.max_norm < math.inf:
             parameters = [p for group in groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
-            self.check_finite("its gradient", norm.item())
+            refuse_divergence(norm, f"its gradient is {norm.item()} at step {self.done}")
         self.optimizer.step()
 
-    def check_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            where = f"{name} is {value} at step {self.done}"
-            raise Diverged(f"diverging loss: {where}; a lower --lr may help")
+
+def refuse_divergence(values: Tensor, sentence: str) -> None:
+    """Raise `Diverged` unless all values are finite."""
+    if not values.isfinite().all():
+        raise Diverged(f"diverging loss: {sentence}; a lower --lr may help")
 
 
-def check_logits(logits: Tensor) -> None:
-    """Refuse logits of test images that are not finite."""
-    if not logits.isfinite().all():
-        raise Diverged("diverging loss: trained logits are not finite; a lower --lr may help")
-
-
-@torch.no_grad()
 def estimate_batch_norm(network: nn.Module, views: Iterable[Tensor], batches: int = 20) -> None:
-    """Replace batch norm's moving averages by the mean over some batches, the same on all ranks.
+    """Replace batch norm's moving averages by the mean over the first `batches` of `views`.
 
-    After few steps the moving averages lag behind the weights.
-
-    Args:
-        network: in training mode. views: its inputs, of which the first `batches` are used.
+    After few steps the moving averages lag behind the weights. All ranks get the first rank's.
     """
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # a plain average
-    for view in itertools.islice(views, batches):
-        network(view)
+    update_bn(itertools.islice(views, batches), network)
     distributed.broadcast_buffers(network)
 
 
-# -- Classification: a linear classifier on frozen features ----------------------------------------
+# -- Classification --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -311,11 +263,10 @@ def choose_and_fit(
 ) -> tuple[Tensor, str]:
     """The classifier of the best setting of the grid, (D + 1, C), and that setting in words.
 
-    Settings are compared on --val_fraction of the labels at `indices`. The best one is then fitted
-    to all of them.
+    Settings are compared on --val_fraction of the labels at `indices`; the best is fitted to all.
     """
     args = subject.args
-    grid = list(itertools.product(args.lr, args.weight_decay))
+    grid = [*itertools.product(args.lr, args.weight_decay)]
     if len(grid) > 1:
         with user_errors():
             split = probe.split_for_choice(inputs.labels[indices], args.val_fraction, seed)
@@ -337,39 +288,32 @@ def fit(
     seed: int,
     choosing: bool = False,
 ) -> Tensor:
-    """Classifiers of all settings of `grid` on the training images at `indices`: (D + 1, G, C).
+    """Classifiers of all settings on the training images at `indices`: (D + 1, G, C).
 
     Args:
         grid: (learning rate per 256 images, weight decay) of each classifier.
-        choosing: train on a sixteenth of the batch, with as many steps at the same learning rates.
-            This follows the path of full batches, with more noise. tests/bench_probe.py measures
-            what it saves and what it loses.
+        choosing: train on a sixteenth of the batch, with as many steps at the same learning rates:
+            the path of full batches, with more noise; see tests/bench_probe.py.
     """
     args, classes = subject.args, inputs.classes
     x, labels = inputs.x[indices], inputs.labels[indices]
     if args.solver == "lbfgs":
         return probe.logistic_regression(x, labels, classes, [decay for _, decay in grid])
-    # Without --augment every rank trains on all features.
-    world = subject.ranks.world if args.augment else 1
+    world = subject.ranks.world if args.augment else 1  # else every rank trains on all features
     batch, steps = batch_and_steps(args, len(x), world)
     settings = [(lr * batch * world / 256, decay) for lr, decay in grid]
-    if choosing:
-        batch = math.ceil(batch / 16)
+    batch = math.ceil(batch / 16) if choosing else batch
     if not args.augment:
         return probe.train_probes(x, labels, classes, settings, steps, batch, seed)
-    loader = training_loader(subject, indices, batch, steps, seed)
-    return fit_on_views(subject, inputs, settings, loader, seed)
+    order = data.TrainingBatches(len(x), batch, seed, 0, steps, subject.ranks.rank, world)
+    return fit_on_views(subject, inputs, settings, training_loader(subject, indices, order), seed)
 
 
 @torch.no_grad()
 def fit_on_views(
     subject: Subject, inputs: ProbeInputs, settings: list, loader: DataLoader, seed: int
 ) -> Tensor:
-    """As `fit`, on features of new random views in every step.
-
-    Args:
-        settings: (learning rate, weight decay) of each classifier.
-    """
+    """As `fit`, on features of new random views in every step."""
     ranks, steps = subject.ranks, len(loader)
     probes = probe.Probes(settings, inputs.x.shape[1], inputs.classes, ranks.device)
     network = Pooled(subject.backbone, subject.args.pool).eval()
@@ -383,35 +327,9 @@ def fit_on_views(
     return probes.classifiers()
 
 
-# -- Classification: fine-tuning -------------------------------------------------------------------
-
-
 def finetune(subject: Subject, indices: Tensor, seed: int) -> nn.Sequential:
-    """The network and a linear classifier, trained together on the images at `indices`.
-
-    Raises:
-        UserError: there are too few labels for the ranks or for batch norm; `Diverged`.
-    """
+    """The network and a linear classifier, trained together on the images at `indices`."""
     ranks = subject.ranks
-    network = distributed.on_device(with_classifier(subject, seed), ranks)
-    batch, steps = batch_and_steps(subject.args, len(indices), ranks.world, batch_norm=True)
-    loader = training_loader(subject, indices, batch, steps, seed)
-    groups = optim.layerwise_groups(*network, subject.args.layer_decay)
-    optimizer = CosineAdamW(subject, groups, steps)
-    model = distributed.data_parallel(network).train()
-    for step, images in enumerate(loader):
-        view = training_view(subject, images, seed, step)
-        with autocast(ranks.device):
-            logits = model(view)
-        optimizer.step(F.cross_entropy(logits.float(), images.labels.to(ranks.device)))
-    later = enumerate(loader, start=steps)
-    views = (training_view(subject, images, seed, step) for step, images in later)
-    estimate_batch_norm(network, views)
-    return network
-
-
-def with_classifier(subject: Subject, seed: int) -> nn.Sequential:
-    """The network as it starts and a linear classifier of zeros, with its normalisation."""
     _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
     head = nn.Linear(backbone.embed_dim, subject.source.classes)
@@ -419,6 +337,19 @@ def with_classifier(subject: Subject, seed: int) -> nn.Sequential:
     network = nn.Sequential(backbone, head)
     network.mean, network.std = normalisation(backbone)
     backbone.value_range = getattr(subject.backbone, "value_range", None)
+    network = distributed.on_device(network, ranks)
+    loader = training_loader(subject, indices, training_order(subject, len(indices), seed))
+    groups = optim.layerwise_groups(*network, subject.args.layer_decay)
+    optimizer = CosineAdamW(subject, groups, len(loader))
+    model = distributed.data_parallel(network).train()
+    for step, images in enumerate(loader):
+        view = training_view(subject, images, seed, step)
+        with autocast(ranks.device):
+            logits = model(view)
+        optimizer.step(F.cross_entropy(logits.float(), images.labels.to(ranks.device)))
+    later = enumerate(loader, start=len(loader))
+    views = (training_view(subject, images, seed, step) for step, images in later)
+    estimate_batch_norm(network, views)
     return network
 
 
@@ -439,37 +370,28 @@ def measure_subsets(
     measure: Callable[[Sequence, int, str], tuple[dict, str]],
     labelled: str,
 ) -> list[dict]:
-    """Train on each fraction of the labels by each seed: one cell of the table per fraction.
+    """Train on each subset; cells of the table, each a fraction, the seeds and their figures.
 
     Args:
         subsets: indices of the training images by (fraction, seed).
         measure: (indices, seed, name of the subset) -> figures by name, and the same in words.
-        labelled: what the fraction is of, such as "labels".
-
-    Returns:
-        Dicts of the fraction, the seeds and, for each name, the figures of all seeds.
+        labelled: the fraction is one of the "labels", "masks" or "pictures".
     """
     cells = {}
     for (fraction, seed), indices in subsets.items():
         start = time.perf_counter()
         figures, words = measure(indices, seed, f"{fraction:g}_seed{seed}")
-        empty = {"label_fraction": fraction, "seeds": subject.args.seeds}
-        cell = cells.setdefault(fraction, empty)
+        cell = cells.setdefault(fraction, {"label_fraction": fraction, "seeds": subject.args.seeds})
         for name, value in ({"images": len(indices)} | figures).items():
             cell.setdefault(name, []).append(value)
         if subject.ranks.first:
-            fraction_words = f"{fraction:g} of the {labelled} ({len(indices)} images), seed {seed}"
-            seconds = time.perf_counter() - start
-            print(f"  {fraction_words}: {words} in {seconds:.0f} s", flush=True)
+            subset = f"{fraction:g} of the {labelled} ({len(indices)} images), seed {seed}"
+            print(f"  {subset}: {words} in {time.perf_counter() - start:.0f} s", flush=True)
     return [*cells.values()]
 
 
 def subsets_of(args, choose: Callable) -> dict[tuple[float, int], Sequence]:
-    """Subsets by (fraction, seed), for each --label_fraction and each of the --seeds.
-
-    Args:
-        choose: (fraction, seed) -> indices.
-    """
+    """`choose(fraction, seed)`, indices, by each --label_fraction and each of the --seeds."""
     with user_errors():
         pairs = itertools.product(args.label_fraction, args.seeds)
         return {pair: choose(*pair) for pair in pairs}
@@ -482,17 +404,10 @@ def percent(values: list[float]) -> str:
 
 
 def figure_columns(args, figures: dict[str, str]) -> dict[str, Callable]:
-    """Columns of figures at each fraction: headings, and functions from a row to its text.
-
-    Args:
-        figures: names in the cells of `measure_subsets` by heading.
-    """
-
-    def column(i: int, name: str) -> Callable:
-        return lambda row: percent(row["trained"][i][name])
-
+    """Columns at each fraction, of figures named by heading: functions from a row to its text."""
+    text = lambda i, name, row: percent(row["trained"][i][name])
     return {
-        f"{heading} {100 * fraction:g} %": column(i, name)
+        f"{heading} {100 * fraction:g} %": partial(text, i, name)
         for i, fraction in enumerate(dict.fromkeys(args.label_fraction))
         for heading, name in figures.items()
     }
@@ -502,9 +417,9 @@ def figure_columns(args, figures: dict[str, str]) -> dict[str, Callable]:
 def cost(
     backbone: nn.Module, size: int, device: torch.device, batch: int = 64, repeats: int = 5
 ) -> dict[str, float]:
-    """Millions of parameters, millions of multiply-adds per image, and milliseconds per image.
+    """Millions of parameters and of multiply-adds per image, and milliseconds per image.
 
-    The first two are counted. The time is the median over `repeats` batches of `batch` images.
+    The time is the median over `repeats` batches of `batch` images.
     """
     backbone.eval()
     x = torch.randn(batch, len(normalisation(backbone)[0]), size, size, device=device)

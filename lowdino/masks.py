@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from torchvision import datasets as torchvision_datasets
+from torchvision.datasets import VOCSegmentation
 
 from lowdino import datasets, demo, image_io
 from lowdino.annotations import need, open_voc
@@ -22,11 +22,7 @@ IGNORED = 255  # the class of pixels that count neither in training nor in evalu
 
 
 class MaskedImages(Dataset):
-    """Pairs of an image (C, H, W) uint8 and its mask (H, W) uint8 of class indices.
-
-    Args:
-        paths, masks: paths of the pictures and of their masks, in the same order.
-    """
+    """Pairs of an image (C, H, W) uint8 and its mask (H, W) uint8 of class indices, by paths."""
 
     def __init__(self, paths: list[str], masks: list[str], pixels: image_io.PixelFormat):
         self.paths, self.masks, self.pixels = paths, masks, pixels
@@ -46,10 +42,8 @@ class MaskedImages(Dataset):
         mask = read_mask(self.masks[index])
         if mask.shape != image.shape[1:]:
             (h, w), (height, width) = mask.shape, image.shape[1:]
-            raise UserError(
-                f"{self.masks[index]} is a mask of {w} x {h} pixels, its picture has {width} x "
-                f"{height}"
-            )
+            words = f"a mask of {w} x {h} pixels, its picture has {width} x {height}"
+            raise UserError(f"{self.masks[index]} is {words}")
         return image, mask
 
 
@@ -71,11 +65,7 @@ SCALED = {"L": 1, "L;2": 85, "L;4": 17}  # Pillow stretches grey of 2 and 4 bits
 
 
 def scale_of(image: Image.Image) -> int:
-    """Factor by which Pillow is going to multiply a file's values, before it reads them.
-
-    Raises:
-        UserError: Pillow would change the values in another way.
-    """
+    """Factor by which Pillow is going to multiply a file's values; a UserError on other changes."""
     advice = "a mask's values must be read as they are; save it as PNG"
     if getattr(image, "tag_v2", {}).get(262) == 0:
         raise UserError(f"it is a TIFF file whose 0 is white: {advice}")
@@ -96,10 +86,8 @@ def read_mask(path: str) -> Tensor:
             if image.format in LOSSY:
                 raise UserError(f"a {image.format} file changes values; a mask has class indices")
             if image.mode not in ("P", "L", "1"):
-                raise UserError(
-                    f"its pixels are {image.mode}: a mask has class indices, one byte per pixel "
-                    "(a PNG with a palette or with grey values)"
-                )
+                wanted = "a PNG with a palette or with grey values"
+                raise UserError(f"its pixels are {image.mode}: a mask has class indices ({wanted})")
             scale = scale_of(image)
             image.load()
             turn = image_io.turn_of(image)  # after load(), as in image_io.py
@@ -110,11 +98,7 @@ def read_mask(path: str) -> Tensor:
 
 
 def split_places(folder: Path) -> list[tuple[Path, Path]]:
-    """Folders of pictures and of their masks: training and test, or one pair without a split.
-
-    Raises:
-        UserError: there is train/ alone.
-    """
+    """Folders of pictures and of their masks: training and test, or one pair without a split."""
     for top in (folder, folder / "images"):
         folders = image_io.sub_folders(top) if top.is_dir() else []
         inside = {path.name.lower(): path for path in folders}
@@ -135,8 +119,7 @@ def pair_masks(
 ) -> MaskedImages:
     """The pictures below one folder that have a mask of the same name, whatever the suffix.
 
-    Args:
-        masks: the folder of the masks. notes: gets a sentence on files that are left out.
+    `notes` gets a sentence on files that are left out.
     """
     for folder in (pictures, masks):
         need(folder.is_dir(), f"no folder {folder}: pictures lie in images/, masks in masks/")
@@ -152,19 +135,12 @@ def pair_masks(
 
 
 def by_stem(folder: Path) -> dict[str, str]:
-    """The image files below a folder, by their names in it without the suffix.
-
-    Raises:
-        UserError: two files have the same name.
-    """
+    """The image files below a folder, by their names in it without the suffix."""
     files: dict[str, str] = {}
     for path in image_io.find_images(folder):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        need(
-            stem not in files,
-            f"{files.get(stem)} and {path} differ in their suffixes alone, and pictures and masks "
-            "go together by the rest: rename or remove one",
-        )
+        same = f"{files.get(stem)} and {path} differ in their suffixes alone"
+        need(stem not in files, f"{same}, so either has the same mask: rename or remove one")
         files[stem] = path
     return files
 
@@ -184,53 +160,32 @@ def split_pictures(
     return part(sorted(order[count:])), part(sorted(order[:count]))
 
 
-def classes_in(path: str) -> Tensor:
-    """Whether a mask has each of the classes 0 to 254: (255,) bool."""
-    return torch.bincount(read_mask(path).flatten(), minlength=256)[:IGNORED] > 0
+def classes_in(path: str) -> set[int]:
+    return {*torch.bincount(read_mask(path).flatten()).nonzero()[:, 0].tolist()}
 
 
 def count_classes(train: MaskedImages, test: MaskedImages) -> int:
-    """One more than the highest class of the training masks.
-
-    Raises:
-        UserError: a test mask has a class that they lack, or all training pixels are of class 0.
-    """
-    known = torch.zeros(IGNORED, dtype=torch.bool)
-    for path in train.masks:
-        known |= classes_in(path)
+    """One more than the highest class of the training masks; test masks may have no others."""
+    known = {IGNORED}.union(*map(classes_in, train.masks))
     for path in test.masks:
-        for name in (classes_in(path) & ~known).nonzero()[:, 0].tolist():
-            raise UserError(
-                f"{path} has class {name}, which no training mask has: make it {IGNORED}, which is "
-                "ignored, or choose other pictures to test on"
-            )
-    highest = max(known.nonzero()[:, 0].tolist(), default=0)
-    if highest < 1:
-        raise UserError(
-            "all pixels of the training masks are of class 0, or 255, which is ignored: a second "
-            "class is 1, not 255"
-        )
+        for name in sorted(classes_in(path) - known):
+            words = f"make it {IGNORED}, which is ignored, or choose other pictures to test on"
+            raise UserError(f"{path} has class {name}, which no training mask has: {words}")
+    highest = max(known - {IGNORED}, default=0)
+    rest = "of class 0, or 255, which is ignored: a second class is 1, not 255"
+    need(highest > 0, f"all pixels of the training masks are {rest}")
     return highest + 1
-
-
-# -- Any source by name ----------------------------------------------------------------------------
 
 
 @dataclass
 class MaskSource:
-    """Training and test pictures with masks.
+    """Training and test pictures with masks."""
 
-    Attributes:
-        name: the source in words.
-        classes: number of classes, including the background where class 0 is one.
-        notes: sentences on what is left out or held out.
-    """
-
-    name: str
+    name: str  # in words
     train: Dataset
     test: Dataset
-    classes: int
-    notes: list[str]
+    classes: int  # including the background where class 0 is one
+    notes: list[str]  # sentences on what is left out or held out
 
 
 def demo_split(indices: range) -> MaskedArrays:
@@ -243,13 +198,13 @@ def load_folder(
 ) -> MaskSource:
     """A folder of pictures and masks, see `load`."""
     places = split_places(folder)
-    if len(places) == 2 and test_fraction is not None:
-        raise UserError(f"--test_fraction is for pictures without a split, and {folder} has train/")
+    unsplit = len(places) == 1 or test_fraction is None
+    need(unsplit, f"--test_fraction is for pictures without a split, and {folder} has train/")
     notes: list[str] = []
     splits = [pair_masks(*place, pixels, notes) for place in places]
     if len(splits) == 1:
-        if test_fraction is None:
-            raise UserError(f"{folder} has no val/ to test on: give --test_fraction, such as 0.2")
+        given = test_fraction is not None
+        need(given, f"{folder} has no val/ to test on: give --test_fraction, such as 0.2")
         splits, count = split_pictures(splits[0], test_fraction, seed), len(splits[0])
         notes.append(f"{len(splits[1])} of {count} pictures are held out by seed {seed}")
     return MaskSource(f"folder {folder}", *splits, count_classes(*splits), notes)
@@ -265,30 +220,24 @@ def load(
     seed: int = 0,
     rank: int = 0,
 ) -> MaskSource:
-    """Open a source by name.
+    """Open a source by name; a UserError where there is none, or a file is wrong.
 
     Args:
-        source: "demo_scenes"; "voc2012", stored under `root`, whose outlines (255) are ignored; or
-            a folder with images/ and masks/, or with such folders in its train/ and val/ (or
-            test/), or with these in both of them.
+        source: "demo_scenes"; "voc2012" under `root`, whose outlines (255) are ignored; or a folder
+            with images/ and masks/, or with such folders in its train/ and val/ (or test/), or
+            with these in both of them.
         download: fetch VOC where `root` lacks it. `rank` 0 does, and the others wait for it.
         test_fraction: fraction of the pictures to test on, by `seed`, for a folder without val/.
-
-    Raises:
-        UserError: there is nothing to read, or a file has an error.
     """
     if source == "demo_scenes":
         train, test = map(demo_split, demo.splits(demo.SCENE_TRAIN, demo.SCENE_TEST))
         classes = 1 + len(demo.SCENE_CLASSES)
         return MaskSource("the built-in demo scenes", train, test, classes, [])
     if source == "voc2012":
-        kind, splits = torchvision_datasets.VOCSegmentation, ("train", "val")
-        opened = open_voc(kind, "2012", splits, root, download, rank)
+        opened = open_voc(VOCSegmentation, "2012", ("train", "val"), root, download, rank)
         train, test = (MaskedImages(split.images, split.masks, pixels) for split in opened)
         return MaskSource("VOC 2012", train, test, 21, [])
     if source and Path(source).is_dir():  # Path("") would be the current folder
         return load_folder(Path(source), pixels, test_fraction, seed)
-    raise UserError(
-        f"no data at {source or 'an empty path'}: --task segmentation takes a folder with images/ "
-        "and masks/, voc2012 or demo_scenes"
-    )
+    choices = "a folder with images/ and masks/, voc2012 or demo_scenes"
+    raise UserError(f"no data at {source or 'an empty path'}: --task segmentation takes {choices}")

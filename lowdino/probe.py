@@ -12,35 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Settings = Sequence[tuple[float, float]]  # learning rate and weight decay of each classifier
+
 
 class HalfWhitening:
     """Centre features (N, D), half-whiten them and scale their mean squared length to 1.
 
-    A principal direction with a fraction v of the variance is divided by (v + 1e-5)^(1/4). So its
-    standard deviation becomes about v^(1/4) instead of v^(1/2). With raw or standardised features
-    SGD is far from the optimum after 100 epochs on random networks, whose variance lies in a few
-    directions. With full whitening it fits the noise of the weak directions when labels are few.
-    Half-whitening was best or near it at 500 and 5,000 labels (CIFAR-10, chosen on test images of
-    one network, ResNet5M of seed 0, and not tuned further).
+    A principal direction with a fraction v of the variance is divided by (v + 1e-5)^(1/4). With raw
+    or standardised features SGD is far from the optimum after 100 epochs on random networks, whose
+    variance lies in a few directions; with full whitening it fits the noise of the weak directions
+    when labels are few. Half-whitening was best or near it at 500 and 5,000 labels (CIFAR-10, one
+    network), and was not tuned.
 
-    The coordinates of the result are the principal directions, which rounding rotates where
-    variances are nearly equal. This changes nothing for SGD. An optimizer that scales each
-    coordinate, such as AdamW, needs `symmetric` (D, D), which stretches without a rotation.
+    Rounding rotates principal directions of nearly equal variances. SGD does not mind; an optimizer
+    that scales each coordinate, such as AdamW, needs `symmetric` (D, D), which does not rotate.
     """
 
     def __init__(self, features: Tensor):
         self.mean = features.mean(dim=0)
         centred = features - self.mean
         covariance = centred.T @ centred / len(features)
-        # MPS has no eigenvalue solver.
-        solver = "cpu" if features.device.type == "mps" else features.device
+        solver = "cpu" if features.device.type == "mps" else features.device  # MPS has no eigh
         variance, directions = torch.linalg.eigh(covariance.to(solver))
         variance, directions = variance.to(self.mean).clamp_min(0), directions.to(self.mean)
         share = variance / variance.sum().clamp_min(1e-12)
         stretch = (share + 1e-5) ** -0.25
         length = (variance * stretch**2).sum().sqrt().clamp_min(1e-12)
-        self.matrix = directions * (stretch / length)
-        self.directions = directions
+        self.matrix, self.directions = directions * (stretch / length), directions
 
     @property
     def symmetric(self) -> Tensor:
@@ -58,20 +56,10 @@ class Probes:
     is. The gradient of the cross-entropy with respect to the logits, softmax - one-hot, is written
     out, because autograd would keep copies. Images are the last dimension of the logits, because a
     softmax over the first one is many times as fast as a softmax over ten numbers in a row.
-
-    Args:
-        settings: (learning rate, weight decay) of each classifier.
-        inputs: D + 1, the width of the half-whitened features.
-        classes: C.
+    `inputs` is D + 1, the width of the half-whitened features.
     """
 
-    def __init__(
-        self,
-        settings: Sequence[tuple[float, float]],
-        inputs: int,
-        classes: int,
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, settings: Settings, inputs: int, classes: int, device="cpu"):
         self.classes = classes
         lr, decay = torch.tensor(settings, device=device).repeat(classes, 1).T  # (C * G,) each
         self.lr, self.decay = (values[:, None].repeat(1, inputs) for values in (lr, decay))
@@ -95,22 +83,14 @@ class Probes:
 
 
 def train_probes(
-    x: Tensor,
-    labels: Tensor,
-    classes: int,
-    settings: Sequence[tuple[float, float]],
-    steps: int,
-    batch_size: int = 256,
-    seed: int = 0,
+    x: Tensor, labels: Tensor, classes: int, settings: Settings, steps: int, batch_size=256, seed=0
 ) -> Tensor:
     """Train `Probes` on half-whitened (N, D + 1) and labels (N,): (D + 1, G, C) weights.
 
-    The learning rates follow a cosine to 0. Each epoch leaves out the images that do not fill its
-    last batch.
+    The learning rates follow a cosine to 0. Each epoch leaves out images that fill no batch.
     """
     probes = Probes(settings, x.shape[1], classes, x.device)
-    generator = torch.Generator().manual_seed(seed)
-    batch_size = min(batch_size, len(x))
+    generator, batch_size = torch.Generator().manual_seed(seed), min(batch_size, len(x))
     batches = []
     for step in range(steps):
         if not batches:
@@ -139,14 +119,9 @@ def logistic_regression(
 
 def minimise(weight: Tensor, x: Tensor, labels: Tensor, decay: float, iterations: int) -> None:
     """Move one classifier's weights, (D + 1, C), to the minimum for one weight decay."""
-    optimizer = torch.optim.LBFGS(
-        [weight],
-        max_iter=iterations,
-        history_size=20,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-9,
-        line_search_fn="strong_wolfe",
-    )
+    options = dict(history_size=20, tolerance_grad=1e-6, tolerance_change=1e-9)
+    options |= dict(max_iter=iterations, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight], **options)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -160,9 +135,8 @@ def minimise(weight: Tensor, x: Tensor, labels: Tensor, decay: float, iterations
 def brier_scores(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Mean squared distance of softmax from one-hot, from 0 to 2; lower is better (Brier, 1950).
 
-    (N, D + 1), (N,), (D + 1, G, C) -> (G,). On a few hundred held-out images it compares settings
-    with less noise than accuracy does. Each classifier is scored at the best of nine temperatures,
-    because an accurate one may be overconfident.
+    (N, D + 1), (N,), (D + 1, G, C) -> (G,). On a few hundred images it compares settings with less
+    noise than accuracy. Each is scored at the best of nine temperatures: it may be overconfident.
     """
     scales = [2.0**i for i in range(-5, 4)]
     totals = torch.zeros(len(scales), weights.shape[1], device=x.device)
@@ -186,11 +160,8 @@ def shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Sorted indices of a random `fraction`, rounded, of each class's images, from (N,) labels.
 
-    It depends on the labels, `fraction` and `seed` alone, so it is the same for every model. The
-    images of a smaller fraction are a subset of those of a larger one.
-
-    Raises:
-        ValueError: a class has no image, or would keep none.
+    The same for every model; a smaller fraction is a subset of a larger one. A ValueError where a
+    class has no image, or would keep none.
     """
     chosen = []
     for label, indices in enumerate(shuffled_classes(labels, seed)):
@@ -198,28 +169,22 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
         if len(indices) == 0:
             raise ValueError(f"class {label} has no training image")
         if keep == 0:
-            raise ValueError(
-                f"a fraction of {fraction:g} of the labels leaves class {label}, "
-                f"of {len(indices)} images, without one"
-            )
+            words = f"leaves class {label}, of {len(indices)} images, without one"
+            raise ValueError(f"a fraction of {fraction:g} of the labels {words}")
         chosen.append(indices[:keep])
     return torch.cat(chosen).sort().values
 
 
 def split_for_choice(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on, and indices to choose settings by: a random `fraction` of each class.
+    """Indices to train on, and to choose settings by: a random `fraction`, rounded down, per class.
 
-    The fraction of each class is rounded down.
-
-    Raises:
-        ValueError: no class has enough images to hold one out.
+    A ValueError where no class has enough images to hold one out.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
     for indices in shuffled_classes(labels, seed):
         held[indices[: int(fraction * len(indices))]] = True
     if not held.any():
-        raise ValueError(
-            f"{len(labels)} labels are too few to hold {fraction:g} of each class out for choosing "
-            "the settings: give one --lr and one --weight_decay, or more labels"
-        )
+        few = f"{len(labels)} labels are too few to hold {fraction:g} of each class out"
+        advice = "give one --lr and one --weight_decay, or more labels"
+        raise ValueError(f"{few} for choosing the settings: {advice}")
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

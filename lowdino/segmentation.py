@@ -15,19 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from lowdino import (
-    augment,
-    data,
-    demo,
-    dense,
-    distributed,
-    linear,
-    masks,
-    optim,
-    probe,
-    schedules,
-)
-from lowdino.distributed import UserError
+from lowdino import augment, data, demo, dense, distributed, linear, masks, optim, probe, schedules
+from lowdino.distributed import Ranks, UserError
 from lowdino.features import check_finite, normalisation, open_network
 from lowdino.settings import Settings
 
@@ -56,14 +45,9 @@ def defaults(args: Settings) -> dict:
     The linear layer's learning rate was the best of 0.1 and 0.3 on 400 training scenes of the demo,
     held out, for a network at random weights and a trained one. The others are classification's.
     """
-    network = linear.trains_network(args)
-    return dict(
-        lr=[1e-3 if network else 0.3],
-        weight_decay=[0.05 if network else 0.0],
-        layer_decay=0.75 if args.finetune else 1.0,
-        epochs=20,
-        batch_size_per_gpu=16,
-    )
+    lr, weight_decay = (1e-3, 0.05) if linear.trains_network(args) else (0.3, 0.0)
+    values = dict(layer_decay=0.75 if args.finetune else 1.0, epochs=20, batch_size_per_gpu=16)
+    return values | dict(lr=[lr], weight_decay=[weight_decay])
 
 
 def protocol(args: Settings) -> str:
@@ -72,15 +56,11 @@ def protocol(args: Settings) -> str:
     squares = "pictures resized to squares; mean IoU at their own size"
     if linear.trains_network(args):
         start = "from random weights" if args.from_scratch else "fine-tuned"
-        return (
-            f"FCN on the last feature map, {start}: {rates}, x {args.layer_decay:g} per block "
-            f"downwards, {args.epochs} epochs of crops and flips; {squares}"
-        )
+        rates += f", x {args.layer_decay:g} per block downwards, {args.epochs} epochs"
+        return f"FCN on the last feature map, {start}: {rates} of crops and flips; {squares}"
     maps = "the last feature map" if args.maps == "last" else "all maps, resized to the finest"
-    return (
-        f"linear layer on {maps}, half-whitened, upsampled: {rates}, {args.epochs} epochs; "
-        f"{squares}"
-    )
+    rates += f", {args.epochs} epochs"
+    return f"linear layer on {maps}, half-whitened, upsampled: {rates}; {squares}"
 
 
 # -- Pictures and masks as squares -----------------------------------------------------------------
@@ -95,7 +75,7 @@ def square_mask(mask: Tensor, size: int, box: Tensor, flip: bool = False) -> Ten
     """A box (1, 4) of a mask (H, W), resized by the nearest pixel: (size, size)."""
     top, left, height, width = box[0].tolist()
     centres = (torch.arange(size, device=mask.device) + 0.5) / size
-    rows, columns = ((top + height * centres).long(), (left + width * centres).long())
+    rows, columns = (top + height * centres).long(), (left + width * centres).long()
     return mask[rows][:, columns.flip(0) if flip else columns]
 
 
@@ -110,8 +90,7 @@ def training_squares(
 ) -> tuple[Tensor, Tensor]:
     """A random-resized crop (area 0.25 to 1) and a flip of each picture and its mask.
 
-    Returns:
-        Images (B, C, size, size), normalised, and masks (B, size, size).
+    Images are (B, C, size, size), normalised, and masks (B, size, size).
     """
     device, size = subject.ranks.device, subject.size
     generator = augment.seeded_generator(device, VIEWS, seed, step, subject.ranks.rank)
@@ -150,8 +129,7 @@ def maps_of(backbone: nn.Module, x: Tensor, which: str) -> Tensor:
 def frozen_maps(subject: linear.Subject, images: Dataset) -> tuple[Tensor, Tensor]:
     """Maps of pictures, float32 (N, D, h, w), and their masks, (N, size, size), on the device.
 
-    Raises:
-        UserError: they would not fit into half of its memory, or are not finite.
+    A UserError where they would not fit into half of its memory, or are not finite.
     """
     args, ranks, size = subject.args, subject.ranks, subject.size
     count, maps, square_masks = len(images), [], []
@@ -160,10 +138,9 @@ def frozen_maps(subject: linear.Subject, images: Dataset) -> tuple[Tensor, Tenso
         maps.append(maps_of(subject.backbone, squares(subject, pictures), args.maps))
         square_masks += [square_mask(mask, size, full_box(image)) for image, mask in pictures]
         if len(maps) == 1:
-            # Four bytes per number, once in parts and once together, on every rank.
-            needed = 8 * maps[0][0].numel() * count
-            # On the host all ranks share one memory; each GPU has its own.
-            needed *= 1 if ranks.device.type == "cuda" else ranks.world
+            # Four bytes per number, in parts and together; on the host, those of all ranks.
+            copies = 8 * (1 if ranks.device.type == "cuda" else ranks.world)
+            needed = copies * maps[0][0].numel() * count
             check_memory(args, needed, count, memory_of(ranks.device))
     maps, square_masks = torch.cat(maps), torch.stack(square_masks)
     check_finite(maps, "maps")
@@ -184,10 +161,8 @@ def check_memory(args, needed: int, count: int, memory: float) -> None:
     if needed > memory / 2:
         advice = "a smaller --image_size or --label_fraction"
         advice += ", or --maps last" if args.maps != "last" else ""
-        raise UserError(
-            f"the maps of {count} pictures take {needed / 1e9:.0f} GB, more than half of the "
-            f"memory: give {advice}"
-        )
+        size = f"{needed / 1e9:.0f} GB, more than half of the memory"
+        raise UserError(f"the maps of {count} pictures take {size}: give {advice}")
 
 
 class LinearLayer(nn.Module):
@@ -227,38 +202,29 @@ def fit_linear_layer(
     return layer
 
 
-# -- Fine-tuning -----------------------------------------------------------------------------------
-
-
 def finetune(subject: linear.Subject, indices: list[int], seed: int) -> nn.Module:
-    """An FCN on the network, all of it trained on the pictures at `indices`.
-
-    Raises:
-        UserError: the pictures are too few for the ranks or for batch norm; `Diverged`.
-    """
+    """An FCN on the network, all of it trained on the pictures at `indices`."""
     args, ranks, source = subject.args, subject.ranks, subject.source
     _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
     network = distributed.on_device(dense.segmenter(backbone, source.classes), ranks)
-    batch, steps = linear.batch_and_steps(args, len(indices), ranks.world, batch_norm=True)
-    order = linear.training_order(subject, len(indices), batch, steps, seed)
+    order = linear.training_order(subject, len(indices), seed)
     pictures = Subset(source.train, indices)
     groups = optim.layerwise_groups(backbone, network.classifier, args.layer_decay)
-    optimizer = linear.CosineAdamW(subject, groups, steps)
+    optimizer = linear.CosineAdamW(subject, groups, len(order))
     model = distributed.data_parallel(network).train()
     for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
         x, mask = training_squares(subject, items, seed, step)
         with linear.autocast(ranks.device):
             logits = model(x)["out"]
         optimizer.step(pixel_loss(logits.float(), mask))
-    later = enumerate(linear.picture_batches(subject, pictures, order), start=steps)
+    later = enumerate(linear.picture_batches(subject, pictures, order), start=len(order))
     views = (training_squares(subject, items, seed, step)[0] for step, items in later)
     linear.estimate_batch_norm(network, views)
     return network.eval()
 
 
-# -- Mean IoU --------------------------------------------------------------------------------------
-
+# -- Evaluation ------------------------------------------------------------------------------------
 
 MOST_LOGITS = 2**25  # logits that are interpolated at once, 128 MiB
 
@@ -281,20 +247,16 @@ def predicted_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(subject: linear.Subject, logits_of: Callable[[Tensor], Tensor]) -> float:
-    """Mean IoU on the test pictures, each at its own size.
+    """Mean IoU on the test pictures, each at its own size; `Diverged` on infinite logits.
 
-    Args:
-        logits_of: squares (B, C, size, size) -> logits (B, classes, h, w), of any h and w.
-
-    Raises:
-        Diverged: logits are not finite.
+    `logits_of` maps squares (B, C, size, size) to logits (B, classes, h, w), of any h and w.
     """
     ranks, test, classes = subject.ranks, subject.source.test, subject.source.classes
     total = torch.zeros(classes, classes, dtype=torch.int64, device=ranks.device)
     order = linear.rank_batches(subject, len(test))
     for pictures in linear.picture_batches(subject, test, order):
         batch_logits = logits_of(squares(subject, pictures))
-        linear.check_logits(batch_logits)
+        linear.refuse_divergence(batch_logits, "trained logits are not finite")
         for logits, (_, mask) in zip(batch_logits, pictures):
             predicted = predicted_classes(logits, tuple(mask.shape))
             total += dense.confusion(predicted, mask, classes, masks.IGNORED)
@@ -303,25 +265,17 @@ def evaluate(subject: linear.Subject, logits_of: Callable[[Tensor], Tensor]) -> 
     return dense.mean_iou(total)
 
 
-# -- One model -------------------------------------------------------------------------------------
-
-
 def check_size(size: int, stride: int) -> None:
     """Refuse an --image_size that is no multiple of the network's stride."""
     if size % stride:
-        raise UserError(
-            f"--image_size must be a multiple of the network's stride, {stride}, not {size}"
-        )
+        words = f"a multiple of the network's stride, {stride}, not {size}"
+        raise UserError(f"--image_size must be {words}")
 
 
 def suitable_size(args, backbone: nn.Module, images: Dataset) -> int:
     """--image_size, or the median of the shorter sides of a sample, at most 512 pixels.
 
-    The median is rounded down to whole strides of the network: its last map would not cover the
-    rest.
-
-    Raises:
-        UserError: --image_size is no multiple of the stride.
+    The median is rounded down to whole strides: the network's last map would not cover the rest.
     """
     stride = backbone.pyramid_strides[-1]
     if args.image_size:
@@ -337,13 +291,11 @@ def measure(subject: linear.Subject) -> dict:
     args, ranks = subject.args, subject.ranks
     where = dict(source=args.data_path, root=args.data_root, download=args.download)
     split = dict(test_fraction=args.test_fraction, seed=args.seeds[0], rank=ranks.rank)
-    load = partial(masks.load, **where, **split)
-    source, remark = linear.open_pictures(subject, load)
+    source, remark = linear.open_pictures(subject, partial(masks.load, **where, **split))
     size, count = suitable_size(args, subject.backbone, source.train), len(source.train)
     backbone = subject.backbone.to(ranks.device).eval()
     subject = replace(subject, backbone=backbone, source=source, size=size)
-    choose = partial(linear.random_subset, count, least=2)
-    subsets = linear.subsets_of(args, choose)
+    subsets = linear.subsets_of(args, partial(linear.random_subset, count, least=2))
     used = sorted({*itertools.chain(*subsets.values())})
     if min(len(used), len(source.test)) < ranks.world:
         raise UserError(f"{source.name} has fewer pictures than there are ranks; start fewer")
@@ -376,33 +328,21 @@ def columns(args: Settings) -> dict:
     return size | linear.figure_columns(args, {f"mIoU, {linear.training_name(args)}": "mean_iou"})
 
 
-# -- Label propagation -----------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def propagated_iou(
-    features: Callable[[Tensor], Tensor],
-    size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    ranks: distributed.Ranks,
-    films: int = 40,
-    frames: int = 8,
+    features: Callable, size: int, mean: tuple, std: tuple, ranks: Ranks, films=40, frames=8
 ) -> tuple[float, float]:
     """Mean IoU of labels that `dense.propagate` carries through films, and of labels that stay.
 
     A small version of DAVIS's J, on demo scenes: the mean over the classes in a film's first frame
-    and over its other frames.
-
-    Args:
-        features: images (B, 3, size, size) -> maps (B, D, h, w).
+    and over its other frames. `features` are of images (B, 3, size, size): maps (B, D, h, w).
     """
     carried_ious, still_ious = [], []
     for index in demo.splits(0, films)[1]:
         drawn = [demo.demo_scenes([index], frame) for frame in range(frames)]
         scenes = torch.cat([scene for scene, _ in drawn]).to(ranks.device)
-        truth = torch.stack([demo.semantic_mask(target) for _, (target,) in drawn])
-        truth = truth.to(ranks.device).long()  # (T, H, W)
+        truth = [demo.semantic_mask(target) for _, (target,) in drawn]
+        truth = torch.stack(truth).to(ranks.device).long()  # (T, H, W)
         views = augment.resized_crop(scenes, full_box(scenes[0]).expand(frames, -1), size)
         maps = features(augment.normalize(views, mean, std)).float()
         classes = [0, *truth[0].unique().tolist()[1:]]

@@ -210,10 +210,10 @@ WRONG = {
     "no id": (change(*ROW, to=[1]), 'row 0 of "annotations" is no object with an id'),
     "unknown category": (
         change(*ROW, "category_id", to=19),
-        "annotation 1 has category 19, which is not listed; there are 2, ids 18 to 90",
+        "annotation 1 has category_id 19, none of 2 listed",
     ),
-    "category that is a list": (change(*ROW, "category_id", to=[18]), r"has category \[18\]"),
-    "unknown image": (change(*ROW, "image_id", to=8), "annotation 1 is of image 8, which is not"),
+    "category that is a list": (change(*ROW, "category_id", to=[18]), r"has category_id \[18\]"),
+    "unknown image": (change(*ROW, "image_id", to=8), "annotation 1 has image_id 8, none of 2"),
     "category without a name": (
         change("categories", 0, "name", to=3),
         "category 90 needs an integer",
@@ -230,7 +230,7 @@ WRONG = {
     ),
     "short box": (
         change(*ROW, "bbox", to=[1, 2, 3]),
-        r"the bbox of annotation 1 is \[1, 2, 3\], where \[left, top, width, height\] was expected",
+        r"the bbox of annotation 1 is \[1, 2, 3\], not \[left, top, width, height\]",
     ),
     "box that is no numbers": (change(*ROW, "bbox", to=[1, 2, 3, float("nan")]), "bbox of annot"),
     "box beyond all numbers": (change(*ROW, "bbox", to=[1, 2, 3, 10**400]), "bbox of annotation 1"),
@@ -245,8 +245,7 @@ WRONG = {
     "mask in words": (change(*ROW, "segmentation", to="x"), "neither polygons nor run lengths"),
     "mask of another size": (
         change("annotations", 1, "segmentation", "size", to=[40, 30]),
-        r"the mask of annotation 2 is of size \[40, 30\] \(height, width\), and its picture of "
-        r"\[30, 40\]",
+        r"the mask of annotation 2 has height and width \[40, 30\], its picture \[30, 40\]",
     ),
     "short mask": (
         change("annotations", 1, "segmentation", "counts", to=[3, 4]),
