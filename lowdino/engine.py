@@ -308,7 +308,7 @@ class Checkpointer:
         """Refuse a checkpoint of other settings, or with --accept_changes log the differences.
 
         A setting that is newer than the checkpoint is not compared. Of those that differ, the ones
-        that were typed are named, for others follow from them.
+        that were typed now or then are named, because others follow from them.
         """
         if "settings" not in self.saved or "method" not in self.saved:
             raise self.refuse("its checkpoint.pth is of another version: give another --output_dir")
@@ -318,12 +318,11 @@ class Checkpointer:
             for name, value in self.compared.items()
             if name in before and before[name] != value
         }
-        derived = changed.keys() & s.values.keys() - s.typed
-        told = [text for name, text in changed.items() if name not in derived]
-        told = "; ".join(told or changed.values())
+        derived = s.values.keys() - s.typed - {*self.saved.get("typed", ())}
+        told = "; ".join(text for name, text in changed.items() if name not in derived)
         if changed and not s.accept_changes:
             ways = "the same settings, another --output_dir, or --accept_changes"
-            raise self.refuse(f"its run has {told}; give {ways}")
+            raise self.refuse(f"its run has {told or '; '.join(changed.values())}; give {ways}")
         for name in ("arch", "optimizer"):  # whose state fits no other, whatever is accepted
             if name in changed:
                 raise self.refuse(f"its --{changed[name]}")
@@ -377,15 +376,12 @@ class Checkpointer:
         loss_sums = distributed.gather_strided(t.log.loss_sum[None], self.ranks.world)
         if not self.ranks.first:
             return
-        content = {name: part.state_dict() for name, part in t.states().items()} | {
-            "step": progress.step,
-            "total_steps": progress.total_steps,
-            "knn_steps": progress.knn_steps,
-            "first_knn": progress.first_knn,
-            "skipped": progress.skipped,
+        content = {name: part.state_dict() for name, part in t.states().items()} | vars(progress)
+        content |= {
             "loss_sums": loss_sums,
             "loss_steps": t.log.loss_steps,
             "settings": self.compared,
+            "typed": sorted(s.typed),
             "normalisation": [list(values) for values in normalisation(backbone)],
             "value_range": getattr(backbone, "value_range", None),
         }
