@@ -82,7 +82,7 @@ def classifier_accuracy(s: Settings, method: Distillation, source, ranks) -> str
 
 
 def run(s: Settings, ranks: distributed.Ranks):
-    signals = distributed.StopSignals()  # from here on a signal ends with status 75, or 130
+    signals = distributed.StopSignals()  # SIGTERM exits with status 75, Ctrl-C with 130
 
     # Settings and teacher; a run that was stopped is compared before the teacher works for hours.
     source, s = settings.open_training_images(s, ranks)
@@ -113,8 +113,8 @@ def run(s: Settings, ranks: distributed.Ranks):
     method = distributed.on_device(method, ranks)
     optimizer = optim.build(s.optimizer, method, s.lr, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=s.amp == "fp16")
-    parts = views, method, optimizer, scaler, log, signals
-    training = engine.Training(s, ranks, source, *parts)
+    parts = dict(method=method, optimizer=optimizer, scaler=scaler, log=log, signals=signals)
+    training = engine.Training(s, ranks, source, views, **parts)
     engine.train(training, checkpointer, TeacherAccuracy(s, teacher, source, ranks))
     if (words := classifier_accuracy(s, method, source, ranks)) and ranks.first:
         print(words, flush=True)

@@ -27,17 +27,17 @@ def get_parser() -> settings.Parser:
 
 
 def run(s: Settings, ranks: distributed.Ranks):
-    signals = distributed.StopSignals()  # from here on a signal ends with status 75, or 130
+    signals = distributed.StopSignals()  # SIGTERM exits with status 75, Ctrl-C with 130
 
     # Settings: what the images and the machine decide is fitted here, each value with its reason.
     source, s = settings.open_training_images(s, ranks)
 
-    # A run that was stopped is compared before anything is built that could take long.
+    # Resume: refuse a changed setting now, before the slow parts.
     log = Logger(s.output_dir, ranks.first, ranks.device)
     checkpointer = engine.Checkpointer(s, source, ranks, log)
     s = s.replace(amp=budget.amp_of(s.amp, ranks.device, checkpointer.saved))
 
-    # Backbone: random weights, or --init; its mean, std and range of values, or the images'.
+    # Backbone: random weights or --init, with mean, std and value range of the file or the images.
     backbone = features.build_backbone(s)
     values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
@@ -49,12 +49,12 @@ def run(s: Settings, ranks: distributed.Ranks):
     method = METHODS[s.method](backbone, s, total_steps=steps, epoch_steps=epoch_steps)
     method = distributed.on_device(method, ranks)
 
-    # Optimizer: biases and norms do not decay; the learning rate is set in every step.
+    # Optimizer: biases and norms do not decay; the learning rate is set at every step.
     optimizer = optim.build(s.optimizer, method, s.lr, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=s.amp == "fp16")
 
-    parts = views, method, optimizer, scaler, log, signals
-    training = engine.Training(s, ranks, source, *parts)
+    parts = dict(method=method, optimizer=optimizer, scaler=scaler, log=log, signals=signals)
+    training = engine.Training(s, ranks, source, views, **parts)
     return engine.train(training, checkpointer)
 
 

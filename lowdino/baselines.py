@@ -1,4 +1,4 @@
-"""Methods that LowDINO, SSLight and MV-MR are compared with, one class a method, its loss above it.
+"""Methods that LowDINO, SSLight and MV-MR are compared with, with their losses.
 
 They are used as those of `methods.py`. For the backbone's batch norm all views of one size are one
 batch, for the projector's all views are, as in the code of SwAV and SimCLR; in the code of BYOL,
@@ -216,7 +216,7 @@ class SwAV(ProjectionMethod):
         self.prototypes = WeightNormLinear(args.projector[-1], args.out_dim, learn_gain=False)
         self.register_buffer("queue", torch.zeros(2, args.queue_size, args.projector[-1]))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # rows of either
-        self.full = False  # once full it stays so, and the host need not wait for `filled` again
+        self.full = False  # kept, so that the host need not wait for `filled`
         self.register_load_state_dict_post_hook(SwAV.forget_full)
 
     def forget_full(self, _keys) -> None:

@@ -1,11 +1,11 @@
 """The time of a run: the faster autocast type of a CPU, and the steps that fit into --minutes.
 
 A few steps are timed and taken back. --minutes plans as many steps as end in time with evaluation
-and saving; after every tenth of the time the plan is corrected, should the machine have become
-slower or faster. k-NN is evaluated as often as a twentieth of the time allows, and at the end; in a
-short run only then. The plan is kept in the checkpoint: a run that was stopped makes the steps that
-are left of it, however long they take. A run that can be repeated has --epochs, and --amp bf16 or
-none: `auto` times both, and a resumed run keeps its choice.
+and saving; after every tenth of the time the plan is corrected, in case the speed has changed. k-NN
+is evaluated as often as a twentieth of the time allows, and at the end; in a short run only then.
+The plan is kept in the checkpoint: a run that was stopped makes the steps that are left of it,
+however long they take. A run that can be repeated has --epochs, and --amp bf16 or none: `auto`
+times both, and a resumed run keeps its choice.
 """
 
 import copy
@@ -22,14 +22,14 @@ from lowdino.features import compute_rank_features
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 LEAST_GAIN = 1.05  # bf16 rounds to 8 bits, so it has to be worth it
-AROUND = 4.0  # seconds of --minutes that cannot be timed: to import torch, and to leave
-EVALUATIONS = 1 / 20  # largest share of --minutes for evaluations along the way
+UNTIMED = 4.0  # seconds of --minutes that cannot be timed: to import torch, and to leave
+EVALUATION_SHARE = 1 / 20  # largest share of --minutes for evaluations along the way
 SAMPLE = 1 / 200  # share of --minutes for trying each half of an evaluation
 LATE, EARLY = 0.002, 0.02  # shares of --minutes by which a plan may be wrong
 
 
 def amp_of(amp: str, device: torch.device, saved: dict | None = None) -> str:
-    """The type of --amp; auto on a CPU stays auto where no checkpoint has it, and is timed."""
+    """Resolve --amp auto; on a CPU without a checkpoint it stays auto, to be timed."""
     if amp == "auto":
         # Before Ampere, compute capability 8.0, GPUs have tensor cores for fp16 alone.
         amp = "auto" if device.type == "cpu" else "none"
@@ -44,7 +44,7 @@ def amp_of(amp: str, device: torch.device, saved: dict | None = None) -> str:
 
 @contextmanager
 def put_back(parts: dict[str, object]):
-    """Let modules and optimizers work, then give them back the state that they had."""
+    """Restore the states of modules and optimizers at the end."""
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     yield
     for name, part in parts.items():
@@ -157,12 +157,12 @@ class Budget:
     def __init__(self, minutes: float | None, started: float, every: int | None = None):
         self.plans, self.seconds = minutes is not None, 60 * (minutes or 0)
         self.evaluation = self.report = 0.0  # seconds of one evaluation, and of the last report
-        self.end = started + self.seconds - AROUND
+        self.end = started + self.seconds - UNTIMED
         self.every = every
         self.mark: tuple[int, float] | None = None  # step and time of the last plan
 
     def evaluated(self, seconds: float) -> None:
-        """An evaluation took so long, which is no step's time."""
+        """Note how long an evaluation takes, and leave it out of the steps' time."""
         self.evaluation = seconds
         self.leave_out(seconds)
 
@@ -188,8 +188,8 @@ class Budget:
         now = time.perf_counter()
         self.mark = step, now
         left = self.end - now - 1.1 * (self.evaluation + self.report)
-        every = self.every or round(self.evaluation / EVALUATIONS / pace)
-        if not self.every and not 0 < self.evaluation / EVALUATIONS < left / 2:
+        every = self.every or round(self.evaluation / EVALUATION_SHARE / pace)
+        if not self.every and not 0 < self.evaluation / EVALUATION_SHARE < left / 2:
             every = 0
         if every and step == 0:
             left -= self.evaluation
@@ -227,5 +227,5 @@ def adopt(t, progress, total_steps: int, knn_steps: int) -> None:
 def length(s, progress) -> str:
     """The length of a run in words."""
     if s.epochs:
-        return f"{s.epochs} epochs"
+        return f"{s.epochs} epoch{'s' * (s.epochs != 1)}"
     return f"{progress.total_steps / progress.epoch_steps:.3g} epochs in {s.minutes:g} minutes"

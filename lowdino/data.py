@@ -353,12 +353,6 @@ class TrainingBatches(Sampler[list[int]]):
             yield order[first : first + self.batch_size].tolist()
 
 
-def training_loader(
-    dataset: Dataset, batches: TrainingBatches, num_workers: int | None, pin_memory: bool
-) -> DataLoader:
-    return open_loader(dataset, num_workers, batch_sampler=batches, pin_memory=pin_memory)
-
-
 def evaluation_loader(
     dataset: Dataset, batch_size: int, num_workers: int | None, rank: int = 0, world: int = 1
 ) -> DataLoader:

@@ -24,12 +24,12 @@ from lowdino import annotations, augment, dense, distributed, linear, optim
 from lowdino.distributed import user_errors
 from lowdino.evaluate import Score, average_precision, match
 from lowdino.features import normalisation, open_network
+from lowdino.schedules import Stream
 from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("detector", "steps", "layer_decay")
 
-FLIPS, CHOICES = 2, 3  # streams of random numbers: flips; anchors and proposals to learn from
 
 MAX_NORM = 10.0  # limit of the gradient's norm
 
@@ -185,7 +185,7 @@ def flipped(image: Tensor, target: dict[str, Tensor]) -> Item:
 
 def training_batch(items: list[Item], seed: int, step: int, rank: int):
     """Images and targets for torchvision's detectors: half flipped, without what does not count."""
-    generator = augment.seeded_generator("cpu", FLIPS, seed, step, rank)
+    generator = augment.seeded_generator("cpu", Stream.LABELLED_VIEWS, seed, step, rank)
     flips = torch.rand(len(items), generator=generator) < 0.5
     items = [flipped(*item) if flip else item for item, flip in zip(items, flips)]
     targets = []
@@ -212,7 +212,7 @@ def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
     model = distributed.data_parallel(detector).train()
     for step, items in enumerate(linear.picture_batches(subject, pictures, order)):
         images, targets = training_batch(items, seed, step, ranks.rank)
-        torch.manual_seed(augment.derived_seed(CHOICES, seed, step, ranks.rank))
+        torch.manual_seed(augment.derived_seed(Stream.PROPOSALS, seed, step, ranks.rank))
         optimizer.step(sum(model(images, targets).values()))
     if not freeze_bn:
         again = linear.picture_batches(subject, pictures, order)

@@ -5,9 +5,8 @@ kd           logits, softened by --temperature, follow the teacher's by KL (LowD
              times T^2 (Hinton et al., 2015): of a classifier, the one in the teacher's file
              (--teacher_head file) or one trained first (train); without one, features, through
              a learned linear map or --match pool. --kd_weight below 1 adds the labels
-simkd        features, through a projector, match the teacher's by mean squared error; the
-             teacher's classifier, where it has one, is tried on them at the end (on pooled
-             features, where SimKD takes maps)
+simkd        pooled features, through a projector, match the teacher's by mean squared error;
+             the teacher's classifier, where it has one, is tried on them at the end
 similarity   similarities to a queue of images follow the teacher's (CompRess, SEED)
 mvmr         embedding of an augmented view depends on that of the plain image and on the
              teacher's features, of any width, by distance correlation (MV-MR)
@@ -34,19 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowdino
-from lowdino import checkpoint, data, datasets, distributed, ema, evaluate, losses, probe
+from lowdino import checkpoint, data, datasets, distributed, ema, evaluate, losses, methods, probe
 from lowdino.distributed import UserError, user_errors
 from lowdino.features import CHUNK, compute_teacher_features, normalisation, open_network
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
-from lowdino.methods import (
-    Flag,
-    Method,
-    feature_metrics,
-    mean_terms,
-    plain_view,
-    shared,
-    teacher_momentum,
-)
+from lowdino.methods import Flag, Method, feature_metrics, mean_terms, plain_view, shared
 
 # -- The teacher -----------------------------------------------------------------------------------
 
@@ -315,13 +306,13 @@ class Distillation(Method):
     name = "distillation"
     flags = (
         Flag("teacher", "the network or features to learn from"),
-        Flag("objective", "see below", choices=OBJECTIVES, nargs="+"),
+        Flag("objective", "what to match, see below", choices=OBJECTIVES, nargs="+"),
         Flag("objective_weight", "a weight per objective; default: 1", float, "> 0", nargs="+"),
         Flag("teacher_size", "side of the teacher's input; default: its file's", int, ">= 32"),
         Flag("cache_teacher", "file of the teacher's features of whole images", metavar="FILE.npy"),
         Flag("teacher_head", "its classifier, for kd and simkd", default="none", choices=HEADS),
         Flag("kd_weight", "weight of kd; labels have 1 - kd_weight", float, "0 to 1"),
-        Flag("match", "equal widths for kd without a classifier", choices=("projector", "pool")),
+        Flag("match", "how kd without a classifier matches widths", choices=("projector", "pool")),
         *shared("temperature", "queue_size", "projector"),
         *shared("student_temp", "teacher_temp", "momentum_teacher"),
     )
@@ -375,7 +366,7 @@ class Distillation(Method):
 
     def after_step(self, step=0):
         if self.evaluated == "average_student":
-            momentum = teacher_momentum(self, step)
+            momentum = methods.teacher_momentum(self, step)
             ema.update(*self.weights, momentum)
             # Paired anew, because a move to a device replaces buffers, unlike parameters.
             ema.update(*ema.paired_buffers(self.average_student, self.student), momentum)
@@ -474,13 +465,9 @@ def distillation_heads(dim: int, args, teacher: Teacher) -> dict[str, nn.Module]
         heads["mvmr"] = Projector(dim, *args.projector)
     if "dino" in args.objective:
         mlp, last = teacher.head.mlp, teacher.head.last_layer
-        heads["dino"] = DINOHead(
-            dim,
-            len(last.weight),
-            use_bn=any(isinstance(module, nn.BatchNorm1d) for module in mlp),
-            norm_last_layer=last.gain is None,
-            hidden_dim=mlp[0].out_features,
-        )
+        use_bn = any(isinstance(module, nn.BatchNorm1d) for module in mlp)
+        norm_last_layer, hidden_dim = last.gain is None, mlp[0].out_features
+        heads["dino"] = DINOHead(dim, len(last.weight), use_bn, norm_last_layer, hidden_dim)
     return heads
 
 

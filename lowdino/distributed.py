@@ -37,6 +37,10 @@ class UserError(ValueError):
     """An error that the user can fix, in one sentence. `launch` prints it and exits with 2."""
 
 
+class Diverged(UserError, FloatingPointError):
+    """A loss, a gradient or a logit is not finite."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn ValueErrors of files that can be copied alone into UserErrors; a decorator too."""

@@ -1,4 +1,4 @@
-"""The training loop, and the objects that do one job each around a step.
+"""The training loop, and the classes around it: checkpoint, evaluation, guard.
 
 Why a resumed run is exact: it computes what the uninterrupted run computes, bit for bit on a CPU,
 because no random number comes from a generator that keeps a state. Each is a function of (stream,
@@ -39,16 +39,12 @@ from lowdino import (
     settings,
 )
 from lowdino.budget import Budget, adopt, length
-from lowdino.distributed import UserError, user_errors
+from lowdino.distributed import Diverged, UserError, user_errors
 from lowdino.features import compute_features, normalisation
 from lowdino.logger import BadImages, Logger
 from lowdino.methods import Method
 
 LEAST_SCALE = 2.0**-10  # GradScaler starts from 2^16 and halves where float16 overflows
-
-
-class Diverged(UserError, FloatingPointError):
-    """A loss or gradients that are not finite."""
 
 
 @dataclass
@@ -102,13 +98,17 @@ def run_length(s: settings.Settings, source: datasets.Source, ranks) -> tuple[fl
 # -- A step ----------------------------------------------------------------------------------------
 
 
+def peak_lr(s: settings.Settings, world: int) -> float:
+    """--lr, scaled linearly from --lr_reference_batch to the total batch."""
+    batch, reference = s.batch_size_per_gpu * world, s.lr_reference_batch
+    return s.lr * batch / reference if reference else s.lr
+
+
 def set_schedules(t: Training, progress: Progress) -> None:
     """Learning rate and weight decay of every group, as functions of the step."""
     s, step, total = t.settings, progress.step, progress.total_steps
-    batch, reference = s.batch_size_per_gpu * t.ranks.world, s.lr_reference_batch
-    peak = s.lr * (batch / reference if reference else 1)  # linear scaling
     warmup = round(s.warmup_epochs * progress.epoch_steps)
-    lr = schedules.cosine(step, total, peak, s.min_lr, warmup)
+    lr = schedules.cosine(step, total, peak_lr(s, t.ranks.world), s.min_lr, warmup)
     weight_decay = schedules.cosine(step, total, s.weight_decay, s.weight_decay_end)
     for group in t.optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
@@ -126,7 +126,7 @@ def make_views(t: Training, batch: data.Batch, step: int) -> list[Tensor]:
 def forward(t: Training, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int):
     """The loss under autocast, stochastic depth drawn from the step alone."""
     device, amp = t.ranks.device.type, t.settings.amp
-    # On a CPU its generator alone: to look for every other kind takes half a millisecond.
+    # torch.manual_seed seeds all devices, in half a millisecond; a CPU needs its generator only.
     seed = torch.default_generator.manual_seed if device == "cpu" else torch.manual_seed
     seed(augment.derived_seed(schedules.Stream.DROP_PATH, t.settings.seed, step, t.ranks.rank))
     with torch.autocast(device, budget.AUTOCAST[amp], enabled=amp != "none"):
@@ -171,8 +171,8 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
 
         # The one exchange between ranks, so that all do the same: is a step not finite, an image
         # bad, a signal there, a new plan due?
-        flags = [*guard.flags(loss, norms, batch), signals.seen, minutes.is_due()]
-        not_finite, bad, stopping, replanning = distributed.any_rank(flags, t.ranks.device)
+        events = [*guard.events(loss, norms, batch), signals.seen, minutes.is_due()]
+        not_finite, bad, stopping, replanning = distributed.any_rank(events, t.ranks.device)
         if bad:
             guard.add_bad_images(batch)
         if not_finite:
@@ -182,11 +182,11 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
         progress.step += 1
 
         # Log; save before an evaluation, which may take long; stop; evaluate; keep to --minutes.
-        log_step(t, progress)
+        log.step(progress, t)
         if stopping or checkpointer.is_due(progress) or evaluator.is_due():
             checkpointer.save(t, progress)
         if stopping:
-            log.say(f"stopped by a signal after step {progress.step}, which is saved: run it again")
+            log.say(f"stopped by a signal after step {progress.step}, which is saved: run again")
             sys.exit(signals.status)
         evaluator.after_step(signals)
         if replanning and not progress.finished:
@@ -229,6 +229,7 @@ def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evalu
         facts = {"world": t.ranks.world, "total_steps": progress.total_steps}
         facts["run"] = report.facts(t.method, t.source, t.ranks.device)
         log.say(*settings.write(Path(s.output_dir) / "args.json", t.settings, facts))
+        log.say(f"{s.optimizer}, peak learning rate {peak_lr(s, t.ranks.world):.4g}")
     evaluator.before_first_step()
     t.method.train()
     log.clock.restart()
@@ -252,7 +253,8 @@ def open_batches(t: Training, progress: Progress) -> Iterator[data.Batch]:
         len(images), s.batch_size_per_gpu, s.seed, progress.step, stop, t.ranks.rank, t.ranks.world
     )
     pin = device.type == "cuda" and where != "device"
-    return data.on_device(data.training_loader(kept, order, s.num_workers, pin), device)
+    loader = data.open_loader(kept, s.num_workers, batch_sampler=order, pin_memory=pin)
+    return data.on_device(loader, device)
 
 
 def try_step(t: Training, progress: Progress, model: nn.Module, batch: data.Batch) -> None:
@@ -265,20 +267,6 @@ def try_step(t: Training, progress: Progress, model: nn.Module, batch: data.Batc
     optim.clip_gradients_by_parameter(parameters, t.settings.clip_grad)
     t.optimizer.step()
     t.method.after_step(progress.step)
-
-
-def log_step(t: Training, progress: Progress) -> None:
-    """Count a step and write a log line where it is due; `Diverged` where float16 cannot go on."""
-    s = t.settings
-    scale = t.scaler.get_scale() if progress.step % s.log_freq == 0 else 1.0
-    if t.scaler.is_enabled() and scale < LEAST_SCALE:
-        raise Diverged(
-            f"diverging gradients at step {progress.step}: at no scale does float16 hold them; "
-            "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
-            f"{s.output_dir} keeps what was saved before"
-        )
-    images = s.batch_size_per_gpu * t.ranks.world
-    t.log.step(progress, t.method, t.optimizer.param_groups[0], images, s.log_freq)
 
 
 # -- Around a step ---------------------------------------------------------------------------------
@@ -318,14 +306,13 @@ class Checkpointer:
             for name, value in self.compared.items()
             if name in before and before[name] != value
         }
+        for name in changed.keys() & {"arch", "method", "optimizer"}:  # whatever is accepted
+            raise self.refuse(f"its run has {changed[name]}: give another --output_dir")
         derived = s.values.keys() - s.typed - {*self.saved.get("typed", ())}
         told = "; ".join(text for name, text in changed.items() if name not in derived)
         if changed and not s.accept_changes:
             ways = "the same settings, another --output_dir, or --accept_changes"
             raise self.refuse(f"its run has {told or '; '.join(changed.values())}; give {ways}")
-        for name in ("arch", "optimizer"):  # whose state fits no other, whatever is accepted
-            if name in changed:
-                raise self.refuse(f"its --{changed[name]}")
         self.accepted = bool(changed)
         if changed:
             self.log.say(f"accepted: the run in {self.folder} had {'; '.join(changed.values())}")
@@ -355,7 +342,7 @@ class Checkpointer:
             if not self.accepted and len(saved["loss_sums"]) == self.ranks.world:
                 t.log.restore(saved["loss_sums"][self.ranks.rank], saved["loss_steps"])
             t.log.say(f"resuming from {self.folder} after step {progress.step}")
-        # Ranks that resume from different steps would wait for each other for ever.
+        # Ranks that resume from different steps would wait for each other: a deadlock.
         steps = distributed.gather_objects(progress.step)
         if len(set(steps)) > 1:
             raise UserError(
@@ -392,7 +379,7 @@ class Checkpointer:
             if complete and self.keep_every and epoch % self.keep_every == 0:
                 checkpoint.save_atomic(self.folder / f"checkpoint{epoch:04}.pth", content)
         t.log.sync()
-        # Last: a run that is killed before it repeats these steps.
+        # Written last: a run that is killed earlier resumes from the checkpoint before.
         checkpoint.save_checkpoint(self.folder, content)
 
 
@@ -421,14 +408,14 @@ class Evaluator:
         if self.labelled:
             network = t.method.backbone
             minutes.evaluated(budget.seconds_of_evaluation(network, t.settings, t.source, t.ranks))
-            self.knn_note()  # which has a teacher evaluated, once
+            self.knn_note()  # evaluates a teacher, once
         self.report(page=False)
 
     def before_first_step(self) -> None:
-        """The k-NN of the start, or the one that a stopped run still owes."""
+        """The k-NN of the start, or the one that an interrupted run did not record."""
         progress = self.progress
-        recorded = distributed.gather_objects(self.t.log.find("knn", progress.step))[0]
-        if self.is_due() and recorded is None:
+        self.last_knn = distributed.gather_objects(self.t.log.find("knn", progress.step))[0]
+        if self.is_due() and self.last_knn is None:
             self.evaluate()
             if progress.step == 0:
                 progress.first_knn = self.last_knn
@@ -482,7 +469,8 @@ class Evaluator:
             first = progress.first_knn
             before = "" if first is None else f", {first:.4f} before the first"
             accuracy = f"k-NN (k={t.settings.nb_knn}) accuracy: {self.last_knn:.4f}"
-            t.log.say(f"{accuracy} after {length(t.settings, progress)}{before}{self.knn_note()}")
+            note = self.knn_note() if t.log.clock.steps else ""
+            t.log.say(f"{accuracy} after {length(t.settings, progress)}{before}{note}")
         if t.log.clock.steps:
             t.log.say(f"health: {t.log.health.verdict()}")
             if known := bad_images.known:
@@ -508,7 +496,11 @@ class StepGuard:
                 self.buffers = [b.clone() for b in buffers]
             torch._foreach_copy_(self.buffers, buffers)
 
-    def flags(self, loss: Tensor, norms: Tensor, batch: data.Batch) -> list[Tensor | bool]:
+    def restore(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(list(self.t.method.buffers()), self.buffers)
+
+    def events(self, loss: Tensor, norms: Tensor, batch: data.Batch) -> list[Tensor | bool]:
         """Whether loss or gradients are not finite, and whether bad images are new on this rank.
 
         Gradients that float16 cannot hold are GradScaler's to skip.
@@ -518,10 +510,17 @@ class StepGuard:
 
     def update(self, loss: Tensor, progress: Progress) -> None:
         """The optimizer's step, and the method's after it."""
-        t = self.t
+        t, step = self.t, progress.step
         t.scaler.step(t.optimizer)
         t.scaler.update()
-        t.method.after_step(progress.step)
+        if t.scaler.is_enabled() and (step + 1) % t.settings.log_freq == 0:
+            if t.scaler.get_scale() < LEAST_SCALE:  # asked for at log steps, as the host waits
+                raise Diverged(
+                    f"diverging gradients at step {step + 1}: at no scale does float16 hold them; "
+                    "--amp bf16 or none, a lower --lr or a longer --warmup_epochs may help; "
+                    f"{t.settings.output_dir} keeps what was saved before"
+                )
+        t.method.after_step(step)
         progress.skipped = 0
         t.log.add(loss, t.method.terms)
 
@@ -532,7 +531,10 @@ class StepGuard:
 
     def undo(self, model: nn.Module, views: list[Tensor], batch, progress: Progress) -> None:
         """Undo a step whose loss or gradients are not finite, or end the run."""
-        t, culprits = self.t, self.culprits(model, views, batch, progress.step)
+        t = self.t
+        self.restore()
+        culprits = self.culprits(model, views, batch, progress.step)
+        self.restore()
         progress.skipped += 1
         diverging = f"diverging loss at step {progress.step + 1}: {culprits}"
         if progress.skipped > t.settings.skip_nonfinite:
@@ -541,10 +543,8 @@ class StepGuard:
                 f"undoes such steps; {t.settings.output_dir} keeps what was saved before"
             )
         t.log.say(f"{diverging}; undone, {progress.skipped} in a row")
-        if self.buffers:
-            torch._foreach_copy_(list(t.method.buffers()), self.buffers)
         t.optimizer.zero_grad(set_to_none=True)
-        t.scaler.update(t.scaler.get_scale())  # which is not to blame
+        t.scaler.update(t.scaler.get_scale())  # keep the scale
 
     def culprits(self, model: nn.Module, views: list[Tensor], batch: data.Batch, step: int) -> str:
         """The ranks and images whose loss or gradients are not finite, in words.

@@ -250,15 +250,18 @@ def run(args: settings.Settings, ranks: distributed.Ranks) -> None:
     )
 
 
-def main() -> None:
+def get_parser() -> settings.Parser:
     file = Flag("backbone", "a file that load_backbone reads; ARCH=FILE for a plain state dict")
     out = Flag("out", f"file to write, ending in {' or '.join(FORMATS)}")
     pixels = Flag("normalise", "the file takes pixels in [0, 1]: mean and std are in it", bool)
     side = Flag("image_size", "side in pixels, a ViT's only one; default: the backbone's", int)
     flags = {"flags": (pixels, side)}
-    parser = settings.Parser("python -m lowdino.export", __doc__, flags, (file, out))
+    return settings.Parser("python -m lowdino.export", __doc__, flags, (file, out))
+
+
+def main() -> None:
     check = lambda args: problem(args.out, args.normalise)
-    distributed.launch("lowdino.export", lambda: parser.parse(None, check), run)
+    distributed.launch("lowdino.export", lambda: get_parser().parse(None, check), run)
 
 
 if __name__ == "__main__":

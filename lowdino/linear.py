@@ -23,19 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, image_io, optim, probe, schedules
-from lowdino.distributed import UserError, user_errors
+from lowdino.distributed import Diverged, UserError, user_errors
 from lowdino.features import Pooled, normalisation, open_network
+from lowdino.schedules import Stream
 
 # The grids of the linear classifier. Half-whitened features suit them whatever the network.
 PROBE_LR = [1.0, 3.0, 10.0, 30.0, 100.0]
 PROBE_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]
 LBFGS_WEIGHT_DECAY = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7]
-
-VIEWS = 2  # the stream of random numbers of the training views, see augment.derived_seed
-
-
-class Diverged(UserError, FloatingPointError):
-    """A loss, a gradient or a logit is not finite."""
 
 
 @dataclass
@@ -110,14 +105,15 @@ def training_order(
 def training_loader(subject: Subject, indices: Tensor, order: data.TrainingBatches) -> DataLoader:
     """Batches of the training images at `indices`, of which `order` names positions."""
     images, workers = Subset(subject.source.train, indices.tolist()), subject.args.num_workers
-    return data.training_loader(images, order, workers, subject.ranks.device.type == "cuda")
+    pin = subject.ranks.device.type == "cuda"
+    return data.open_loader(images, workers, batch_sampler=order, pin_memory=pin)
 
 
 def training_view(subject: Subject, batch: data.Batch, seed: int, step: int) -> Tensor:
     """ImageNet's usual random-resized crop (area 0.08 to 1) and flip: (B, C, size, size)."""
-    device = subject.ranks.device
+    device, rank = subject.ranks.device, subject.ranks.rank
     images, sizes = batch.images.to(device), batch.sizes.to(device)
-    generator = augment.seeded_generator(device, VIEWS, seed, step, subject.ranks.rank)
+    generator = augment.seeded_generator(device, Stream.LABELLED_VIEWS, seed, step, rank)
     boxes = augment.random_boxes(sizes, (0.08, 1.0), generator)
     flip = torch.rand(len(images), generator=generator, device=device) < 0.5
     x = augment.resized_crop(images, boxes, subject.size, flip)
@@ -281,12 +277,7 @@ def choose_and_fit(
 
 
 def fit(
-    subject: Subject,
-    inputs: ProbeInputs,
-    indices: Tensor,
-    grid: list[tuple[float, float]],
-    seed: int,
-    choosing: bool = False,
+    subject: Subject, inputs: ProbeInputs, indices: Tensor, grid: list, seed: int, choosing=False
 ) -> Tensor:
     """Classifiers of all settings on the training images at `indices`: (D + 1, G, C).
 

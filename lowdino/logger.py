@@ -183,8 +183,8 @@ class BadImages:
         if len(self.known) > self.max_fraction * self.images:
             raise ValueError(
                 f"{len(self.known)} of {self.images} images cannot be read, more than "
-                f"--max_bad_fraction {self.max_fraction}; they are named in {self.path}, to be "
-                f"deleted once they are repaired; the last: {list(self.known)[-1]}"
+                f"--max_bad_fraction {self.max_fraction}; {self.path} lists them: repair them, "
+                f"then delete it; the last: {list(self.known)[-1]}"
             )
 
 
@@ -260,17 +260,18 @@ class Logger(Log):
             losses["loss_over_lnk"] = losses["cross_entropy"] / math.log(method.out_dim)
         return losses | {k: v for k, v in method.metrics().items() if k not in losses}
 
-    def step(self, progress, method, group: dict, images: int, every: int) -> None:
-        """Count a step of so many images over all ranks; a log line after `every` steps and epoch.
+    def step(self, progress, t) -> None:
+        """Count a step; a log line after every --log_freq steps and at the end of an epoch.
 
-        `progress` is an `engine.Progress`, `group` the optimizer's first.
+        `progress` is an `engine.Progress`, `t` an `engine.Training`.
         """
-        self.clock.stepped(images)
+        group, every = t.optimizer.param_groups[0], t.settings.log_freq
+        self.clock.stepped(t.settings.batch_size_per_gpu * t.ranks.world)
         left = progress.total_steps - progress.step
         self.progress(progress.step, progress.total_steps, self.clock.seconds_left(left))
         if progress.skipped or (progress.step % every and not progress.epoch_ended):
             return
-        metrics, speed = self.mean_losses(method), self.clock.read(left)
+        metrics, speed = self.mean_losses(t.method), self.clock.read(left)
         values = metrics | {name: group[name] for name in ("lr", "weight_decay")}
         values["memory_mb"] = memory_mb(torch.device(self.device))
         epoch = (progress.step - 1) // progress.epoch_steps
@@ -302,7 +303,7 @@ def machine(device: torch.device) -> str:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
-    name = f"{cpu}, {os.cpu_count()} cores, threads a process: {torch.get_num_threads()}"
+    name = f"{cpu}, {os.cpu_count()} cores, threads per process: {torch.get_num_threads()}"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}; {name}"
     system = f"{platform.system()}, Python {platform.python_version()}"

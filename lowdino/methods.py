@@ -86,14 +86,14 @@ def number_or_none(text: str) -> float | None:
 
 SHARED = (
     Flag("projector", "widths of the projector's layers", int, ">= 1", nargs="+"),
-    Flag("momentum_teacher", "EMA momentum at the start", number_or_none, "0 to 1"),
-    Flag("alpha", "weight of global against local views; none: even", number_or_none, "0 to 1"),
+    Flag("momentum_teacher", "EMA momentum; none: by the steps", number_or_none, "0 to 1"),
+    Flag("alpha", "weight of global against local views; none: by pairs", number_or_none, "0 to 1"),
     Flag("out_dim", "number of prototypes K, the width of the logits", int, ">= 2"),
     Flag("student_temp", "temperature of the student's softmax", float, "> 0"),
     Flag("teacher_temp", "temperature of the teacher's softmax, SwAV's epsilon", float, "> 0"),
     Flag("freeze_last_layer", "epochs in which the prototypes stay fixed", float, ">= 0"),
     Flag("temperature", "temperature of the softmax over keys or classes", float, "> 0"),
-    Flag("queue_size", "rows of the queue; 0: none (swav, similarity)", int, ">= 0"),
+    Flag("queue_size", "embeddings in the queue; 0: no queue", int, ">= 0"),
     Flag("invariance_weight", "weight of the mean square between views", float, ">= 0"),
     Flag("variance_weight", "weight of the hinge on standard deviations", float, ">= 0"),
 )
@@ -120,7 +120,7 @@ class Method(nn.Module):
     evaluated = "student"  # the network whose backbone is evaluated and kept
     out_dim: int | None = None  # K, where outputs are distributions over K prototypes
     remedy = "lower --lr"  # against collapsed embeddings, for `health.Health`
-    momentum_rises = True  # the teacher's, from --momentum_teacher to 1
+    momentum_rises = True  # of the EMA, to 1
     pairs_views = True  # needs two global views, each to be compared with the other
     terms: dict[str, Tensor] = {}  # scalars of the last loss, for metrics() and the log
 
@@ -134,7 +134,7 @@ class Method(nn.Module):
         if cls.pairs_views and args.global_crops_number != 2:
             given = args.global_crops_number
             return f"--method {cls.name} takes --global_crops_number 2, not {given}"
-        # Where neither flag says how many local views there are, `fit` does.
+        # Without either flag `fit` sets the number of local views.
         known = {"local_crops_number", "preset"} & args.typed
         if getattr(args, "alpha", None) is not None and not args.local_crops_number and known:
             return "--alpha balances global against local views, and --local_crops_number is 0"
@@ -143,7 +143,7 @@ class Method(nn.Module):
     @classmethod
     def fit(cls, s):
         """Settings where some follow from others that are typed, without --preset."""
-        if "alpha" in s.typed:
+        if s.values.get("alpha") is not None and "alpha" in s.typed:
             number = 6  # SSLight's
             s = s.fit("local_crops_number", number, "--alpha balances global against local views")
         return s
@@ -282,8 +282,8 @@ class DINO(Method):
         Flag("teacher_update", "EMA, or the student of the last epoch or step", choices=UPDATES),
         *shared("student_temp", "teacher_temp"),
         Flag("warmup_teacher_temp", "teacher_temp at the start of its warm-up", float, "> 0"),
-        Flag("warmup_teacher_temp_epochs", "epochs of that warm-up", float, ">= 0"),
-        Flag("centering", "against a collapse", choices=("softmax", "sinkhorn")),
+        Flag("warmup_teacher_temp_epochs", "warm-up epochs of teacher_temp", float, ">= 0"),
+        Flag("centering", "how targets avoid collapse", choices=("softmax", "sinkhorn")),
         Flag("center_momentum", "EMA momentum of the softmax's centre", float, "0 to 1"),
         *shared("alpha"),
         Flag("koleo_weight", "weight of the KoLeo regulariser (DINOv2: 0.1)", float, ">= 0"),

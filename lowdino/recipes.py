@@ -3,8 +3,7 @@
 `--preset NAME` takes a row. Without --preset a method takes the first row that is its own, and the
 default method is that of the first row, EMP-SSL. `--preset sslight` of a ViT is `sslight_vit`,
 `--preset lowdino --arch resnet5m` is `lowdino_resnet5m`. Flags that are typed win over the row.
-An `epochs` of a row that is not asked for by --preset gives way to the length that suits the
-images, see `settings.fit_to_data`; None is fitted to the images.
+None is fitted to the images, and so are `epochs` without --preset, see `settings.fit_to_data`.
 
 The first row on 1.3 million images of 224 pixels and eight GPUs: 8 views of 64 images per GPU, 512
 images and 4,096 views per step, 2,502 steps per epoch, 30 epochs, which cost as much as 58 of
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 from lowdino.baselines import BYOL, BarlowTwins, MoCo, SimCLR, SwAV, VICReg
 from lowdino.distillation import Distillation
-from lowdino.methods import DESCRIPTORS, DINO, EMP, MVMR, Method
+from lowdino.methods import DESCRIPTORS, DINO, EMP, MVMR
 
 RECIPES = {
     # EMP-SSL (Tong et al., 2023) with Muon, for small pictures and minutes or hours: many views of
@@ -285,8 +284,8 @@ RECIPES = {
 
 METHODS = {row["method"].name: row["method"] for row in RECIPES.values()}
 
-# An optimizer that is typed brings these where the row has another one. SGD's are He's for ResNets,
-# LARS's are SSLight's.
+# An optimizer that is typed brings its rates where the row has another one: SGD's are He's for
+# ResNets, LARS's are SSLight's.
 OPTIMIZERS = {
     "muon": dict(
         lr=0.12, lr_reference_batch=0, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.04
@@ -314,20 +313,14 @@ def preset_for(name: str, arch: str) -> str:
     return next((row for row in own if row in RECIPES), name)
 
 
-def method_values(method: type[Method], row: dict) -> dict:
-    """What a row says of a method's own flags."""
-    return {flag.name: row[flag.name] for flag in method.flags if flag.name in row}
-
-
 def options(method: str, **given) -> SimpleNamespace:
     """Settings of a method for one's own loop: those of its paper, but for those given.
 
-    MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views.
-
-    Raises:
-        ValueError: for an unknown method.
+    MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views. A
+    ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
     row = RECIPES[method] if method in RECIPES else RECIPES[default_recipe(method)]
-    return SimpleNamespace(**method_values(METHODS[method], row) | given)
+    values = {flag.name: row[flag.name] for flag in METHODS[method].flags if flag.name in row}
+    return SimpleNamespace(**values | given)

@@ -201,8 +201,6 @@ th { font-weight: 600; } tr.changed td { font-weight: 600; }
 summary { cursor: pointer; color: var(--soft); margin: 12px 0; }
 code { font: .9em ui-monospace, Menlo, Consolas, monospace; background: var(--rule);
   border-radius: 4px; padding: 1px 4px; white-space: nowrap; }
-@media (max-width: 700px) { main { padding: 18px 12px 32px; } h1 { font-size: 1.4rem; }
-  .card, figure { padding: 12px; } .grid { grid-template-columns: minmax(0, 1fr); } }
 """
 STYLE += "\n".join(
     f"polyline.c{i} {{ stroke: var(--c{i}) }} circle.c{i} {{ fill: var(--c{i}) }}"

@@ -18,12 +18,11 @@ from torch.utils.data import Dataset, Subset
 from lowdino import augment, data, demo, dense, distributed, linear, masks, optim, probe, schedules
 from lowdino.distributed import Ranks, UserError
 from lowdino.features import check_finite, normalisation, open_network
+from lowdino.schedules import Stream
 from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("finetune", "from_scratch", "layer_decay", "epochs", "test_fraction", "maps")
-
-VIEWS = 2  # the stream of random numbers of the training views, see augment.derived_seed
 
 
 def check(args: Settings) -> str | None:
@@ -92,8 +91,8 @@ def training_squares(
 
     Images are (B, C, size, size), normalised, and masks (B, size, size).
     """
-    device, size = subject.ranks.device, subject.size
-    generator = augment.seeded_generator(device, VIEWS, seed, step, subject.ranks.rank)
+    device, rank, size = subject.ranks.device, subject.ranks.rank, subject.size
+    generator = augment.seeded_generator(device, Stream.LABELLED_VIEWS, seed, step, rank)
     sizes = torch.tensor([image.shape[1:] for image, _ in pictures], device=device)
     boxes = augment.random_boxes(sizes, (0.25, 1.0), generator)
     flips = torch.rand(len(pictures), generator=generator, device=device) < 0.5

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,9 @@ class Settings:
         return dataclasses.replace(self, values=self.values | {name: value}, reasons=reasons)
 
 
+KINDS = {"int": "a whole number", "float": "a number", "number_or_none": "a number or none"}
+KINDS["true_or_false"] = "true or false"
+
 # -- Flags -----------------------------------------------------------------------------------------
 
 BACKBONES = f"backbone: {', '.join(lowdino.ARCHS)}"
@@ -77,9 +81,9 @@ DATA_FLAGS = (
     Flag("labels", "table with columns path, label and perhaps split", metavar="FILE.csv"),
     Flag("test_fraction", "share of each class to hold out as test images", float),
     Flag("device", "where to compute", default="auto", choices=("auto", "cuda", "mps", "cpu")),
-    Flag("value_range", "values that become black and white", float, nargs=2),
+    Flag("value_range", "values of 16 bits or more that become black and white", float, nargs=2),
     Flag("max_megapixels", "larger images count as unreadable", float, "> 0", 256.0),
-    Flag("num_workers", "loader processes per rank; default: fits", int, "0 to 1000"),
+    Flag("num_workers", "loader processes per rank; default: by the machine", int, "0 to 1000"),
 )
 # Flags of every training, by the heading of --help_all.
 TRAINING_FLAGS = {
@@ -91,7 +95,7 @@ TRAINING_FLAGS = {
         Flag("in_chans", "number of input channels, 1 to 16", int, "1 to 16", 3),
     ),
     "optimisation": (
-        Flag("optimizer", "muon brings its own --lr, as the others do", choices=(*OPTIMIZERS,)),
+        Flag("optimizer", "each has its default --lr and --weight_decay", choices=(*OPTIMIZERS,)),
         Flag("epochs", "default: 30 epochs, at least 2,000 steps", int, ">= 1"),
         Flag("minutes", "length of the run in minutes, in place of --epochs", float, "> 0"),
         Flag("batch_size_per_gpu", "batch size per process", int, ">= 2"),
@@ -114,8 +118,8 @@ TRAINING_FLAGS = {
         Flag("vertical_flip", "probability of a top-bottom flip", float, "0 to 1"),
         Flag("jitter", "strength of colour jitter: DINO's is 1", float, "0 to 2.5"),
         Flag("grayscale", "probability of a view without colour", float, "0 to 1"),
-        Flag("blur", "factor of DINO's probabilities of blur, 1, 0.1, 0.5", float, "0 to 1"),
-        Flag("solarize", "probability for global views but the first", float, "0 to 1"),
+        Flag("blur", "factor of DINO's probabilities of blur (local: 0.5)", float, "0 to 1"),
+        Flag("solarize", "probability of solarising a global view but the first", float, "0 to 1"),
     ),
     "data": DATA_FLAGS,
     "output and checkpoints": (
@@ -123,7 +127,7 @@ TRAINING_FLAGS = {
         Flag("saveckp_freq", "epochs between numbered checkpoints; 0: none", int, ">= 0", 20),
         Flag("save_every_steps", "steps between checkpoints; 0: every epoch", int, ">= 0", 0),
         Flag("accept_changes", "resume although settings have changed", bool),
-        Flag("skip_nonfinite", "steps in a row that may not be finite", int, ">= 0", 0),
+        Flag("skip_nonfinite", "steps in a row to undo where a loss is not finite", int, ">= 0", 0),
         Flag("max_bad_fraction", BAD_IMAGES, float, "0 to 1", 0.01),
         Flag("knn_freq", "epochs between evaluations; 0: no k-NN, no pictures", int, ">= 0", 10),
         Flag("nb_knn", "neighbours of the k-NN", int, ">= 1", 20),
@@ -135,15 +139,12 @@ TRAINING_FLAGS = {
 }
 PRESETS = tuple(name for name in RECIPES if name != "distill")
 PRESET = Flag("preset", f"recipe of a paper or ours: {', '.join(PRESETS)}", choices=PRESETS)
+POOLS = ("default", "mean", "max", "default+mean", "default+max")
+POOL = "default: the backbone's; mean or maximum of the last map; or two side by side"
 EVALUATION_FLAGS = (
     *DATA_FLAGS,
     Flag("image_size", "side of the network's input; default: fits file or images", int, ">= 32"),
-    Flag(
-        "pool",
-        "features: the backbone's own, or mean or maximum of the last map, or two side by side",
-        default="default",
-        choices=("default", "mean", "max", "default+mean", "default+max"),
-    ),
+    Flag("pool", POOL, default="default", choices=POOLS),
 )
 
 
@@ -216,11 +217,17 @@ class Parser(argparse.ArgumentParser):
         return s
 
     def error(self, message: str) -> None:
-        name = next((w for w in message.split() if w.startswith("--")), "").partition("=")[0]
-        if message.startswith("unrecognized") and name:
-            near = difflib.get_close_matches(name, [f"--{flag}" for flag in self.flags], 1)
+        name, kind = message.split()[-1].partition("=")[0], ""
+        if message.startswith("unrecognized"):
+            name = next((w for w in message.split() if w.startswith("--")), name).partition("=")[0]
+            flags = [f"--{flag}" for flag in self.flags]
+            near = [flag for flag in flags if flag.startswith(name)]
+            near = near or difflib.get_close_matches(name, flags, 1, cutoff=0.75)
             hint = f"did you mean {near[0]}?" if near else "--help_all lists all flags"
             message = f"{name} is unknown: {hint}"
+        elif wrong := re.match(r"argument (--\w+): invalid (\w+) value: (.*)", message):
+            name, kind, value = wrong.groups()
+            message = f"{name} needs {KINDS.get(kind, kind)}, not {value}"
         raise UserError(message.removeprefix("argument "))
 
     def show_help(self, values: dict[str, Any], asked: str) -> None:
@@ -229,7 +236,7 @@ class Parser(argparse.ArgumentParser):
             flag = self.flags.get(action.dest)
             if asked == "help" and flag and flag.name not in EVERYDAY:
                 action.help = argparse.SUPPRESS
-            elif flag and (value := values.get(flag.name)) not in (None, False):
+            elif flag and not any((value := values.get(flag.name)) is x for x in (None, False)):
                 shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
                 action.help = f"{flag.help} (default: {shown})".replace("%", "%%")
         self.print_help()
@@ -245,7 +252,7 @@ def training_parser(script: str, doc: str) -> Parser:
         first = {"distillation": [*METHODS["distillation"].flags, PRESET]}
     else:
         names = [name for name in METHODS if name != "distillation"]
-        method = Flag("method", f"{', '.join(names)}; default: the preset's, or emp", choices=names)
+        method = Flag("method", f"{', '.join(names)}; default: the preset's", choices=names)
         first = {"method": [method, PRESET]}
         for flag in dict.fromkeys(flag for name in names for flag in METHODS[name].flags):
             owners = ", ".join(name for name in names if flag in METHODS[name].flags)
@@ -298,9 +305,9 @@ def choose_recipe(typed: dict[str, Any], parser: Parser) -> tuple[str, dict[str,
 def foreign_flag(name: str, method: str, typed: dict[str, Any]) -> str:
     """The sentence that refuses a flag of other methods."""
     owners = [m for m in METHODS if name in {f.name for f in METHODS[m].flags}]
-    chosen = f", not of {method}" if {"method", "preset"} & typed.keys() else ""
     owners = ", ".join(owner for owner in owners if owner != "distillation")
-    return f"--{name} is a flag of {owners}{chosen}: give --method"
+    chosen = {"method", "preset"} & typed.keys()
+    return f"--{name} is a flag of {owners}{f', not of {method}' if chosen else ': give --method'}"
 
 
 # -- Fit -------------------------------------------------------------------------------------------
@@ -313,13 +320,13 @@ def fit_to_data(s: Settings, images: int, side: int, world: int = 1) -> Settings
     """
     if s.global_crops_size is None:
         s = s.fit("global_crops_size", side, "the median side of the images, 224 at most")
-    if s.local_crops_size is None:
-        local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
-        s = s.fit("local_crops_size", local, "3/7 of the global views")
     if "preset" not in s.typed:
         s = METHODS[s.method].fit(s)
         batch = max(min(s.batch_size_per_gpu, images // world), 2)
         s = s.fit("batch_size_per_gpu", batch, f"there are {images} images")
+    if s.local_crops_size is None:
+        local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
+        s = s.fit("local_crops_size", local, "3/7 of the global views, in whole 16s, 32 at least")
     total = s.batch_size_per_gpu * world
     if not (steps := images // total):
         parts = f"{world} x --batch_size_per_gpu {s.batch_size_per_gpu}"
@@ -456,11 +463,8 @@ def open_training_images(s: Settings, ranks: distributed.Ranks) -> tuple[dataset
     source = datasets.open_source(s, ranks.rank)
     source.set_pixel_format(channels=s.in_chans, max_megapixels=s.max_megapixels)
     images = source.pretrain
-    try:
-        side = s.global_crops_size or data.suitable_size(images)
-        s = fit_to_data(s, len(images), side, ranks.world)
-    except UserError as error:
-        raise UserError(f"{source.name}: {error}") from error
+    side = s.global_crops_size or data.suitable_size(images)
+    s = fit_to_data(s, len(images), side, ranks.world)
     images.replace_bad = True
     source.limit_side(2 * s.global_crops_size)  # a crop of a quarter of the area fills its view
     make_output_folder(s.output_dir)

@@ -153,7 +153,9 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(picture_folder
     images = datasets.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=7)
     for batch, indices in zip(
-        data.training_loader(images, batches, workers, pin_memory=False), batches, strict=True
+        data.open_loader(images, workers, batch_sampler=batches, pin_memory=False),
+        batches,
+        strict=True,
     ):
         assert batch.indices.tolist() == indices
         assert torch.equal(batch.images[2, :, :40, :32], images[indices[2]][0])
@@ -178,7 +180,7 @@ def test_cached_images_are_those_of_the_files(picture_folder, workers):
             assert expected == kept
     for loader in (
         data.evaluation_loader(cached, 4, 2),
-        data.training_loader(cached, [[0]], 2, False),
+        data.open_loader(cached, 2, batch_sampler=[[0]], pin_memory=False),
     ):
         assert loader.num_workers == 0
 
@@ -217,8 +219,8 @@ def device_batches(device, picture_folder):
     Image.new("RGB", (50, 20), (10, 200, 30)).save(picture_folder / "train" / "dark" / "wide.png")
     images = datasets.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(images), 5, seed=0, start=2, stop=14)
-    expected = list(data.training_loader(images, batches, 0, pin_memory=False))
-    loader = data.training_loader(images, batches, 0, pin_memory=device.type == "cuda")
+    expected = list(data.open_loader(images, 0, batch_sampler=batches, pin_memory=False))
+    loader = data.open_loader(images, 0, batch_sampler=batches, pin_memory=device.type == "cuda")
     work = torch.randn(2000, 2000, device=device) if device.type == "cuda" else torch.eye(2)
     moved = []
     for batch in data.on_device(loader, device):
@@ -252,9 +254,9 @@ def test_images_cached_on_cuda_give_the_batches_of_the_files(picture_folder):
     device = torch.device("cuda", 0)
     files = datasets.load(str(picture_folder)).pretrain
     batches = data.TrainingBatches(len(files), 5, seed=0, start=0, stop=6)
-    expected = data.training_loader(files, batches, 0, pin_memory=False)
+    expected = data.open_loader(files, 0, batch_sampler=batches, pin_memory=False)
     cached = data.cached(files, "device", device, 0)
-    loader = data.training_loader(cached, batches, 2, pin_memory=False)
+    loader = data.open_loader(cached, 2, batch_sampler=batches, pin_memory=False)
     for batch, theirs in zip(data.on_device(loader, device), expected, strict=True):
         assert batch.images.device == device and batch.indices.tolist() == theirs.indices.tolist()
         assert torch.equal(batch.images.cpu(), theirs.images)

@@ -297,10 +297,10 @@ def test_images_come_through_pipes_where_shared_memory_is_short(
     files = data.ImageFiles(sorted(map(str, picture_folder.rglob("*.png"))))
     batches = data.TrainingBatches(len(files), 5, seed=0, start=0, stop=6)
     monkeypatch.setattr(os, "statvfs", free(2**34))
-    shared = data.training_loader(files, batches, workers, pin_memory=False)
+    shared = data.open_loader(files, workers, batch_sampler=batches, pin_memory=False)
     assert shared.worker_init_fn is data.start_worker
     monkeypatch.setattr(os, "statvfs", free(2**26))
-    piped = data.training_loader(files, batches, workers, pin_memory=False)
+    piped = data.open_loader(files, workers, batch_sampler=batches, pin_memory=False)
     assert (piped.worker_init_fn is data.start_worker_with_pipe) == bool(workers)
     for one, other in zip(shared, piped, strict=True):
         assert isinstance(other, data.Batch) and one.bad == other.bad

@@ -50,7 +50,9 @@ def batches_and_views(images, batch_size=64, epochs=1, local=0, seed=0):
     indices = data.TrainingBatches(len(images), batch_size, seed, 0, steps, 0, 1)
     blur = (0.1, 2 * 32 / 224)
     multicrop = augment.MultiCrop(32, 32, local, (0.2, 1.0), blur_sigma=blur)
-    for step, batch in enumerate(data.training_loader(images, indices, 0, pin_memory=False)):
+    for step, batch in enumerate(
+        data.open_loader(images, 0, batch_sampler=indices, pin_memory=False)
+    ):
         generator = augment.seeded_generator("cpu", 1, seed, step)
         yield batch, multicrop(batch.images, batch.sizes, generator)
 
