@@ -164,7 +164,7 @@ def test_too_many_bad_images_are_a_clear_stop(picture_folder, tmp_path, call_scr
     assert is_one_sentence(
         done,
         r"train.py: error: \d of 32 images cannot be read, more than --max_bad_fraction 0.01; "
-        r"they are named in .*/bad_images.txt, .* the last: cannot read image ",
+        r".*/bad_images.txt lists them: repair them, then delete it; the last: cannot read image ",
     )
     again = call_script("train.py", *stepwise(picture_folder, tmp_path), check=False)
     assert again.returncode == 2 and again.stderr == done.stderr

@@ -149,7 +149,7 @@ def test_another_network_is_refused_whatever_is_accepted(whole, finished, call_s
     before = files(finished)
     flags = stepwise(whole[0], finished, "--arch resnet5m --accept_changes")
     done = call_script("train.py", *flags, check=False)
-    refused = "cannot resume from .*: its --arch mobilevit_xxs, not resnet5m"
+    refused = "cannot resume from .*: its run has arch mobilevit_xxs, not resnet5m: give another"
     assert is_one_sentence(done, refused) and len(done.stderr) < 400
     assert files(finished) == before
 

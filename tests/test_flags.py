@@ -244,7 +244,7 @@ def test_help_shows_the_everyday_flags_first(capsys):
         ("--preset dyno", "--preset dyno is unknown: did you mean dino? choose from emp, small"),
         ("--method din", "--method din is unknown: did you mean dino? choose from emp, dino"),
         ("--arch mobilevits", "--arch mobilevits is unknown: did you mean mobilevit_s? choose"),
-        ("--lr fast", "--lr: invalid float value: 'fast'"),
+        ("--lr fast", "--lr needs a number, not 'fast'"),
         ("--temperature 0.1", "--temperature is a flag of moco, simclr: give --method"),
         ("--momentum_teacher .9", "--momentum_teacher is a flag of dino, byol, moco: give"),
         ("--invariance_weight 2", "--invariance_weight is a flag of mvmr, vicreg: give --method"),

@@ -476,7 +476,7 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
         ),
         (["pixels", "--augment"], "--augment and --pool need backbones"),
         (["pixels", "resnet18", "--pool", "max"], "--augment and --pool need backbones"),
-        (["--from_features", "x.npz", "--pool", "max"], "--pool needs the images"),
+        (["--from_features", "x.npz", "--pool", "max"], "--pool needs the images, which"),
         (["resnet18=a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),
         (["resnet18", "--layer_decay", "0.5"], "--layer_decay goes with --finetune"),
         (["a.pth", "--from_scratch"], "--from_scratch takes names of architectures"),

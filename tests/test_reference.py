@@ -15,21 +15,12 @@ import torch.nn.functional as F
 from conftest import demo_array
 from torch import nn
 
+import lowdino.settings
 import train
-from lowdino import (
-    augment,
-    data,
-    descriptors,
-    distillation,
-    distributed,
-    features,
-    heads,
-    methods,
-    recipes,
-    settings,
-)
+from lowdino import augment, data, descriptors, distillation, features, heads, methods, recipes
 from lowdino.datasets import Source
 from lowdino.distillation import Teacher
+from lowdino.distributed import Ranks
 
 TOLERANCE = dict(rtol=1e-7, atol=1e-9)
 
@@ -59,9 +50,7 @@ def assert_near(own, expected, name):
     torch.testing.assert_close(own, expected, **TOLERANCE, msg=lambda text: f"{name}: {text}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks by hand, over a dict of weights `w`, which holds the running statistics too
-# ---------------------------------------------------------------------------------------------
+# -- Networks by hand, over a dict of weights `w`, which holds the running statistics too ----------
 
 
 def batch_norm(x, w, name):
@@ -132,9 +121,7 @@ def part(state, prefix):
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# The whole DINO step, through the engine
-# ---------------------------------------------------------------------------------------------
+# -- The whole DINO step, through the engine -------------------------------------------------------
 
 BATCH, EPOCH, EPOCHS = 5, 2, 5  # images, steps an epoch, epochs
 SETTINGS = dict(
@@ -180,13 +167,13 @@ def trained_by_engine(folder, **changes):
         method.start, method.seen, method.found = copy.deepcopy(method.state_dict()), [], []
         return method
 
-    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
     source = Source("few images", demo_array(range(BATCH * EPOCH)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "build_backbone", lambda args: Tiny())
-        patch.setattr(settings, "open_training_images", lambda s, ranks: (source, s))
+        patch.setattr(lowdino.settings, "open_training_images", lambda s, ranks: (source, s))
         patch.setattr(train, "METHODS", {"dino": build})
-        return train.run(settings.Settings(values), ranks)
+        return train.run(lowdino.settings.Settings(values), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -355,9 +342,7 @@ def test_dino_steps_tell_mistakes(trained, wrong):
     assert max((own[name] - value).abs().max() for name, value in state.items()) > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------
-# MV-MR
-# ---------------------------------------------------------------------------------------------
+# -- MV-MR -----------------------------------------------------------------------------------------
 
 
 def distance_correlation(x, y):
@@ -442,9 +427,7 @@ def test_mvmr(batch, plain, in_float64, monkeypatch):
     assert_gradients(method, method(views, batch), reference, w)
 
 
-# ---------------------------------------------------------------------------------------------
-# Distillation
-# ---------------------------------------------------------------------------------------------
+# -- Distillation ----------------------------------------------------------------------------------
 
 
 class Frozen(nn.Module):
