@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Pre-train a small backbone without labels, by self-distillation with a momentum teacher (DINO,
-LowDINO, SSLight), the coding rate of many views (EMP-SSL), MV-MR, or what these are compared with.
+LowDINO, SSLight), by the coding rate of many views (EMP-SSL), by MV-MR, or by a baseline.
 
     python train.py --arch mobilevit_xxs --minutes 1.2                      demo images: k-NN 0.72
     torchrun --nproc_per_node=8 train.py --arch mobilevit_s --data_path /path/to/pictures
 
-Methods: emp compares many views with their image's mean, and the batch by its coding rate. dino
-compares distributions over prototypes with those of a teacher; mvmr embeddings with those of the
-plain image and with fixed descriptors, by distance correlation; byol predictions with a teacher's
-projections; moco queries with a key among a queue of others; swav assignments to prototypes,
-swapped between views; simclr each embedding with all others of the batch. vicreg and barlow bring
-two views together, with even variances and no correlations. dino, byol, moco and swav take local
-views too, --local_crops_number, and balance them by --alpha.
+Methods: emp pulls many views to their image's mean and raises the coding rate of the batch. dino
+matches a teacher's distributions over prototypes. mvmr raises the distance correlation with the
+plain image's embedding and with fixed descriptors. Baselines: byol predicts a teacher's
+projections; moco finds the key of its image in a queue; swav predicts the cluster of another view;
+simclr finds the other view in the batch; vicreg and barlow pull two views together and decorrelate.
+dino, byol, moco and swav also take local views (--local_crops_number); --alpha is the weight of
+the global ones.
 """
 
 import torch
@@ -39,12 +39,12 @@ def run(s: Settings, ranks: distributed.Ranks):
 
     # Backbone: random weights or --init, with mean, std and value range of the file or the images.
     backbone = features.build_backbone(s)
-    values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
+    note = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
     images = f"data: {source.name}, {len(source.pretrain)} images"
-    log.say(f"{images}; {views.describe()}{values}", *source.notes)
+    log.say(f"{images}; {views.describe()}{note}", *source.notes)
 
-    # Method: it owns the networks, heads, queues and centres, and its state is all that is saved.
+    # Method: it owns networks, heads, queues and centres; a checkpoint keeps its state_dict().
     steps, epoch_steps = engine.run_length(s, source, ranks)
     method = METHODS[s.method](backbone, s, total_steps=steps, epoch_steps=epoch_steps)
     method = distributed.on_device(method, ranks)

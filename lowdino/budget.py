@@ -224,7 +224,7 @@ def adopt(t, progress, total_steps: int, knn_steps: int) -> None:
     t.log.say(f"plan: {total_steps} step{'s' * (total_steps > 1)} ({epochs:.3g} epochs)")
 
 
-def length(s, progress) -> str:
+def describe_length(s, progress) -> str:
     """The length of a run in words."""
     if s.epochs:
         return f"{s.epochs} epoch{'s' * (s.epochs != 1)}"

@@ -1,13 +1,12 @@
 """The training loop, and the classes around it: checkpoint, evaluation, guard.
 
 Why a resumed run is exact: it computes what the uninterrupted run computes, bit for bit on a CPU,
-because no random number comes from a generator that keeps a state. Each is a function of (stream,
-seed, step, rank); `schedules.Stream` is the one table of streams, which every file uses. So the
-step alone says which images come, how they are cropped and which blocks are dropped, and schedules
-are functions of the step too. Everything else is in the checkpoint: the states of method, optimizer
-and gradient scaler, and the few numbers of `Progress`. Log records later than the checkpoint are
-cut off. What would change the numbers is compared at the start: settings, the weights of --init and
-of a teacher, the images' names, the number of ranks.
+because no generator of random numbers outlives a step. Order, views and dropped blocks are drawn
+anew from (stream, seed, step or epoch, rank); `schedules.Stream` is the one table of streams.
+Schedules are functions of the step too. Everything else is in the checkpoint: the states of method,
+optimizer and gradient scaler, and the few numbers of `Progress`. Log records later than the
+checkpoint are cut off. What would change the numbers is compared at the start: settings, the
+weights of --init and of a teacher, names or pixels of the images, the number of ranks.
 """
 
 import itertools
@@ -23,26 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowdino import (
-    augment,
-    budget,
-    checkpoint,
-    data,
-    datasets,
-    distributed,
-    evaluate,
-    health,
-    optim,
-    pictures,
-    report,
-    schedules,
-    settings,
-)
-from lowdino.budget import Budget, adopt, length
+from lowdino import augment, budget, checkpoint, data, distributed, optim, report, settings
+from lowdino.budget import Budget, adopt, describe_length
+from lowdino.datasets import Source
 from lowdino.distributed import Diverged, UserError, user_errors
+from lowdino.evaluate import knn_accuracy
 from lowdino.features import compute_features, normalisation
+from lowdino.health import Health
 from lowdino.logger import BadImages, Logger
 from lowdino.methods import Method
+from lowdino.pictures import save_views
+from lowdino.schedules import Stream, cosine
 
 LEAST_SCALE = 2.0**-10  # GradScaler starts from 2^16 and halves where float16 overflows
 
@@ -53,7 +43,7 @@ class Training:
 
     settings: settings.Settings
     ranks: distributed.Ranks
-    source: datasets.Source
+    source: Source
     views: augment.MultiCrop
     method: Method
     optimizer: torch.optim.Optimizer
@@ -89,7 +79,7 @@ class Progress:
         return self.step % self.epoch_steps == 0 or self.finished
 
 
-def run_length(s: settings.Settings, source: datasets.Source, ranks) -> tuple[float, int]:
+def run_length(s: settings.Settings, source: Source, ranks) -> tuple[float, int]:
     """Steps of the run, infinity where --minutes are not planned yet, and steps per epoch."""
     epoch_steps = len(source.pretrain) // (s.batch_size_per_gpu * ranks.world)
     return (s.epochs * epoch_steps if s.epochs else math.inf), epoch_steps
@@ -108,8 +98,8 @@ def set_schedules(t: Training, progress: Progress) -> None:
     """Learning rate and weight decay of every group, as functions of the step."""
     s, step, total = t.settings, progress.step, progress.total_steps
     warmup = round(s.warmup_epochs * progress.epoch_steps)
-    lr = schedules.cosine(step, total, peak_lr(s, t.ranks.world), s.min_lr, warmup)
-    weight_decay = schedules.cosine(step, total, s.weight_decay, s.weight_decay_end)
+    lr = cosine(step, total, peak_lr(s, t.ranks.world), s.min_lr, warmup)
+    weight_decay = cosine(step, total, s.weight_decay, s.weight_decay_end)
     for group in t.optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -117,7 +107,7 @@ def set_schedules(t: Training, progress: Progress) -> None:
 
 def make_views(t: Training, batch: data.Batch, step: int) -> list[Tensor]:
     """The views of a batch, (B, C, S, S) each, drawn from the step alone."""
-    stream, device = schedules.Stream.VIEWS, t.ranks.device
+    stream, device = Stream.VIEWS, t.ranks.device
     generator = augment.seeded_generator(device, stream, t.settings.seed, step, t.ranks.rank)
     views = t.views(batch.images, batch.sizes, generator)
     return [view.contiguous(memory_format=torch.channels_last) for view in views]
@@ -128,7 +118,7 @@ def forward(t: Training, model: nn.Module, views: list[Tensor], batch: data.Batc
     device, amp = t.ranks.device.type, t.settings.amp
     # torch.manual_seed seeds all devices, in half a millisecond; a CPU needs its generator only.
     seed = torch.default_generator.manual_seed if device == "cpu" else torch.manual_seed
-    seed(augment.derived_seed(schedules.Stream.DROP_PATH, t.settings.seed, step, t.ranks.rank))
+    seed(augment.derived_seed(Stream.DROP_PATH, t.settings.seed, step, t.ranks.rank))
     with torch.autocast(device, budget.AUTOCAST[amp], enabled=amp != "none"):
         return model(views, batch, step)
 
@@ -169,8 +159,8 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
         method.before_step(progress.step)
         norms = optim.clip_gradients_by_parameter(parameters, t.settings.clip_grad)
 
-        # The one exchange between ranks, so that all do the same: is a step not finite, an image
-        # bad, a signal there, a new plan due?
+        # One all-reduce of four flags, so that all ranks decide alike: is the loss not finite, an
+        # image bad, a signal there, a new plan of --minutes due?
         events = [*guard.events(loss, norms, batch), signals.seen, minutes.is_due()]
         not_finite, bad, stopping, replanning = distributed.any_rank(events, t.ranks.device)
         if bad:
@@ -178,7 +168,7 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
         if not_finite:
             guard.undo(model, views, batch, progress)
         else:
-            guard.update(loss, progress)
+            guard.take_step(loss, progress)  # the optimizer, then the momentum teacher
         progress.step += 1
 
         # Log; save before an evaluation, which may take long; stop; evaluate; keep to --minutes.
@@ -202,7 +192,7 @@ def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evalu
     Returns an iterator of batches on the device, and the `budget.Budget`.
     """
     s, log = t.settings, t.log
-    log.health = health.Health(t.method.out_dim, t.method.remedy)
+    log.health = Health(t.method.out_dim, t.method.remedy)
     if s.compile:
         # In place, so that names stay; an evaluation calls the backbone alone, uncompiled.
         for name in ("student", "teacher"):
@@ -212,7 +202,8 @@ def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evalu
     # A plan of the checkpoint is kept.
     minutes = Budget(s.minutes if progress.total_steps is None else None, s.started)
     if progress.finished:
-        log.say(f"already finished: {length(s, progress)}; give another --output_dir to train")
+        trained = describe_length(s, progress)
+        log.say(f"already finished: {trained}; give another --output_dir to train")
     else:
         batches = open_batches(t, progress)
         batch = next(batches)
@@ -229,7 +220,8 @@ def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evalu
         facts = {"world": t.ranks.world, "total_steps": progress.total_steps}
         facts["run"] = report.facts(t.method, t.source, t.ranks.device)
         log.say(*settings.write(Path(s.output_dir) / "args.json", t.settings, facts))
-        log.say(f"{s.optimizer}, peak learning rate {peak_lr(s, t.ranks.world):.4g}")
+        others = f", {optim.MUON_OTHERS:g} of biases and norms" * (s.optimizer == "muon")
+        log.say(f"{s.optimizer}, peak learning rate {peak_lr(s, t.ranks.world):.4g}{others}")
     evaluator.before_first_step()
     t.method.train()
     log.clock.restart()
@@ -439,7 +431,7 @@ class Evaluator:
             compute_features(backbone, images, s.global_crops_size, t.ranks, workers=s.num_workers)
             for images in (t.source.train, t.source.test)
         )
-        self.last_knn = evaluate.knn_accuracy(train, test, s.nb_knn, t.source.classes)
+        self.last_knn = knn_accuracy(train, test, s.nb_knn, t.source.classes)
         self.minutes.evaluated(time.perf_counter() - begun)
         accuracy = f"k-NN (k={s.nb_knn}) of the {t.method.evaluated.replace('_', ' ')}"
         t.log.say(f"epoch {progress.epoch}: {accuracy} {self.last_knn:.4f}{self.knn_note()}")
@@ -460,7 +452,7 @@ class Evaluator:
         if self.progress.step == 0 and self.t.ranks.first:
             path = Path(self.t.settings.output_dir) / "crops.png"
             with user_errors(), checkpoint.atomic(path) as file:
-                pictures.save_views(file, views, *normalisation(self.t.method.backbone))
+                save_views(file, views, *normalisation(self.t.method.backbone))
 
     def finish(self, bad_images: BadImages) -> None:
         """The last lines of the log."""
@@ -470,7 +462,7 @@ class Evaluator:
             before = "" if first is None else f", {first:.4f} before the first"
             accuracy = f"k-NN (k={t.settings.nb_knn}) accuracy: {self.last_knn:.4f}"
             note = self.knn_note() if t.log.clock.steps else ""
-            t.log.say(f"{accuracy} after {length(t.settings, progress)}{before}{note}")
+            t.log.say(f"{accuracy} after {describe_length(t.settings, progress)}{before}{note}")
         if t.log.clock.steps:
             t.log.say(f"health: {t.log.health.verdict()}")
             if known := bad_images.known:
@@ -479,7 +471,7 @@ class Evaluator:
 
 
 class StepGuard:
-    """Undoes a step that is not finite and names its images; counts images that are bad."""
+    """Takes a step, or undoes one that is not finite and names its images; counts bad images."""
 
     def __init__(self, t: Training):
         s, self.t = t.settings, t
@@ -508,7 +500,7 @@ class StepGuard:
         total = loss if self.t.scaler.is_enabled() else loss + norms.sum()
         return [~total.isfinite(), bool(self.bad_images.unknown(batch.bad))]
 
-    def update(self, loss: Tensor, progress: Progress) -> None:
+    def take_step(self, loss: Tensor, progress: Progress) -> None:
         """The optimizer's step, and the method's after it."""
         t, step = self.t, progress.step
         t.scaler.step(t.optimizer)

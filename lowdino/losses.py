@@ -1,6 +1,7 @@
-"""Losses of self-distillation and of distillation, in float32 whatever autocast says.
+"""Losses of DINO, EMP-SSL, MV-MR and distillation, in float32 whatever autocast says.
 
-They are exact across ranks: two with B images each, their gradients averaged, equal one with 2 B.
+They are exact across ranks: the mean gradient of two ranks with B images each is that of one rank
+with 2 B images.
 """
 
 from collections.abc import Callable, Sequence
@@ -381,6 +382,7 @@ class DistanceCorrelation(nn.Module):
         dCor(x, y)^2 = <A, B> / (|A| |B|),   A and B the centred distances of the rows of x and y
     It is 0 for independent features and 1 for proportional distances. `correlation` is MV-MR's
     equation 2, `centred_distances` A of equation 3, with the biased (V-statistic) mean.
+    `MVMRLoss` uses these two, to compute each matrix of distances once.
     forward(x, y): (n, D), (n, E) -> dCor over all ranks; 0, without gradient, if rows are equal.
     """
 
@@ -406,8 +408,8 @@ class MVMRLoss(nn.Module):
 
     With z the embeddings of the plain views, z' those of the augmented views and r_1 .. r_M fixed
     descriptors of the plain views:
-        L1 = invariance * mean (z - z')^2 + variance * [v(z) + v(z')]                     (eq. 4-7)
-             v(z) = mean_d max(0, margin - sqrt(var(z_d) + eps))
+        L1 = invariance * mean (z - z')^2 + variance * [v(z) + v(z')]                  (eq. 4, 7)
+             v(z) = mean_d max(0, margin - sqrt(var(z_d) + eps))                       (eq. 5, 6)
         L2 = dependence * (1 - dCor(z, z'))                                               (eq. 8)
         L3 = representation * sum_m (1 - dCor(z', r_m))                                   (eq. 9)
         L = L1 + L2 + L3                                                                  (eq. 10)

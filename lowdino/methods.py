@@ -110,9 +110,10 @@ def shared(*names: str) -> tuple[Flag, ...]:
 class Method(nn.Module):
     """Base of all methods: a module that owns networks, heads, queues and centres.
 
-    Its `state_dict()` is all that a checkpoint needs of it. `args` has the values of `flags`, see
-    `recipes.options`. Where `total_steps` is infinity, schedules stay at their start; where
-    `epoch_steps` is 0, nothing lasts for some epochs.
+    A sub-class is built as Class(backbone, args, total_steps, epoch_steps). `student.backbone` is
+    its backbone, and `terms` the parts of its loss. A checkpoint needs its `state_dict()` alone.
+    `args` has the values of `flags`, see `recipes.options`. Where `total_steps` is infinity,
+    schedules stay at their start; where `epoch_steps` is 0, nothing lasts for some epochs.
     """
 
     name: str  # of --method
@@ -323,7 +324,7 @@ class DINO(Method):
 
 
 def teacher_temperature(method: Method, step: int) -> float:
-    """T_t, linear over its warm-up."""
+    """T_t, linear over its warm-up in steps; the official code has one value per epoch."""
     args = method.args
     warmup = round(args.warmup_teacher_temp_epochs * method.epoch_steps)
     return schedules.linear(step, warmup, args.warmup_teacher_temp, args.teacher_temp)

@@ -242,7 +242,9 @@ class Muon(torch.optim.Optimizer):
         return [self.state[p][name] for p in parameters]
 
 
-MUON_OTHERS = 2e-3  # AdamW's peak rate for biases, norms and heads beside Muon, in recipe "small"
+MUON_OTHERS = (
+    2e-3  # AdamW's peak rate for biases, norms, gains and tokens beside Muon, as in "small"
+)
 
 
 def build(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:

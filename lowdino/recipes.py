@@ -1,9 +1,11 @@
 """Every recipe, one complete row each: all that decides what a training computes.
 
-`--preset NAME` takes a row. Without --preset a method takes the first row that is its own, and the
-default method is that of the first row, EMP-SSL. `--preset sslight` of a ViT is `sslight_vit`,
-`--preset lowdino --arch resnet5m` is `lowdino_resnet5m`. Flags that are typed win over the row.
-None is fitted to the images, and so are `epochs` without --preset, see `settings.fit_to_data`.
+`--preset NAME` takes a row. Without it a method takes its first row: `--method dino` is `small`,
+and `--preset dino` is the paper's. The default is the first row of all, EMP-SSL. `--preset sslight`
+of a ViT is `sslight_vit`, `--preset lowdino --arch resnet5m` is `lowdino_resnet5m`. Flags that are
+typed win over the row. A size of None is chosen by the images, and without --preset the epochs are
+too; a momentum of None by the number of steps, see `settings.fit_to_data`. An `alpha` of None is
+the mean over all pairs of views.
 
 The first row on 1.3 million images of 224 pixels and eight GPUs: 8 views of 64 images per GPU, 512
 images and 4,096 views per step, 2,502 steps per epoch, 30 epochs, which cost as much as 58 of
@@ -213,10 +215,11 @@ RECIPES = {
         variance_weight=1.0, dependence_weight=1.0, representation_weight=1.0,
     ),
     # The papers' settings for ImageNet and ResNet-50, or those of their code where the two differ.
-    # Their batch of 4,096 is 64 GPUs of 64 images. Colours, blur and solarisation are DINO's, which
-    # BYOL, VICReg and Barlow Twins have too; MoCo, SwAV and SimCLR blur every view with probability
-    # 0.5, solarise none, and have jitter of 0.4 0.4 0.4 0.1 (MoCo) and 0.8 0.8 0.8 0.2. Biases and
-    # norms neither decay nor get LARS's rates; MoCo's code decays them, that of SwAV does both.
+    # Batches of 4,096 (BYOL, SimCLR) or 2,048 (VICReg, Barlow Twins) are 64 or 32 GPUs of 64
+    # images. Colours, blur and solarisation are DINO's, which BYOL, VICReg and Barlow Twins have
+    # too; MoCo, SwAV and SimCLR blur every view with probability 0.5, solarise none, and have
+    # jitter of 0.4 0.4 0.4 0.1 (MoCo) and 0.8 0.8 0.8 0.2. Biases and norms neither decay nor get
+    # LARS's rates; MoCo's code decays them, that of SwAV does both.
     # Grill et al. (2020), with 1,000 epochs.
     "byol": dict(
         method=BYOL, epochs=1000, batch_size_per_gpu=64, drop_path_rate=0.1,
@@ -314,7 +317,9 @@ def preset_for(name: str, arch: str) -> str:
 
 
 def options(method: str, **given) -> SimpleNamespace:
-    """Settings of a method for one's own loop: those of its paper, but for those given.
+    """Settings of a method for one's own loop, by the row of its name, but for those given.
+
+    That is its paper's row. `emp` and `distillation` have only ours.
 
     MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views. A
     ValueError for an unknown method.

@@ -373,10 +373,8 @@ def write(folders: Sequence[str | Path], output: Path) -> Path:
 class Reporter:
     """Keeps the pictures and the report of a run up to date, on its first rank.
 
-    `due` says when to draw the pictures again: they take at most SHARE of the time.
-
-    Args:
-        size: side of the views that the network knows.
+    `due` says when to draw the pictures again: they take at most SHARE of the time. `size` is the
+    side of the views that the network knows.
     """
 
     SHARE = 1 / 50

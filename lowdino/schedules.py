@@ -1,6 +1,7 @@
 """Schedules and random streams: functions of the step, so that a resumed run needs only its step.
 
-Each random number is a function of (stream, seed, step, rank), by `augment.derived_seed`.
+`augment.derived_seed` makes a seed of a stream, --seed and what else decides: see `Stream`. Initial
+weights follow from --seed alone.
 """
 
 import math
@@ -8,7 +9,7 @@ from enum import IntEnum
 
 
 class Stream(IntEnum):
-    """The one table of random streams, with the numbers that decide a draw of each."""
+    """The one table of random streams: what each draws, and the numbers that decide it."""
 
     ORDER = 0  # of the images in an epoch: seed, epoch
     VIEWS = 1  # of a training without labels: seed, step, rank

@@ -53,7 +53,9 @@ class Settings:
         """The settings with a value that follows from others; what was typed stays."""
         if name in self.typed or self.values[name] == value:
             return self
-        reasons = (*self.reasons, f"{name} {value}: {reason}")
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        others = (line for line in self.reasons if not line.startswith(f"{name} "))
+        reasons = (*others, f"{name} {shown}: {reason}")
         return dataclasses.replace(self, values=self.values | {name: value}, reasons=reasons)
 
 
@@ -99,7 +101,7 @@ TRAINING_FLAGS = {
         Flag("epochs", "default: 30 epochs, at least 2,000 steps", int, ">= 1"),
         Flag("minutes", "length of the run in minutes, in place of --epochs", float, "> 0"),
         Flag("batch_size_per_gpu", "batch size per process", int, ">= 2"),
-        Flag("lr", "peak learning rate, for a total batch of --lr_reference_batch", float, ">= 0"),
+        Flag("lr", "peak learning rate; times total batch / lr_reference_batch", float, ">= 0"),
         Flag("lr_reference_batch", LINEAR_SCALING, int, ">= 0"),
         Flag("warmup_epochs", "epochs over which the learning rate rises", float, ">= 0"),
         Flag("min_lr", "learning rate at the end of its cosine", float, ">= 0"),
@@ -326,7 +328,9 @@ def fit_to_data(s: Settings, images: int, side: int, world: int = 1) -> Settings
         s = s.fit("batch_size_per_gpu", batch, f"there are {images} images")
     if s.local_crops_size is None:
         local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
-        s = s.fit("local_crops_size", local, "3/7 of the global views, in whole 16s, 32 at least")
+        reason = "3/7 of the global views, in whole 16s, 32 at least"
+        fit = s.fit("local_crops_size", local, reason)
+        s = fit if s.local_crops_number else s.replace(local_crops_size=local)
     total = s.batch_size_per_gpu * world
     if not (steps := images // total):
         parts = f"{world} x --batch_size_per_gpu {s.batch_size_per_gpu}"
@@ -349,12 +353,11 @@ def fit_epochs(s: Settings, epochs: float) -> Settings:
     few. It is at most a tenth of the run, or its share where that is more. A UserError where a
     warm-up is longer than the run.
     """
-    values = {}
-    for name in {*IN_EPOCHS} & s.values.keys() - s.typed:
+    for name in filter(s.values.__contains__, IN_EPOCHS):
         share = s.row[name] / s.row["epochs"]
         value = s.row[name] if "epochs" in s.typed else max(s.row[name], epochs * share)
-        values[name] = min(value, epochs * max(share, 0.1))
-    s = s.replace(**values)
+        value = min(value, epochs * max(share, 0.1))
+        s = s.fit(name, value, f"{value / epochs:.2g} of the run")
     if s.values.get("teacher_update") == "epoch" and epochs < 1:
         raise UserError(f"--teacher_update epoch needs an epoch, there is time for {epochs:.2g}")
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
@@ -409,8 +412,8 @@ def check_evaluation(s) -> str | None:
 
 # -- Settings on disk ------------------------------------------------------------------------------
 
-# A resumed run may change these: they do not change what is computed. A teacher and an --init are
-# compared by their weights, wherever their files lie.
+# A resumed run may change these: they decide where and how it computes, not what (rounding may
+# differ). A teacher and an --init are compared by their weights, wherever their files lie.
 FREE = {
     "teacher", "cache_teacher", "output_dir", "data_path", "data_root", "download", "labels",
     "device", "num_workers", "cache", "compile", "log_freq", "knn_freq", "saveckp_freq",
@@ -437,11 +440,8 @@ def write(path: Path, settings: Settings, facts: dict) -> list[str]:
     with checkpoint.atomic(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
     typed = ", ".join(f"{name}={settings.values[name]}" for name in names) or "nothing"
-    return [
-        f"recipe {settings.recipe}; typed: {typed}",
-        *settings.reasons,
-        f"{path} has all settings",
-    ]
+    recipe = f"recipe {settings.recipe}; typed: {typed}"
+    return [recipe, *settings.reasons, f"{path} has all settings"]
 
 
 def make_output_folder(path: str) -> Path:

@@ -220,7 +220,7 @@ def test_help_shows_the_defaults_that_the_other_flags_leave(flags, expected, cap
     with pytest.raises(SystemExit):
         parsed(flags)
     words = " ".join(capsys.readouterr().out.split())
-    assert f"peak learning rate, for a total batch of --lr_reference_batch {expected}" in words
+    assert f"peak learning rate; times total batch / lr_reference_batch {expected}" in words
 
 
 def test_help_shows_the_everyday_flags_first(capsys):
