@@ -173,18 +173,18 @@ class MoCo(ProjectionMethod):
         ema.update(*self.weights, teacher_momentum(self, step))
 
     @classmethod
-    def check(cls, args):
-        if args.batch_size_per_gpu < 4:
-            batch = args.batch_size_per_gpu
+    def check(cls, s):
+        if s.batch_size_per_gpu < 4:
+            batch = s.batch_size_per_gpu
             return f"--batch_size_per_gpu must be at least 4, as moco splits it, not {batch}"
-        if args.momentum_teacher is None:
+        if s.momentum_teacher is None:
             return "--method moco has a fixed --momentum_teacher, such as 0.999, not none"
-        return check_queue(args) or super().check(args)
+        return check_queue(s) or super().check(s)
 
 
-def check_queue(args) -> str | None:
+def check_queue(s) -> str | None:
     """Whether the queue holds a batch: a batch that did not fit would lose keys."""
-    batch, size = args.batch_size_per_gpu, args.queue_size
+    batch, size = s.batch_size_per_gpu, s.queue_size
     if size < batch:
         return f"--queue_size {size} is smaller than a batch, --batch_size_per_gpu {batch}"
     return None
@@ -253,9 +253,9 @@ class SwAV(ProjectionMethod):
             self.prototypes.zero_grad()
 
     @classmethod
-    def check(cls, args):
-        wrong = check_queue(args) if args.queue_size > 0 else None
-        return wrong or super().check(args)
+    def check(cls, s):
+        wrong = check_queue(s) if s.queue_size > 0 else None
+        return wrong or super().check(s)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -280,11 +280,11 @@ class TwoViews(ProjectionMethod):
         raise NotImplementedError
 
     @classmethod
-    def check(cls, args):
-        if args.local_crops_number:
-            number = args.local_crops_number
+    def check(cls, s):
+        if s.local_crops_number:
+            number = s.local_crops_number
             return f"--method {cls.name} compares two views: --local_crops_number 0, not {number}"
-        return super().check(args)
+        return super().check(s)
 
 
 class SimCLR(TwoViews):
@@ -332,10 +332,10 @@ class VICReg(TwoViews):
         return {n: w * term for n, w, term in zip(names, weights, vicreg(a, b))}
 
     @classmethod
-    def check(cls, args):
-        if not any((args.invariance_weight, args.variance_weight, args.covariance_weight)):
+    def check(cls, s):
+        if not any((s.invariance_weight, s.variance_weight, s.covariance_weight)):
             return "--method vicreg has nothing to learn: all three of its weights are 0"
-        return super().check(args)
+        return super().check(s)
 
 
 def vicreg(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

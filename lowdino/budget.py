@@ -155,7 +155,7 @@ class Budget:
     """
 
     def __init__(self, minutes: float | None, started: float, every: int | None = None):
-        self.plans, self.seconds = minutes is not None, 60 * (minutes or 0)
+        self.planning, self.seconds = minutes is not None, 60 * (minutes or 0)
         self.evaluation = self.report = 0.0  # seconds of one evaluation, and of the last report
         self.end = started + self.seconds - UNTIMED
         self.every = every
@@ -198,7 +198,7 @@ class Budget:
 
     def is_due(self) -> bool:
         """Whether a tenth of the minutes has passed since the last plan."""
-        return self.plans and time.perf_counter() - self.mark[1] > self.seconds / 10
+        return self.planning and time.perf_counter() - self.mark[1] > self.seconds / 10
 
     def correction(self, step: int, total: int) -> tuple[int, int] | None:
         """Another plan, where `total` steps would end late, or much too early."""

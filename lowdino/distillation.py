@@ -384,53 +384,53 @@ class Distillation(Method):
         return s
 
     @classmethod
-    def check(cls, args):
-        weights, objectives = args.objective_weight, " ".join(args.objective)
-        if not args.teacher:
+    def check(cls, s):
+        weights, objectives = s.objective_weight, " ".join(s.objective)
+        if not s.teacher:
             return "--teacher names the network or features to learn from: give it"
-        if len(set(args.objective)) < len(args.objective):
+        if len(set(s.objective)) < len(s.objective):
             return f"--objective names one twice: {objectives}"
-        if weights and len(weights) != len(args.objective):
+        if weights and len(weights) != len(s.objective):
             return f"--objective_weight needs a number for each of {objectives}, not {weights}"
-        return check_objectives(args) or check_teacher(args)
+        return check_objectives(s) or check_teacher(s)
 
 
-def check_objectives(args) -> str | None:
+def check_objectives(s) -> str | None:
     """What is wrong between the flags of the objectives, in one sentence, or None."""
     for objective, names in OF_OBJECTIVE.items():
-        if objective not in args.objective and (foreign := args.typed & {*names}):
-            given = f"not of {' '.join(args.objective)}"
+        if objective not in s.objective and (foreign := s.typed & {*names}):
+            given = f"not of {' '.join(s.objective)}"
             return f"--{min(foreign)} is a flag of --objective {objective}, {given}"
-    number = args.global_crops_number
-    if "dino" in args.objective and {"preset", "global_crops_number"} & args.typed and number != 2:
+    number = s.global_crops_number
+    if "dino" in s.objective and {"preset", "global_crops_number"} & s.typed and number != 2:
         return f"--objective dino takes --global_crops_number 2, not {number}"
-    no_classifier = args.teacher_head == "none"
-    if args.kd_weight < 1 and no_classifier:
+    no_classifier = s.teacher_head == "none"
+    if s.kd_weight < 1 and no_classifier:
         return "--kd_weight below 1 weighs labels against kd's logits: it needs a --teacher_head"
-    if args.match == "pool" and not no_classifier:
+    if s.match == "pool" and not no_classifier:
         return "--match pool goes with --teacher_head none: a classifier's logits have one width"
-    if not no_classifier and not {"kd", "simkd"} & {*args.objective}:
+    if not no_classifier and not {"kd", "simkd"} & {*s.objective}:
         return "--teacher_head is used by --objective kd and simkd, and neither is given"
     return None
 
 
-def check_teacher(args) -> str | None:
+def check_teacher(s) -> str | None:
     """What is wrong between the flags of the teacher, in one sentence, or None."""
-    is_file, head = args.teacher.endswith((".npy", ".npz")), args.teacher_head
-    if args.teacher in lowdino.ARCHS:
-        return f"--teacher {args.teacher} would have random weights: give {args.teacher}=FILE"
+    is_file, head = s.teacher.endswith((".npy", ".npz")), s.teacher_head
+    if s.teacher in lowdino.ARCHS:
+        return f"--teacher {s.teacher} would have random weights: give {s.teacher}=FILE"
     if is_file and head == "file":
         return "--teacher_head file needs a teacher's file of weights, not one of features"
-    if is_file and head == "train" and "kd" not in args.objective:
+    if is_file and head == "train" and "kd" not in s.objective:
         return "--teacher_head train with a file of features is of use to --objective kd alone"
-    if is_file and "dino" in args.objective:
+    if is_file and "dino" in s.objective:
         return "--objective dino needs the teacher's head: give a checkpoint.pth of --method dino"
-    if "dino" in args.objective and args.cache_teacher:
+    if "dino" in s.objective and s.cache_teacher:
         return "--objective dino needs the teacher's logits for every view: no --cache_teacher"
-    if is_file and (args.cache_teacher or args.teacher_size):
+    if is_file and (s.cache_teacher or s.teacher_size):
         return "--cache_teacher and --teacher_size need a teacher that is a network, not a file"
-    if args.cache_teacher and not args.cache_teacher.endswith(".npy"):
-        return f"--cache_teacher should end in .npy, not {args.cache_teacher}"
+    if s.cache_teacher and not s.cache_teacher.endswith(".npy"):
+        return f"--cache_teacher should end in .npy, not {s.cache_teacher}"
     return None
 
 

@@ -209,10 +209,10 @@ def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evalu
         batch = next(batches)
         batches = itertools.chain([batch], batches)
         t.method.train()
-        if s.amp == "auto" or minutes.plans:
+        if s.amp == "auto" or minutes.planning:
             pace = budget.time_steps(t, lambda: try_step(t, progress, model, batch))
-        if minutes.plans:
-            evaluator.time(minutes)
+        if minutes.planning:
+            evaluator.measure(minutes)
             plan = minutes.plan(progress.step, pace)
             adopt(t, progress, *distributed.gather_objects(plan)[0])
     checkpointer.compared["amp"] = t.settings.amp
@@ -392,7 +392,7 @@ class Evaluator:
         regular = progress.knn_steps and progress.step % progress.knn_steps == 0
         return self.labelled and (progress.finished or bool(regular))
 
-    def time(self, minutes: Budget) -> None:
+    def measure(self, minutes: Budget) -> None:
         """Tell a plan how long evaluation and report take, and keep telling it."""
         t, self.minutes = self.t, minutes
         if "knn_freq" in t.settings.typed:

@@ -130,14 +130,14 @@ class Method(nn.Module):
         self.args, self.total_steps, self.epoch_steps = args, total_steps, epoch_steps
 
     @classmethod
-    def check(cls, args) -> str | None:
+    def check(cls, s) -> str | None:
         """The first contradiction between flags, in one sentence, or None."""
-        if cls.pairs_views and args.global_crops_number != 2:
-            given = args.global_crops_number
+        if cls.pairs_views and s.global_crops_number != 2:
+            given = s.global_crops_number
             return f"--method {cls.name} takes --global_crops_number 2, not {given}"
         # Without either flag `fit` sets the number of local views.
-        known = {"local_crops_number", "preset"} & args.typed
-        if getattr(args, "alpha", None) is not None and not args.local_crops_number and known:
+        known = {"local_crops_number", "preset"} & s.typed
+        if getattr(s, "alpha", None) is not None and not s.local_crops_number and known:
             return "--alpha balances global against local views, and --local_crops_number is 0"
         return None
 
@@ -407,15 +407,15 @@ class MVMR(ProjectionMethod):
         return mean_terms(self) | feature_metrics(self.last)
 
     @classmethod
-    def check(cls, args):
-        if args.local_crops_number:
-            given = args.local_crops_number
+    def check(cls, s):
+        if s.local_crops_number:
+            given = s.local_crops_number
             return f"--method mvmr has one augmented view: give --local_crops_number 0, not {given}"
-        if len(set(args.descriptors)) < len(args.descriptors):
-            return f"--descriptors names one twice: {' '.join(args.descriptors)}"
-        if not any(getattr(args, name) for name in MVMR_WEIGHTS):
+        if len(set(s.descriptors)) < len(s.descriptors):
+            return f"--descriptors names one twice: {' '.join(s.descriptors)}"
+        if not any(getattr(s, name) for name in MVMR_WEIGHTS):
             return "--method mvmr has nothing to learn: all four of its weights are 0"
-        return super().check(args)
+        return super().check(s)
 
 
 def plain_view(batch: data.Batch, size: int, backbone: nn.Module) -> Tensor:
@@ -463,7 +463,7 @@ class EMP(ProjectionMethod):
         return s
 
     @classmethod
-    def check(cls, args):
-        if args.global_crops_number + args.local_crops_number < 2:
+    def check(cls, s):
+        if s.global_crops_number + s.local_crops_number < 2:
             return "--method emp compares views of an image: give --global_crops_number 2 or more"
         return None
