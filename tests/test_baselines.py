@@ -339,7 +339,7 @@ RANKS = textwrap.dedent("""
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     sys.path.insert(0, {root!r})
-    from lowdino import distributed, methods
+    from lowdino import distributed, recipes
 
     class Flat(nn.Module):  # without batch norm, whose statistics each rank has for itself
         embed_dim = 6
