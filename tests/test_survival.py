@@ -36,7 +36,7 @@ from runs import (
 )
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from lowdino import distributed, evaluate
+from lowdino import distributed, engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def signalled_while_evaluating(flags):
 
     Prints the exit status.
     """
-    calls, accuracy = [], evaluate.knn_accuracy
+    calls, accuracy = [], engine.knn_accuracy
 
     def interrupt(*args):
         calls.append(None)
@@ -86,7 +86,7 @@ def signalled_while_evaluating(flags):
             terminate()
         return accuracy(*args)
 
-    evaluate.knn_accuracy = interrupt
+    engine.knn_accuracy = interrupt
     print(ended(forked(flags)))
 
 
@@ -196,7 +196,7 @@ def test_ranks_that_find_different_steps_say_so_before_the_first(
     errors = re.findall("^train.py: error: .*", "".join(errors), re.MULTILINE)
     assert all(process.returncode for process in processes) and len(errors) == 2
     for folder in (tmp_path / "0", tmp_path / "1"):
-        said = f"different steps in --output_dir {folder} (3, 2): every machine needs to see"
+        said = f"checkpoints of steps 3, 2 in --output_dir {folder}: every machine needs to see"
         assert sum(said in error for error in errors) == 1
     assert (tmp_path / "0" / "checkpoint.pth").read_bytes() == before
     assert (tmp_path / "0" / "log.jsonl").read_bytes() == log
