@@ -142,7 +142,7 @@ def test_changed_settings_are_accepted_by_a_flag(whole, finished, call_script):
     done = call_script("train.py", *more, "--accept_changes")
     assert changed in done.stdout and saved_step(finished) == 18
     fewer = call_script("train.py", *flags, "--epochs", 1, "--accept_changes", check=False)
-    assert is_one_sentence(fewer, "has made 18 steps, and now 6 are asked for")
+    assert is_one_sentence(fewer, "it has made 18 steps, and 6 are asked for")
 
 
 def test_another_network_is_refused_whatever_is_accepted(whole, finished, call_script):

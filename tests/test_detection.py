@@ -269,7 +269,7 @@ def test_pictures_without_boxes_are_negatives():
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
 def test_a_detector_learns_two_scenes_by_heart(kind):
     source = scenes(2, 2, masks=kind == "mask_rcnn")
-    subject = subject_of(source=source, size=96, steps=100, lr=[1e-3], detector=kind)
+    subject = subject_of(source=source, size=96, steps=150, lr=[1e-3], detector=kind)
     scores = detection.evaluate(subject, detection.train(subject, [0, 1], 0))
     assert set(scores) == {"boxes", *["masks"] * (kind == "mask_rcnn")}
     assert all(score.ap50 > 0.9 for score in scores.values())
