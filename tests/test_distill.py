@@ -197,7 +197,8 @@ def test_dino_objective_takes_the_head_of_a_run(
     arch, use_bn, picture_folder, tmp_path, call_script
 ):
     run, out = tmp_path / "run", tmp_path / "out"
-    head = f"--method dino --out_dim 16 --hidden_dim 32 --use_bn_in_head {use_bn} --norm_last_layer false"
+    head = f"--out_dim 16 --hidden_dim 32 --use_bn_in_head {use_bn} --norm_last_layer false"
+    head = f"--method dino {head}"
     flags = student("--epochs 1 --warmup_epochs 0 --local_crops_number 0 --knn_freq 0 " + head)
     call_script("train.py", *flags, *options(data_path=picture_folder, output_dir=run))
     flags = student(teacher=run / "checkpoint.pth", data_path=picture_folder)
