@@ -12,12 +12,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import VOCDetection
 
-from lowdino import demo, image_io
+from lowdino import demo, distributed, image_io
 from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, PixelFormat
 
@@ -389,13 +388,8 @@ def open_voc(
             hint = "the download failed" if fetch else hint
             raise UserError(f"voc{year}, {split}, under {root}: {hint}") from error
 
-    ranks_wait = download and dist.is_initialized()
-    if ranks_wait and rank != 0:
-        dist.barrier()
-    opened = [open_split(split) for split in splits]
-    if ranks_wait and rank == 0:
-        dist.barrier()
-    return opened
+    with distributed.first_rank_before_others(rank, download):
+        return [open_split(split) for split in splits]
 
 
 def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> BoxSource:

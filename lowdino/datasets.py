@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torchvision import datasets as torchvision_datasets
 
-from lowdino import demo, image_io
+from lowdino import demo, distributed, image_io
 from lowdino.data import ImageArray, ImageFiles
 from lowdino.distributed import UserError, user_errors
 from lowdino.schedules import Stream
@@ -439,13 +438,8 @@ def load(
     folder or list (see `read_table`), and `test_fraction` of each class is held out by `seed`.
     """
     if source in NAMED:
-        ranks_wait = download and dist.is_initialized()
-        if ranks_wait and rank != 0:
-            dist.barrier()
-        named = NAMED[source](root, download and rank == 0)
-        if ranks_wait and rank == 0:
-            dist.barrier()
-        return named
+        with distributed.first_rank_before_others(rank, download):
+            return NAMED[source](root, download and rank == 0)
     path, file = Path(source), Path(table) if table is not None else None
     rows = read_table(file) if file else []
     if path.is_file():

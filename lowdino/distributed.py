@@ -258,6 +258,17 @@ def any_rank(flags: list[bool | Tensor], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
+@contextmanager
+def first_rank_before_others(rank: int, wait: bool) -> Iterator[None]:
+    """With `wait`, rank 0 works inside first, on a download say, and the others after it."""
+    wait = wait and dist.is_initialized()
+    if wait and rank != 0:
+        dist.barrier()
+    yield
+    if wait and rank == 0:
+        dist.barrier()
+
+
 def gather_objects(item: object) -> list:
     """Each rank's object, on all ranks, in their order."""
     items = [item]
