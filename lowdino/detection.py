@@ -29,8 +29,6 @@ from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
 FLAGS = ("detector", "steps", "layer_decay")
-
-
 MAX_NORM = 10.0  # limit of the gradient's norm
 
 

@@ -305,15 +305,11 @@ def measure(subject: linear.Subject) -> dict:
     def learn(indices: Sequence[int], seed: int, _: str) -> tuple[dict, str]:
         if linear.trains_network(args):
             network = finetune(subject, indices, seed)
+            logits_of = lambda x: network(x)["out"]
         else:
             rows = [used.index(i) for i in indices]
             layer = fit_linear_layer(subject, maps, square_masks, rows, seed)
-
-        def logits_of(x: Tensor) -> Tensor:
-            if linear.trains_network(args):
-                return network(x)["out"]
-            return layer(maps_of(backbone, x, args.maps), (size, size))
-
+            logits_of = lambda x: layer(maps_of(backbone, x, args.maps), (size, size))
         iou = evaluate(subject, logits_of)
         return {"mean_iou": iou}, f"mean IoU {iou:.4f}"
 

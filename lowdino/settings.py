@@ -329,8 +329,8 @@ def fit_to_data(s: Settings, images: int, side: int, world: int = 1) -> Settings
     if s.local_crops_size is None:
         local = max(round(s.global_crops_size * 3 / 7 / 16) * 16, 32)
         reason = "3/7 of the global views, in whole 16s, 32 at least"
-        fit = s.fit("local_crops_size", local, reason)
-        s = fit if s.local_crops_number else s.replace(local_crops_size=local)
+        with_reason = s.fit("local_crops_size", local, reason)
+        s = with_reason if s.local_crops_number else s.replace(local_crops_size=local)
     total = s.batch_size_per_gpu * world
     if not (steps := images // total):
         parts = f"{world} x --batch_size_per_gpu {s.batch_size_per_gpu}"
