@@ -94,10 +94,10 @@ def run(s: Settings, ranks: distributed.Ranks):
 
     # The student's backbone, and its views, which the teacher sees too.
     backbone = features.build_backbone(s)
-    values = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
+    note = data.fit_backbone_to_images(s, backbone, source, checkpointer.saved)
     views = data.build_views(s, backbone).to(ranks.device)
     images = f"data: {source.name}, {len(source.pretrain)} images"
-    log.say(f"{images}; {views.describe()}{values}", *source.notes)
+    log.say(f"{images}; {views.describe()}{note}", *source.notes)
 
     # The teacher's features of the whole images, and its classifier, where they are asked for.
     if s.cache_teacher:

@@ -393,7 +393,7 @@ class Evaluator:
         return self.labelled and (progress.finished or bool(regular))
 
     def measure(self, minutes: Budget) -> None:
-        """Tell a plan how long evaluation and report take, and keep telling it."""
+        """Measure how long evaluation and report take, and tell the plan, now and later."""
         t, self.minutes = self.t, minutes
         if "knn_freq" in t.settings.typed:
             minutes.every = self.progress.knn_steps
