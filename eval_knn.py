@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Weighted k-NN accuracy of a backbone, of its random initialisation or of raw pixels (Wu et al.,
-2018; DINO).
+"""Weighted k-NN accuracy of a backbone, of its random initialisation, of raw pixels or of a patch
+dictionary (Wu et al., 2018; DINO).
 
     python eval_knn.py --weights output/backbone.pth --data_path /path/with/train/and/val
     python eval_knn.py --arch mobilevit_xxs      random weights: the floor under every figure
-    python eval_knn.py --pixels                  no network at all: the other floor
+    python eval_knn.py --pixels                  no network at all: the second floor
+    python eval_knn.py --patches                 a dictionary of patches, k-means alone: the third
 """
 
 import os
@@ -24,6 +25,7 @@ FOREIGN = {
     "from_features": ("features", "neighbours"),
     "maps": ("features", "neighbours", "map"),
     "pixels": ("pool",),
+    "patches": ("pool",),
     "propagate": ("pool", "nb_knn", "temperature", "map", "maps", "features", "neighbours"),
 }
 
@@ -33,11 +35,13 @@ FLAGS = {
         Flag("weights", "backbone.pth, or another file that load_backbone reads", metavar="FILE"),
         Flag("arch", "backbone; without --weights at random values", choices=lowdino.ARCHS),
         Flag("pixels", "classify by raw pixels instead of a backbone", bool),
+        Flag("patches", "classify by responses to a dictionary of the images' patches", bool),
         Flag("from_features", "classify by an .npz that --features wrote", metavar="FILE"),
     ),
     "what is measured": (
         Flag("nb_knn", "numbers of neighbours", int, ">= 1", [10, 20, 100, 200], nargs="+"),
         Flag("temperature", "of the votes, exp(cosine / temperature)", float, default=0.07),
+        Flag("whiten", "also with features half-whitened by the training images", bool),
         Flag("map", "also the mean average precision of retrieval by class", bool),
         Flag("features", "also write features, labels and names to this .npz", metavar="FILE"),
         Flag("neighbours", "also write a picture of nearest training images", metavar="FILE"),
@@ -58,13 +62,12 @@ def get_parser() -> settings.Parser:
 
 def check(args: settings.Settings) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    if args.pixels + bool(args.weights or args.arch) + bool(args.from_features) != 1:
-        return (
-            "give a backbone, --weights FILE or --arch NAME, or else --pixels or --from_features "
-            "FILE"
-        )
+    given = args.pixels, args.patches, args.weights or args.arch, args.from_features
+    if sum(map(bool, given)) != 1:
+        others = "--pixels, --patches or --from_features FILE"
+        return f"give a backbone, --weights FILE or --arch NAME, or else {others}"
     for mode, done in (("maps", "written"), ("propagate", "measured")):
-        if getattr(args, mode) and (args.pixels or args.from_features):
+        if getattr(args, mode) and (args.pixels or args.patches or args.from_features):
             return f"--{mode} needs a backbone, --weights or --arch, and is {done} alone"
     for mode, foreign in FOREIGN.items():
         for name in foreign:
@@ -93,8 +96,8 @@ def check(args: settings.Settings) -> str | None:
 
 def open_model(args: settings.Settings) -> tuple[str, torch.nn.Module]:
     """The title and the network of the model that the flags name."""
-    name = "pixels" if args.pixels else "=".join(filter(None, (args.arch, args.weights)))
-    return open_network(name, args.seed)
+    floor = "pixels" if args.pixels else "patches" if args.patches else None
+    return open_network(floor or "=".join(filter(None, (args.arch, args.weights))), args.seed)
 
 
 def read_features(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:
@@ -174,6 +177,19 @@ def propagate(args, ranks: distributed.Ranks) -> None:
     print(f"label propagation: mean IoU {iou:.4f}, of labels that stay {still:.4f}")
 
 
+def print_accuracies(args, train: Features, test: Features, what: str = "") -> None:
+    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
+    for k in args.nb_knn:
+        scores = evaluate.knn_classify(
+            train.features, train.labels, test.features, k, args.temperature, classes
+        )
+        accuracy = evaluate.accuracy(scores, test.labels)
+        line = f"k-NN (k={min(k, len(train.labels))}){what} top-1 {accuracy:.4f}"
+        if classes > 5:
+            line += f" top-5 {evaluate.accuracy(scores, test.labels, top=5):.4f}"
+        print(line, flush=True)
+
+
 def run(args: settings.Settings, ranks: distributed.Ranks) -> None:
     if args.propagate:
         return propagate(args, ranks)
@@ -181,16 +197,11 @@ def run(args: settings.Settings, ranks: distributed.Ranks) -> None:
     if splits is None:
         return
     train, test = splits
-    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
-    for k in args.nb_knn:
-        scores = evaluate.knn_classify(
-            train.features, train.labels, test.features, k, args.temperature, classes
-        )
-        accuracy = evaluate.accuracy(scores, test.labels)
-        line = f"k-NN (k={min(k, len(train.labels))}) top-1 {accuracy:.4f}"
-        if classes > 5:
-            line += f" top-5 {evaluate.accuracy(scores, test.labels, top=5):.4f}"
-        print(line, flush=True)
+    print_accuracies(args, train, test)
+    if args.whiten:
+        layer = features.whitening_layer(train.features)
+        rows = (part._replace(features=layer(part.features)) for part in (train, test))
+        print_accuracies(args, *rows, " of half-whitened features")
     if args.map:
         print(f"retrieval mAP {evaluate.retrieval_map(train, test):.4f}")
 

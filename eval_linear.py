@@ -9,8 +9,8 @@ the labels.
     python eval_linear.py output/backbone.pth --task detection --data_path demo_scenes
 
 A MODEL is a backbone.pth of train.py, a state dict of DINO's or DINOv2's ViT, an architecture's
-name (random weights), ARCH=FILE for a plain state dict such as timm's or torchvision's, or pixels.
-Several models give one table.
+name (random weights), ARCH=FILE for a plain state dict such as timm's or torchvision's, or a floor:
+pixels, or patches for a dictionary of patches. Several models give one table.
 """
 
 import json
@@ -76,7 +76,7 @@ FLAGS = {
 
 
 def get_parser() -> settings.Parser:
-    help = "backbone.pth, architecture, ARCH=FILE or pixels"
+    help = "backbone.pth, architecture, ARCH=FILE, pixels or patches"
     models = Flag("models", help, default=(), nargs="*")
     return settings.Parser("eval_linear.py", __doc__, FLAGS, [models])
 

@@ -48,6 +48,9 @@ def run(s: Settings, ranks: distributed.Ranks):
     steps, epoch_steps = engine.run_length(s, source, ranks)
     method = METHODS[s.method](backbone, s, total_steps=steps, epoch_steps=epoch_steps)
     method = distributed.on_device(method, ranks)
+    if not checkpointer.saved:  # which has the patch dictionary
+        workers = s.num_workers
+        log.say(*features.fit_dictionaries(method, source.pretrain, ranks, workers, s.seed))
 
     # Optimizer: biases and norms do not decay; the learning rate is set at every step.
     optimizer = optim.build(s.optimizer, method, s.lr, ranks.device)

@@ -42,7 +42,8 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
             DINO's ResNet-50, torchvision's ConvNets, timm's MobileViT.
         arch: name of the architecture, needed for the file of a ConvNet that does not name it.
 
-    It also has `arch` and, where the file has them, `image_size`, `value_range` and `epoch`. Its
+    It also has `arch` and, where the file has them, `image_size`, `value_range`, `epoch` and
+    `whitening`, a linear layer that half-whitens its features (else an identity). Its
     input, as `open_image` makes it, is float images in [0, 1], resized to about `image_size`, minus
     `mean`, over `std`. A UserError says that the file is missing, damaged or of another kind.
     """
@@ -65,6 +66,9 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
         backbone.mean, backbone.std = (0.0,) * channels, (1.0,) * channels
     elif backbone.mean is None:  # ImageNet's, averaged over RGB
         backbone.mean, backbone.std = (0.449,) * channels, (0.226,) * channels
+    if "whitening" in content:
+        backbone.whitening = nn.Linear(*content["whitening"]["weight"].shape).requires_grad_(False)
+        backbone.whitening.load_state_dict(content["whitening"])
     for key in content.keys() & {"image_size", "value_range", "epoch"}:
         setattr(backbone, key, content[key])
     return backbone.eval()

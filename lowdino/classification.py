@@ -26,7 +26,7 @@ from torch import Tensor
 from lowdino import evaluate, linear, probe, settings
 from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
-from lowdino.features import compute_features, open_images
+from lowdino.features import FLOORS, compute_features, open_images
 from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
@@ -51,10 +51,11 @@ def check(args: Settings) -> str | None:
         return "--solver lbfgs has no learning rate; leave --lr out"
     if network and len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
         return "the whole network is trained with one --lr and one --weight_decay"
-    if network and (args.pool != "default" or "pixels" in args.models):
-        return "the whole network is trained without --pool, and pixels have none"
-    if "pixels" in args.models and (args.augment or args.pool != "default"):
-        return "--augment and --pool need backbones; pixels has none"
+    floors = " and ".join(sorted(FLOORS & {*args.models}))
+    if network and (args.pool != "default" or floors):
+        return f"the whole network is trained without --pool, and {floors or 'it'} has none"
+    if floors and (args.augment or args.pool != "default"):
+        return f"--augment and --pool need backbones; {floors} has none"
     if not 0 < args.val_fraction < 1:
         return f"--val_fraction must lie between 0 and 1, not {args.val_fraction}"
     return linear.check_network_training(args) or settings.check_evaluation(args)

@@ -16,8 +16,9 @@ dino         distributions of all views over the teacher's prototypes follow the
 
 A teacher is a backbone.pth, a state dict of DINO's or DINOv2's ViT, ARCH=FILE for another plain
 state dict, a checkpoint.pth of train.py (with its head, where its method is dino), MODULE:FUNCTION
-that returns a network, or a .npy or .npz of its features. It sees the student's global views; or
---cache_teacher FILE.npy keeps its features of the whole images, see `features.cached_features`.
+that returns a network, a .npy or .npz of its features, or "patches", a dictionary of the images'
+patches. It sees the student's global views; or --cache_teacher FILE.npy keeps its features of the
+whole images, see `features.cached_features`.
 """
 
 import hashlib
@@ -35,7 +36,13 @@ from torch import Tensor, nn
 import lowdino
 from lowdino import checkpoint, data, datasets, distributed, ema, evaluate, losses, methods, probe
 from lowdino.distributed import UserError, user_errors
-from lowdino.features import CHUNK, compute_teacher_features, normalisation, open_network
+from lowdino.features import (
+    CHUNK,
+    compute_teacher_features,
+    fit_dictionaries,
+    normalisation,
+    open_network,
+)
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 from lowdino.methods import Flag, Method, feature_metrics, mean_terms, plain_view, shared
 
@@ -124,7 +131,10 @@ def open_teacher(s, source: datasets.Source, ranks: distributed.Ranks) -> Teache
     path = path if arch in lowdino.ARCHS else s.teacher
     content: dict = {}
     head = center = None
-    if not os.path.isfile(path) and ":" in path:
+    if path == "patches":
+        name, backbone = open_network(path)
+        fit_dictionaries(backbone, source.pretrain, ranks, s.num_workers, s.seed)
+    elif not os.path.isfile(path) and ":" in path:
         name, backbone = path, imported(path)
     else:
         with user_errors():
@@ -304,6 +314,7 @@ class Distillation(Method):
     """
 
     name = "distillation"
+    whitens = True
     flags = (
         Flag("teacher", "the network or features to learn from"),
         Flag("objective", "what to match, see below", choices=OBJECTIVES, nargs="+"),

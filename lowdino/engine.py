@@ -27,7 +27,7 @@ from lowdino.budget import Budget, adopt, describe_length
 from lowdino.datasets import Source
 from lowdino.distributed import Diverged, UserError, user_errors
 from lowdino.evaluate import knn_accuracy
-from lowdino.features import compute_features, normalisation
+from lowdino.features import compute_features, normalisation, sampled, whitening_layer
 from lowdino.health import Health
 from lowdino.logger import BadImages, Logger
 from lowdino.methods import Method
@@ -182,6 +182,8 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
         if replanning and not progress.finished:
             minutes.replan(t, progress)
     signals.held = False
+    if method.whitens:
+        checkpointer.save_whitening(t, progress, evaluator.whitening)
     evaluator.finish(guard.bad_images)
     return method
 
@@ -374,6 +376,24 @@ class Checkpointer:
         # Written last: a run that is killed earlier resumes from the checkpoint before.
         checkpoint.save_checkpoint(self.folder, content)
 
+    @user_errors()
+    def save_whitening(self, t: Training, progress: Progress, layer: nn.Linear | None) -> None:
+        """Half-whiten the features of the last backbone.pth, by a sample's where there is no layer.
+
+        The backbone itself stays as it was trained.
+        """
+        s, path, backbone = t.settings, self.folder / "backbone.pth", t.method.backbone
+        if path.exists() and "whitening" in checkpoint.load(path):
+            return
+        if layer is None:
+            images, size = sampled(t.source.pretrain, s.seed), s.global_crops_size
+            rows = compute_features(backbone, images, size, t.ranks, workers=s.num_workers)
+            layer = whitening_layer(rows.features)
+        if self.ranks.first:
+            backbone.whitening = layer
+            checkpoint.save_backbone(path, backbone, s.arch, s.global_crops_size, progress.epoch)
+            backbone.whitening = nn.Identity()
+
 
 class Evaluator:
     """k-NN accuracy and report: before the first step, when due, and at the end."""
@@ -384,6 +404,7 @@ class Evaluator:
         self.labelled = t.source.test is not None and s.knn_freq > 0
         self.minutes = Budget(None, 0.0)  # the plan, which must know how long evaluations take
         self.last_knn: float | None = None
+        self.whitening: nn.Linear | None = None  # of the last evaluation
         self.reporter = report.Reporter(Path(s.output_dir), s.global_crops_size, t.ranks.device)
 
     def is_due(self) -> bool:
@@ -431,11 +452,18 @@ class Evaluator:
             compute_features(backbone, images, s.global_crops_size, t.ranks, workers=s.num_workers)
             for images in (t.source.train, t.source.test)
         )
-        self.last_knn = knn_accuracy(train, test, s.nb_knn, t.source.classes)
+        self.last_knn = plain = knn_accuracy(train, test, s.nb_knn, t.source.classes)
+        words = ""
+        if t.method.whitens:
+            self.whitening = whitening_layer(train.features)
+            train, test = (x._replace(features=self.whitening(x.features)) for x in (train, test))
+            self.last_knn = knn_accuracy(train, test, s.nb_knn, t.source.classes)
+            words = f" ({plain:.4f} not whitened)"
         self.minutes.evaluated(time.perf_counter() - begun)
         accuracy = f"k-NN (k={s.nb_knn}) of the {t.method.evaluated.replace('_', ' ')}"
-        t.log.say(f"epoch {progress.epoch}: {accuracy} {self.last_knn:.4f}{self.knn_note()}")
-        t.log.record(step=progress.step, epoch=progress.epoch, knn=self.last_knn)
+        t.log.say(f"epoch {progress.epoch}: {accuracy} {self.last_knn:.4f}{words}{self.knn_note()}")
+        values = dict(knn=self.last_knn, plain_knn=plain)
+        t.log.record(step=progress.step, epoch=progress.epoch, **values)
         self.report((train, test))
 
     def report(self, features=None, page: bool = True) -> None:

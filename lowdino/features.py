@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,21 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import lowdino
-from lowdino import augment, checkpoint, data, datasets, distributed, evaluate
+from lowdino import (
+    augment,
+    checkpoint,
+    data,
+    datasets,
+    descriptors,
+    distributed,
+    evaluate,
+    losses,
+    probe,
+    schedules,
+)
 from lowdino.distributed import Ranks, UserError, user_errors
+from lowdino.heads import Projector
+from lowdino.schedules import Stream
 
 Images = data.ImageArray | data.ImageFiles
 
@@ -63,11 +77,14 @@ def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, .
 def open_network(name: str, seed: int = 0) -> tuple[str, nn.Module]:
     """Open a network by name: its title and the module; a UserError where there is none.
 
-    `name` is "pixels"; an architecture, for its random initialisation by `seed`; a file that
-    `lowdino.load_backbone` reads; or ARCH=FILE, for a plain state dict of a ConvNet.
+    `name` is "pixels" or "patches", which learn nothing; an architecture, for its random
+    initialisation by `seed`; a file that `lowdino.load_backbone` reads; or ARCH=FILE, for a plain
+    state dict of a ConvNet.
     """
     if name == "pixels":
         return "raw pixels", RawPixels()
+    if name == "patches":
+        return "patch dictionary", descriptors.PatchDictionary()
     arch, equals, weights = name.partition("=")
     torch.manual_seed(seed)
     if arch in lowdino.ARCHS and not equals:
@@ -91,6 +108,7 @@ def build_backbone(s) -> nn.Module:
     is_vit = s.arch in lowdino.vit.ARCHS
     if s.init:
         backbone = lowdino.load_backbone(s.init, s.arch).train()
+        backbone.whitening = nn.Identity()  # that of the weights before training
         if is_vit and (size := backbone.patch_size) != s.patch_size:
             raise UserError(f"--init {s.init} has patches of {size} px: give --patch_size {size}")
     else:
@@ -103,6 +121,9 @@ def build_backbone(s) -> nn.Module:
     if is_vit:
         backbone.set_drop_path_rate(s.drop_path_rate)
     return backbone
+
+
+FLOORS = {"pixels", "patches"}  # networks that learn nothing
 
 
 # -- Features --------------------------------------------------------------------------------------
@@ -134,7 +155,10 @@ def open_images(
     remark = data.fit_images_to_backbone(args, backbone, source)
     if remark and ranks.first:
         print(f"{source.name}{remark}")
-    return source, size, data.loader_processes(source.pretrain, args.num_workers)
+    workers = data.loader_processes(source.pretrain, args.num_workers)
+    if isinstance(backbone, descriptors.PatchDictionary):
+        fit_dictionaries(backbone, source.pretrain, ranks, workers, getattr(args, "seed", 0))
+    return source, size, workers
 
 
 def compute_rank_features(
@@ -171,6 +195,114 @@ def compute_features(
     features = evaluate.Features(*rows, names)
     check_finite(features.features, "features")
     return features
+
+
+def whitening_layer(features: Tensor) -> nn.Linear:
+    """A layer that half-whitens such features (N, D), (B, D) -> (B, D); see `probe.HalfWhitening`.
+
+    Cosines of whitened features hear all directions, not only those of the largest variance.
+    """
+    scaler, D = probe.HalfWhitening(features), features.shape[1]
+    layer = nn.Linear(D, D, device=features.device).requires_grad_(False)
+    layer.weight.copy_(scaler.matrix.T)
+    layer.bias.copy_(-scaler.mean @ scaler.matrix)
+    return layer
+
+
+# -- The patch dictionary --------------------------------------------------------------------------
+
+SAMPLE = 10_000  # images that a dictionary and a whitening are fitted to
+
+
+def sampled(images: Images, seed: int) -> Subset:
+    """At most SAMPLE of the images, drawn by the seed."""
+    generator = augment.seeded_generator("cpu", Stream.SAMPLE, seed)
+    chosen = torch.randperm(len(images), generator=generator)[:SAMPLE]
+    return Subset(images, chosen.sort().values.tolist())
+
+
+def sample_pixels(images: Images, channels: int, seed: int, ranks: Ranks, workers=0) -> Tensor:
+    """The sampled images reduced to 32 x 32 pixels, (n, C, 32, 32) in [0, 1], on every rank."""
+    pixels = RawPixels()
+    pixels.mean, pixels.std = (0.0,) * channels, (1.0,) * channels
+    rows = compute_features(pixels, sampled(images, seed), 32, ranks, workers=workers).features
+    return rows.clamp(0, 1).view(-1, channels, 32, 32)
+
+
+def crop_recall(network: nn.Module, images: Tensor, seed: int = 0, most: int = 1000) -> float:
+    """A score without labels: how often a crop's nearest features are those of the same image.
+
+    Two crops, of half the area or more, with other colours, are made of each of `most` images
+    (N, C, S, S) in [0, 1]. The share of second crops whose nearest first crop is of their image.
+    """
+    images = (images[:most] * 255).round().to(torch.uint8)
+    size, (mean, std) = images.shape[-1], normalisation(network)
+    crops = augment.MultiCrop(
+        size, size, 0, (0.5, 1.0), blur=(0, 0, 0), solarize=0, mean=mean, std=std
+    )
+    sizes = torch.tensor([[size, size]], device=images.device).expand(len(images), 2)
+    generator = augment.seeded_generator(images.device, Stream.CROPS, seed)
+    training = network.training
+    with torch.no_grad():
+        views = crops.to(images.device)(images, sizes, generator)
+        first, second = (torch.cat([network.eval()(x) for x in v.split(250)]) for v in views)
+    network.train(training)
+    _, nearest = evaluate.nearest_neighbours(first, second, k=1)
+    return (nearest[:, 0].cpu() == torch.arange(len(images))).float().mean().item()
+
+
+class PatchStart(nn.Module):
+    """A loss to begin any method with: views follow the similarities of a patch dictionary.
+
+    The teacher of `losses.SimilarityLoss` is `descriptors.PatchDictionary` of the plain image. The
+    weight falls on a cosine, from `weight` at the first step to 0 at the end of the run. Without a
+    weight there are no parameters and no loss.
+    """
+
+    def __init__(self, backbone: nn.Module, weight: float):
+        super().__init__()
+        self.weight = weight
+        if weight:
+            self.dictionary = descriptors.PatchDictionary(len(backbone.mean))
+            width = self.dictionary.embed_dim
+            self.projector = Projector(backbone.embed_dim, max(backbone.embed_dim, width), width)
+            self.loss = losses.SimilarityLoss(width, teacher_temp=0.1)
+            self.register_buffer("useful", torch.tensor(True))
+
+    def forward(self, features: Tensor, batch: data.Batch | None, step: int, total_steps: float):
+        """The weighted loss, a scalar, for features (V B, D) of V views of a batch."""
+        if not self.weight:
+            return 0.0
+        normal = self.dictionary.mean, self.dictionary.std
+        images = augment.central_view(batch.images, batch.sizes, 32, *normal)
+        loss = self.loss(self.projector(features), self.dictionary(images))
+        weight = schedules.cosine(step, total_steps, self.weight, 0.0)
+        return weight * self.useful * loss
+
+
+def fit_dictionaries(
+    module: nn.Module, images: Images, ranks: Ranks, workers=0, seed=0
+) -> list[str]:
+    """Fit the patch dictionaries of a network or method, on all ranks alike; lines for the log.
+
+    One that recognises no more crops than the untrained backbone does is left out of a method's
+    loss. Without dictionaries nothing is done.
+    """
+    known = [part for part in module.modules() if isinstance(part, descriptors.PatchDictionary)]
+    if not known:
+        return []
+    begun, module = time.perf_counter(), module.to(ranks.device)
+    pixels = sample_pixels(images, len(known[0].mean), seed, ranks, workers)
+    for dictionary in known:
+        dictionary.fit(pixels, seed)
+    line = f"patch dictionary of {len(pixels)} images in {time.perf_counter() - begun:.0f} s"
+    if start := getattr(module, "start", None):
+        score, floor = (crop_recall(net, pixels) for net in (start.dictionary, module.backbone))
+        start.useful.fill_(score > floor)
+        line += f"; by it {score:.1%} of crops find their image, by random weights {floor:.1%}"
+        line += ", so the run does without it" * (score <= floor)
+    distributed.broadcast_buffers(module)
+    return [line]
 
 
 # -- The cache of a teacher's features -------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lowdino
 from lowdino import augment, checkpoint, data, distributed, image_io, optim, probe, schedules
 from lowdino.distributed import Diverged, UserError, user_errors
-from lowdino.features import Pooled, normalisation, open_network
+from lowdino.features import FLOORS, Pooled, normalisation, open_network
 from lowdino.schedules import Stream
 
 # The grids of the linear classifier. Half-whitened features suit them whatever the network.
@@ -68,7 +68,7 @@ def check_network_training(args) -> str | None:
 
 def check_dense(args) -> str | None:
     """The first error in the flags that segmentation and detection share, or None."""
-    if not args.models or "pixels" in args.models:
+    if not args.models or FLOORS & {*args.models}:
         return f"--task {args.task} needs one backbone or more"
     if len(args.lr or [0]) * len(args.weight_decay or [0]) > 1:
         return f"--task {args.task} takes one --lr and one --weight_decay"

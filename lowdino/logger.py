@@ -42,7 +42,7 @@ class Log:
         self.bar, self.drawn = "", -self.EVERY  # on the cursor's line; when it was drawn
 
     def say(self, *lines: str) -> None:
-        if self.active:
+        if self.active and lines:
             self.show("")
             print(*lines, sep="\n", flush=True)
 

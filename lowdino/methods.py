@@ -10,9 +10,10 @@
         optimizer.step()
         method.after_step(step)
 
-`options` is in recipes.py. MV-MR and distillation also take the batch that the views are cut from:
-method(views, batch, step). This file has DINO, MV-MR and EMP-SSL; `baselines.py` has the methods
-that they are compared with. A new method is one class and one row in recipes.py.
+`options` is in recipes.py. MV-MR, distillation and `patches_weight` also need the batch that the
+views are cut from, method(views, batch, step), and patch dictionaries to be fitted to images. This
+file has DINO, MV-MR and EMP-SSL; `baselines.py` has the methods that they are compared with. A
+new method is one class and one row in recipes.py.
 """
 
 import difflib
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdino import augment, data, descriptors, distributed, ema, health, losses, schedules
+from lowdino.features import PatchStart
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 
 # -- Flags -----------------------------------------------------------------------------------------
@@ -94,6 +96,7 @@ SHARED = (
     Flag("freeze_last_layer", "epochs in which the prototypes stay fixed", float, ">= 0"),
     Flag("temperature", "temperature of the softmax over keys or classes", float, "> 0"),
     Flag("queue_size", "embeddings in the queue; 0: no queue", int, ">= 0"),
+    Flag("patches_weight", "weight of a patch dictionary's similarities, fading", float, ">= 0"),
     Flag("invariance_weight", "weight of the mean square between views", float, ">= 0"),
     Flag("variance_weight", "weight of the hinge on standard deviations", float, ">= 0"),
 )
@@ -122,6 +125,7 @@ class Method(nn.Module):
     out_dim: int | None = None  # K, where outputs are distributions over K prototypes
     remedy = "lower --lr"  # against collapsed embeddings, for `health.Health`
     momentum_rises = True  # of the EMA, to 1
+    whitens = False  # the features of the finished backbone, by `features.whitening_layer`
     pairs_views = True  # needs two global views, each to be compared with the other
     terms: dict[str, Tensor] = {}  # scalars of the last loss, for metrics() and the log
 
@@ -289,6 +293,7 @@ class DINO(Method):
         *shared("alpha"),
         Flag("koleo_weight", "weight of the KoLeo regulariser (DINOv2: 0.1)", float, ">= 0"),
         Flag("infonce_weight", "weight of InfoNCE at the start, fading to 0", float, ">= 0"),
+        *shared("patches_weight"),
     )
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
@@ -298,6 +303,7 @@ class DINO(Method):
         self.student = MultiViewNetwork(backbone, DINOHead(backbone.embed_dim, *shape))
         self.teacher = ema.make_teacher(self.student)  # a copy without gradients
         self.weights = ema.paired_parameters(self.teacher, self.student)  # theta_t, theta_s
+        self.start = PatchStart(backbone, args.patches_weight)
         self.loss = losses.DINOLoss(
             args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha
         )
@@ -310,6 +316,7 @@ class DINO(Method):
         loss = self.loss.pairs(s.chunk(len(views)), P_t.chunk(2))  # equation 3
         self.loss.update_center(t)  # equation 4
         self.terms, self.last = {"cross_entropy": loss.detach()}, (step, features.detach(), P_t)
+        loss = loss + self.start(features, batch, step, self.total_steps)
         return loss + regularizers(self, features.chunk(len(views)), z.chunk(len(views)), step)
 
     def before_step(self, step=0):
@@ -431,29 +438,32 @@ class EMP(ProjectionMethod):
     """Extreme multi-patch learning (EMP-SSL; Tong et al., 2023): many views of few images.
 
     The embeddings of an image's views should be near their mean, and those of the batch should have
-    the largest coding rate. There is no teacher and no contrast.
+    the largest coding rate. There is no teacher and no contrast; a patch dictionary begins it.
     """
 
     name = "emp"
-    pairs_views = False
+    whitens, pairs_views = True, False
     remedy = "lower --cosine_weight, or --lr"
     views_per_step = 512  # on a rank, where the number of views is typed
     flags = (
         *shared("projector"),
         Flag("cosine_weight", "weight of the cosine to the image's mean", float, ">= 0"),
         Flag("rate_eps", "squared precision of the coding rate", float, "> 0"),
+        *shared("patches_weight"),
     )
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(backbone, args, total_steps, epoch_steps)
         self.loss = losses.CodingRateLoss(args.cosine_weight, args.rate_eps)
+        self.start = PatchStart(backbone, args.patches_weight)
 
     def forward(self, views, batch=None, step=0):
         features, outputs = self.student(views)
         z = outputs["projector"].unflatten(0, (len(views), -1))  # (V, B, d)
         cosine, rate = self.loss(z)
         self.keep(step, features, outputs["projector"], views, cosine=cosine, coding_rate=rate)
-        return self.loss.total(cosine, rate)
+        patches = self.start(features, batch, step, self.total_steps)  # fading
+        return self.loss.total(cosine, rate) + patches
 
     @classmethod
     def fit(cls, s):

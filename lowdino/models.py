@@ -3,7 +3,8 @@
 Every backbone keeps one contract, for any H, W >= 32, odd and non-square sizes included:
     embed_dim                       width of the pooled features
     mean, std                       the normalisation that its weights expect, ImageNet's by default
-    forward((B, 3, H, W))           -> (B, embed_dim), the mean over the last feature map
+    forward((B, 3, H, W))           -> (B, embed_dim), the mean over the last feature map, through
+                                    `whitening`: identity, or the affine map of a trained file
     forward_features((B, 3, H, W))  -> (B, embed_dim, h, w), the last feature map
     forward_pyramid((B, 3, H, W))   -> the feature maps for detectors, of pyramid_strides (4 to 32;
                                     ResNet5M 4 to 16) and pyramid_dims channels, the finest first
@@ -188,7 +189,7 @@ class MobileViT(nn.Module):
 
     def __init__(self, dims: tuple, transformer_dims: tuple, embed_dim: int, expansion: float):
         super().__init__()
-        self.embed_dim = embed_dim
+        self.embed_dim, self.whitening = embed_dim, nn.Identity()
         d1, d2, d3, d4, d5 = dims
         self.pyramid_strides, self.pyramid_dims = (4, 8, 16, 32), (d2, d3, d4, embed_dim)
         t3, t4, t5 = transformer_dims
@@ -242,7 +243,7 @@ class MobileViT(nn.Module):
         return [*maps[:-1], self.final_conv(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_features(x).mean(dim=(2, 3))
+        return self.whitening(self.forward_features(x).mean(dim=(2, 3)))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -286,7 +287,7 @@ class ResNet5M(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed_dim = 512
+        self.embed_dim, self.whitening = 512, nn.Identity()
         self.pyramid_strides, self.pyramid_dims = (4, 8, 16), (64, 128, 512)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -311,7 +312,7 @@ class ResNet5M(nn.Module):
         return self.forward_pyramid(x)[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_features(x).mean(dim=(2, 3))
+        return self.whitening(self.forward_features(x).mean(dim=(2, 3)))
 
 
 # -- Networks of torchvision, with its parameter names ---------------------------------------------
@@ -322,7 +323,7 @@ class ResNet(torchvision.models.ResNet):
 
     def __init__(self, block: type, layers: list[int]):
         super().__init__(block, layers)
-        self.embed_dim = self.fc.in_features
+        self.embed_dim, self.whitening = self.fc.in_features, nn.Identity()
         self.fc = nn.Identity()
         self.pyramid_strides = 4, 8, 16, 32
         self.pyramid_dims = tuple(self.embed_dim // n for n in (8, 4, 2, 1))
@@ -337,7 +338,7 @@ class ResNet(torchvision.models.ResNet):
         return self.forward_pyramid(x)[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_features(x).mean(dim=(2, 3))
+        return self.whitening(self.forward_features(x).mean(dim=(2, 3)))
 
 
 class MobileNet(nn.Module):
@@ -348,7 +349,7 @@ class MobileNet(nn.Module):
     def __init__(self, features: nn.Sequential, ends: tuple[int, ...]):
         super().__init__()
         self.features, self.ends = features, ends
-        self.embed_dim = features[-1].out_channels
+        self.embed_dim, self.whitening = features[-1].out_channels, nn.Identity()
         self.pyramid_strides = 4, 8, 16, 32
         self.pyramid_dims = tuple(features[end].out_channels for end in ends)
 
@@ -364,7 +365,7 @@ class MobileNet(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.features(x).mean(dim=(2, 3))
+        return self.whitening(self.features(x).mean(dim=(2, 3)))
 
 
 # -- Factories: one per architecture, with random weights ------------------------------------------

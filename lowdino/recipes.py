@@ -25,13 +25,13 @@ RECIPES = {
     # few images. Chosen by runs of equal compute on held-out training images of CIFAR-10: more
     # views, the coding rate, Muon and the rarer grey each gained.
     "emp": dict(
-        method=EMP, epochs=30, batch_size_per_gpu=64, drop_path_rate=0.1,
+        method=EMP, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
-        global_crops_number=8, global_crops_size=None, global_crops_scale=[0.2, 1.0],
+        global_crops_number=4, global_crops_size=None, global_crops_scale=[0.2, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.1, blur=1.0, solarize=0.2,
-        projector=[512, 512, 256], cosine_weight=200.0, rate_eps=0.2,
+        projector=[512, 512, 256], cosine_weight=200.0, rate_eps=0.2, patches_weight=300.0,
     ),
     # DINO for one small machine, thousands of pictures, random weights: a head of LowDINO's size
     # with batch norm, and InfoNCE beside DINO's loss, fading. Chosen by runs of minutes on the demo
@@ -47,7 +47,7 @@ RECIPES = {
         freeze_last_layer=0, momentum_teacher=None, teacher_update="momentum", student_temp=0.1,
         teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
         centering="softmax", center_momentum=0.9, alpha=None, koleo_weight=0.0,
-        infonce_weight=1.0,
+        infonce_weight=1.0, patches_weight=0.0,
     ),
     # MV-MR likewise: the optimizer of "small" and a smaller projector.
     "mvmr_small": dict(
@@ -143,7 +143,7 @@ RECIPES = {
         freeze_last_layer=1, momentum_teacher=0.996, teacher_update="momentum", student_temp=0.1,
         teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
         centering="softmax", center_momentum=0.9, alpha=None, koleo_weight=0.0,
-        infonce_weight=0.0,
+        infonce_weight=0.0, patches_weight=0.0,
     ),
     # Table 2 of Prathapaneni and Shashank (2023), from ImageNet weights (--init). hidden_dim is the
     # one of the authors' code, the flip's probability ours. Blur, solarisation and a warm-up from 0
@@ -159,7 +159,7 @@ RECIPES = {
         freeze_last_layer=0, momentum_teacher=0.9995, teacher_update="momentum", student_temp=0.1,
         teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
         centering="softmax", center_momentum=0.9, alpha=None, koleo_weight=0.0,
-        infonce_weight=0.0,
+        infonce_weight=0.0, patches_weight=0.0,
     ),
     # The same with the ten crops that the paper gives resnet5m.
     "lowdino_resnet5m": dict(
@@ -173,7 +173,7 @@ RECIPES = {
         freeze_last_layer=0, momentum_teacher=0.9995, teacher_update="momentum", student_temp=0.1,
         teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
         centering="softmax", center_momentum=0.9, alpha=None, koleo_weight=0.0,
-        infonce_weight=0.0,
+        infonce_weight=0.0, patches_weight=0.0,
     ),
     # Tan et al. (2023), DINO with balanced views: the authors' configuration for ConvNets.
     "sslight": dict(
@@ -186,7 +186,8 @@ RECIPES = {
         out_dim=4096, hidden_dim=2048, use_bn_in_head=True, norm_last_layer=True,
         freeze_last_layer=1, momentum_teacher=0.996, teacher_update="momentum", student_temp=0.1,
         teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=50,
-        centering="softmax", center_momentum=0.9, alpha=0.4, koleo_weight=0.0, infonce_weight=0.0,
+        centering="softmax", center_momentum=0.9, alpha=0.4, koleo_weight=0.0,
+        infonce_weight=0.0, patches_weight=0.0,
     ),
     # Their configuration for ViTs.
     "sslight_vit": dict(
@@ -199,7 +200,8 @@ RECIPES = {
         out_dim=65536, hidden_dim=2048, use_bn_in_head=False, norm_last_layer=False,
         freeze_last_layer=1, momentum_teacher=0.996, teacher_update="momentum", student_temp=0.1,
         teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30,
-        centering="softmax", center_momentum=0.9, alpha=0.4, koleo_weight=0.0, infonce_weight=0.0,
+        centering="softmax", center_momentum=0.9, alpha=0.4, koleo_weight=0.0,
+        infonce_weight=0.0, patches_weight=0.0,
     ),
     # Kinakh et al., MV-MR on STL-10: learning rate, decay, batch and projector of the authors'
     # configuration, epochs of the paper; AdamW for Adam, a warm-up from 0, and DINO's augmentation

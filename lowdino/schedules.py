@@ -19,6 +19,8 @@ class Stream(IntEnum):
     HELD_OUT = 5  # test images of --test_fraction: seed, class
     PROPOSALS = 6  # anchors and proposals that a detector learns from: seed, step, rank
     KEY_ORDER = 7  # MoCo's keys in a batch: seed, step
+    SAMPLE = 8  # images that a patch dictionary is fitted to: seed
+    CROPS = 9  # of the score without labels: its seed
 
 
 def cosine(

@@ -122,7 +122,7 @@ class VisionTransformer(nn.Module):
         self, patch_size, image_size, dim, depth, num_heads, registers: int = 0, layer_scale=False
     ):
         super().__init__()
-        self.embed_dim, self.patch_size = dim, patch_size
+        self.embed_dim, self.patch_size, self.whitening = dim, patch_size, nn.Identity()
         self.pyramid_strides, self.pyramid_dims = (patch_size,), (dim,)
         self.grid = image_size // patch_size
         self.antialias = registers > 0
@@ -196,7 +196,7 @@ class VisionTransformer(nn.Module):
         return [self.forward_features(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_tokens(x)[0]
+        return self.whitening(self.forward_tokens(x)[0])
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block, (B, heads, N, N) with N = 1 + registers + h * w."""
