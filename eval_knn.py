@@ -14,10 +14,10 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import lowdino
-from lowdino import demo, distributed, evaluate, features, pictures, segmentation, settings
-from lowdino.distributed import UserError, user_errors
+from lowdino import distributed, evaluate, features, pictures, settings
+from lowdino.distributed import user_errors
 from lowdino.evaluate import Features
-from lowdino.features import compute_features, normalisation, open_network
+from lowdino.features import compute_features, open_network
 from lowdino.methods import Flag
 
 # Flags that do not go with another one.
@@ -26,7 +26,6 @@ FOREIGN = {
     "maps": ("features", "neighbours", "map"),
     "pixels": ("pool",),
     "patches": ("pool",),
-    "propagate": ("pool", "nb_knn", "temperature", "map", "maps", "features", "neighbours"),
 }
 
 
@@ -46,7 +45,6 @@ FLAGS = {
         Flag("features", "also write features, labels and names to this .npz", metavar="FILE"),
         Flag("neighbours", "also write a picture of nearest training images", metavar="FILE"),
         Flag("maps", "only write a picture of last feature maps, as PCA colours", metavar="FILE"),
-        Flag("propagate", "only label propagation in films of demo scenes: mean IoU", bool),
     ),
     "data": (
         *settings.EVALUATION_FLAGS,
@@ -66,15 +64,12 @@ def check(args: settings.Settings) -> str | None:
     if sum(map(bool, given)) != 1:
         others = "--pixels, --patches or --from_features FILE"
         return f"give a backbone, --weights FILE or --arch NAME, or else {others}"
-    for mode, done in (("maps", "written"), ("propagate", "measured")):
-        if getattr(args, mode) and (args.pixels or args.patches or args.from_features):
-            return f"--{mode} needs a backbone, --weights or --arch, and is {done} alone"
+    if args.maps and (args.pixels or args.patches or args.from_features):
+        return "--maps needs a backbone, --weights or --arch, and is written alone"
     for mode, foreign in FOREIGN.items():
         for name in foreign:
             if {mode, name} <= args.typed:
                 return f"--{name} is not for --{mode}: leave it out"
-    if args.propagate and args.data_path != "demo_scenes":
-        return "--propagate is measured on the films of --data_path demo_scenes"
     if args.weights == "":
         return "--weights names no file; without it weights are random"
     for flag in ("features", "neighbours", "maps"):
@@ -158,25 +153,6 @@ def features_of_images(args, ranks: distributed.Ranks) -> tuple[Features, Featur
     return train, test
 
 
-def propagate(args, ranks: distributed.Ranks) -> None:
-    """Print the mean IoU of label propagation, on the first rank."""
-    title, backbone = open_model(args)
-    if not ranks.first:
-        return
-    backbone = backbone.to(ranks.device).eval()
-    strides = backbone.pyramid_strides
-    level = min(range(len(strides)), key=lambda i: abs(strides[i] - 8))  # as DINO's ViT-S/8
-    size = args.image_size or 2 * demo.SCENE_SIDE // strides[-1] * strides[-1]
-    segmentation.check_size(size, strides[-1])
-    if len(normalisation(backbone)[0]) != 3:
-        raise UserError(f"demo scenes are in colours, and {title} is not")
-    iou, still = segmentation.propagated_iou(
-        lambda x: backbone.forward_pyramid(x)[level], size, *normalisation(backbone), ranks
-    )
-    print(f"{title}; films of demo scenes, {size} px")
-    print(f"label propagation: mean IoU {iou:.4f}, of labels that stay {still:.4f}")
-
-
 def print_accuracies(args, train: Features, test: Features, what: str = "") -> None:
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     for k in args.nb_knn:
@@ -191,8 +167,6 @@ def print_accuracies(args, train: Features, test: Features, what: str = "") -> N
 
 
 def run(args: settings.Settings, ranks: distributed.Ranks) -> None:
-    if args.propagate:
-        return propagate(args, ranks)
     splits = (read_features if args.from_features else features_of_images)(args, ranks)
     if splits is None:
         return

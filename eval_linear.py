@@ -28,8 +28,8 @@ FRACTIONS = "fractions of each class's training labels; of the pictures with box
 SEEDS = "seeds of the choice of labels and of the training; the first is --test_fraction's too"
 TASK = (
     "classification of images; segmentation of a folder with images/ and masks/ of class indices "
-    "(255: ignored), with or without train/ and val/, of voc2012 or demo_scenes; detection in a "
-    "folder in COCO's form, voc2007 or demo_scenes"
+    "(255: ignored), with or without train/ and val/, or of demo_scenes; detection in a folder in "
+    "COCO's form, or of demo_scenes"
 )
 FEATURES = "instead of a MODEL: an .npz that eval_knn.py --features wrote"
 MAPS = "input of segmentation's linear layer: the last map, or all maps resized to the finest"

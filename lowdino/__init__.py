@@ -58,6 +58,8 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
     stem = weights.get(f"{models.stem_of(backbone)[0]}.weight")
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
     models.set_in_chans(backbone, channels)
+    if "whitening.weight" in weights:
+        backbone.whitening = nn.Linear(*weights["whitening.weight"].shape).requires_grad_(False)
     load_backbone_weights(backbone, content, str(path))
     if "mean" in content and "std" in content:
         backbone.mean, backbone.std = tuple(content["mean"]), tuple(content["std"])
@@ -66,9 +68,6 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
         backbone.mean, backbone.std = (0.0,) * channels, (1.0,) * channels
     elif backbone.mean is None:  # ImageNet's, averaged over RGB
         backbone.mean, backbone.std = (0.449,) * channels, (0.226,) * channels
-    if "whitening" in content:
-        backbone.whitening = nn.Linear(*content["whitening"]["weight"].shape).requires_grad_(False)
-        backbone.whitening.load_state_dict(content["whitening"])
     for key in content.keys() & {"image_size", "value_range", "epoch"}:
         setattr(backbone, key, content[key])
     return backbone.eval()

@@ -1,22 +1,19 @@
-"""Pictures with boxes and masks: the demo scenes, a folder in COCO's form, PASCAL VOC 2007."""
+"""Pictures with boxes and masks: the demo scenes, or a folder in COCO's form."""
 
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import VOCDetection
 
-from lowdino import demo, distributed, image_io
+from lowdino import demo, image_io
 from lowdino.distributed import UserError, user_errors
 from lowdino.image_io import RGB, PixelFormat
 
@@ -42,26 +39,6 @@ def polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def run_lengths(text: str) -> list[int]:
-    """Run lengths from COCO's compressed form.
-
-    A character is 48 plus five bits of a number, lowest first, and a sixth bit where more follow.
-    The fifth bit of its last character is the sign. From the fourth number on, the text holds the
-    difference to the last number but one.
-    """
-    counts, value, shift = [], 0, 0
-    for code in text.encode():
-        code -= 48
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        value -= bool(code & 16) << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value, shift = 0, 0
-    return counts
-
-
 def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:
     """Runs of zeros and ones in turn, zeros first, down the columns: (H, W) bool."""
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
@@ -69,7 +46,7 @@ def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @dataclass
 class Picture:
-    """A picture's file, and the objects in it. Crowds and difficult objects are not trained on."""
+    """A picture's file, and the objects in it. Crowds are not trained on."""
 
     path: str
     height: int  # of the upright picture, in pixels
@@ -77,7 +54,6 @@ class Picture:
     boxes: np.ndarray  # (n, 4) float32: left, top, right, bottom in pixels, inside, not empty
     labels: np.ndarray  # (n,) int64 from 1
     crowd: np.ndarray  # (n,) bool: the box of several objects
-    difficult: np.ndarray  # (n,) bool: too hard to be counted
     shapes: list[list[np.ndarray] | np.ndarray] | None = None  # polygons or run lengths of each
 
     def masks(self) -> np.ndarray:
@@ -96,8 +72,8 @@ class Picture:
 class Pictures(Dataset):
     """Files, decoded on access, each with its objects.
 
-    An item is the image, (C, H, W) uint8, and a dict of `Picture`'s boxes, labels, crowd and
-    difficult and, where there are masks, masks (n, H, W) uint8.
+    An item is the image, (C, H, W) uint8, and a dict of `Picture`'s boxes, labels and crowd and,
+    where there are masks, masks (n, H, W) uint8.
     """
 
     def __init__(self, pictures: list[Picture], pixels: PixelFormat = RGB):
@@ -105,19 +81,13 @@ class Pictures(Dataset):
         self.paths = [picture.path for picture in pictures]
         self.sizes = [(picture.height, picture.width) for picture in pictures]
 
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of the largest picture with its masks; see `data.lacks_shared_memory`."""
-        layers = (self.pixels.channels + len(picture.shapes or []) for picture in self.pictures)
-        return max(count * h * w for count, (h, w) in zip(layers, self.sizes))
-
     def __len__(self) -> int:
         return len(self.pictures)
 
     @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         picture = self.pictures[index]
-        names = "boxes", "labels", "crowd", "difficult"
+        names = "boxes", "labels", "crowd"
         target = {name: torch.from_numpy(getattr(picture, name)) for name in names}
         if picture.shapes is not None:
             target["masks"] = torch.from_numpy(picture.masks())
@@ -133,8 +103,7 @@ class Scenes(Dataset):
         self.images, self.targets = demo.demo_scenes(indices)
         self.sizes = [tuple(self.images.shape[2:])] * len(self.images)
         for target in self.targets:
-            for name in ("crowd", "difficult"):
-                target[name] = torch.zeros(len(target["labels"]), dtype=torch.bool)
+            target["crowd"] = torch.zeros(len(target["labels"]), dtype=torch.bool)
             if not masks:
                 del target["masks"]
 
@@ -198,7 +167,7 @@ def notes_of(file: str | Path, changes: Counter) -> list[str]:
 
 def need_objects(name: str | Path, pictures: list[Picture]) -> None:
     """Refuse pictures without an object to train on or to test on."""
-    count = sum((~(picture.crowd | picture.difficult)).sum() for picture in pictures)
+    count = sum((~picture.crowd).sum() for picture in pictures)
     need(count, f"{name} has no box of an object that counts, and a detector needs some")
 
 
@@ -259,7 +228,7 @@ def read_coco(
             row_labels = np.array([labels[row["category_id"]] for row in objects], dtype=np.int64)
             crowd = np.array([bool(row.get("iscrowd", 0)) for row in objects], dtype=bool)
             shapes = [mask_shape(row, size) for row in objects] if masks else None
-            values = boxes[kept], row_labels, crowd, np.zeros_like(crowd), shapes
+            values = boxes[kept], row_labels, crowd, shapes
             pictures.append(Picture(path, *size, *values))
     except (UserError, image_io.ImageError) as error:
         raise UserError(f"{file}: {error}") from error
@@ -339,12 +308,11 @@ def mask_shape(row: dict, size: tuple[int, int]) -> list[np.ndarray] | np.ndarra
         need(valid, f"{name} has a polygon that is no list of three or more pairs of x and y")
         return [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
     counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
-    need(isinstance(counts, list | str), f"{name} has neither polygons nor run lengths")
+    need(isinstance(counts, list), f"{name} has neither polygons nor a list of run lengths")
     given = segmentation.get("size")
     need(
         given == [*size], f"the mask of {name} has height and width {given}, its picture {[*size]}"
     )
-    counts = run_lengths(counts) if isinstance(counts, str) else counts
     valid = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == math.prod(size)
     need(valid, f"the run lengths of {name} do not fill its mask of {size[0]} x {size[1]} pixels")
     return np.array(counts, dtype=np.int64)
@@ -360,95 +328,18 @@ def is_polygon(value) -> bool:
     return pairs and all(map(is_number, value))
 
 
-# -- PASCAL VOC ------------------------------------------------------------------------------------
-
-VOC_CLASSES = (  # in the order of their names; label 1 is the first
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor"
-).split()
-
-
-def open_voc(
-    dataset: Callable, year: str, splits: tuple[str, ...], root: str, download: bool, rank: int
-) -> list:
-    """torchvision's `VOCDetection` or `VOCSegmentation` of each split.
-
-    With `download` rank 0 fetches what `root` lacks, and the others wait for it. A UserError names
-    a split that is missing, or was not fetched.
-    """
-
-    def open_split(split: str) -> Dataset:
-        with suppress(RuntimeError, OSError):
-            return dataset(root, year, split)
-        fetch = download and rank == 0
-        try:
-            return dataset(root, year, split, download=fetch)
-        except (RuntimeError, OSError) as error:
-            hint = "not found; add --download, or name its folder by --data_root"
-            hint = "the download failed" if fetch else hint
-            raise UserError(f"voc{year}, {split}, under {root}: {hint}") from error
-
-    with distributed.first_rank_before_others(rank, download):
-        return [open_split(split) for split in splits]
-
-
-def load_voc(root: str, download: bool, pixels: PixelFormat, rank: int) -> BoxSource:
-    """VOC 2007: trainval to train on, test to test on; difficult objects are not counted."""
-    changes, parts = Counter(), []
-    for files in open_voc(VOCDetection, "2007", ("trainval", "test"), root, download, rank):
-        pairs = zip(files.images, files.targets)
-        parts.append([read_voc(*pair, pixels, changes) for pair in pairs])
-        need_objects(f"voc2007, {files.image_set}, under {root}", parts[-1])
-    difficult = sum(picture.difficult.sum() for part in parts for picture in part)
-    notes = [f"{difficult} objects marked as difficult are not counted"] * bool(difficult)
-    notes += notes_of("VOC 2007", changes)
-    train, test = (Pictures(part, pixels) for part in parts)
-    return BoxSource("PASCAL VOC 2007", train, test, VOC_CLASSES, notes)
-
-
-def read_voc(path: str, file: str, pixels: PixelFormat, changes: Counter) -> Picture:
-    """A picture and its XML file, whose boxes count from 1 and include their last pixel."""
-    size = upright_size(path, pixels)
-    names = [f"bndbox/{name}" for name in ("xmin", "ymin", "xmax", "ymax")]
-    try:
-        objects = ElementTree.parse(file).getroot().findall("object")
-        labels = [1 + VOC_CLASSES.index(item.findtext("name", "")) for item in objects]
-        difficult = [int(item.findtext("difficult", "0")) != 0 for item in objects]
-        boxes = [[float(item.findtext(name, "")) for name in names] for item in objects]
-    except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise UserError(f"{file} is missing, damaged, or not VOC's ({error})") from error
-    need(np.isfinite(boxes).all(), f"{file} has a box that is no numbers")
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
-    boxes, kept = clip_boxes(boxes, *size, changes)
-    labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
-    crowd = np.zeros(kept.sum(), dtype=bool)
-    return Picture(path, *size, boxes[kept], labels[kept], crowd, difficult[kept])
-
-
 @user_errors()
-def load(
-    source: str,
-    root: str = "data",
-    download: bool = False,
-    masks: bool = False,
-    pixels: PixelFormat = RGB,
-    rank: int = 0,
-) -> BoxSource:
+def load(source: str, masks: bool = False, pixels: PixelFormat = RGB) -> BoxSource:
     """Open a source by name; a UserError where there is none, it lacks masks, or a file is wrong.
 
-    Args:
-        source: "demo_scenes"; "voc2007" under `root`; or a folder in COCO's form, see `load_coco`.
-        download: fetch VOC where `root` lacks it. `rank` 0 does, and the others wait for it.
-        masks: give every object its mask.
+    `source` is "demo_scenes", or a folder in COCO's form, see `load_coco`. `masks` gives every
+    object its mask.
     """
     if source == "demo_scenes":
         splits = demo.splits(demo.SCENE_TRAIN, demo.SCENE_TEST)
         train, test = (Scenes(indices, masks) for indices in splits)
         return BoxSource("the built-in demo scenes", train, test, demo.SCENE_CLASSES)
-    if source == "voc2007":
-        need(not masks, "voc2007 is read for its boxes alone; masks need demo_scenes or COCO's")
-        return load_voc(root, download, pixels, rank)
     if source and Path(source).is_dir():  # Path("") would be the current folder
         return load_coco(Path(source), masks, pixels)
-    where, choices = source or "an empty path", "a folder in COCO's form, demo_scenes or voc2007"
-    raise UserError(f"no pictures with boxes at {where}: give {choices}")
+    choices = "a folder in COCO's form or demo_scenes"
+    raise UserError(f"no pictures with boxes at {source or 'an empty path'}: give {choices}")

@@ -142,14 +142,9 @@ def save_backbone(
 ) -> None:
     """Write the backbone alone, with clean names and all that is needed to use it, and `more`.
 
-    Its whitening, where it has one, lies beside its `state_dict`, whose names stay those of timm.
-
     `image_size` is the side in pixels of the images that it was trained on.
     """
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-    prefix = "whitening."
-    if whitening := {k.removeprefix(prefix): weights.pop(k) for k in [*weights] if prefix in k}:
-        more["whitening"] = whitening
     content = {"arch": arch, "embed_dim": backbone.embed_dim}
     content |= {"mean": list(backbone.mean), "std": list(backbone.std)}
     content |= {"image_size": image_size, "epoch": epoch, "state_dict": weights}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
 
 import numpy as np
@@ -115,11 +114,6 @@ class ImageFiles(Dataset):
 
     def shorter_side(self, index: int) -> int:
         return image_io.shorter_side(self.paths[index], self.pixel_format)
-
-    @property
-    def item_bytes(self) -> float:
-        """The size of an item at most; with photographs of both orientations, 3/2 of the side."""
-        return self.pixel_format.channels * (1.5 * (self.max_side or 512)) ** 2
 
     def decoded_bytes(self, sample: int = 32) -> int:
         """An estimate, from an even sample."""
@@ -259,35 +253,34 @@ def without_subsets(dataset: Dataset) -> Dataset:
 def loader_processes(dataset: Dataset, asked: int | None) -> int:
     """Loader processes of this rank.
 
-    Cached images and images on a GPU, which processes cannot share, have none. Others have those
-    asked for; by default images in memory have none, and files one per core, at most 10.
+    Cached images and images on a GPU, which processes cannot share, have none, nor has a machine
+    without shared memory. Others have those asked for; by default images in memory have none, and
+    files one per core, at most 10.
     """
     dataset = without_subsets(dataset)
     on_gpu = isinstance(dataset, ImageArray) and dataset.images.device.type != "cpu"
     in_memory = asked is None and getattr(dataset, "in_memory", False)
-    if on_gpu or in_memory or isinstance(dataset, CachedImages):
+    if on_gpu or in_memory or isinstance(dataset, CachedImages) or lacks_shared_memory():
         return 0
     per_rank = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(max(per_rank, 1), 10) if asked is None else asked
 
 
-# Where less of /dev/shm is free, loader processes do not use it. Docker's default is 64 MiB.
-LEAST_SHARED_MEMORY = 2**30
-PIPES = (
-    "/dev/shm is too small for the batches of the loader processes, which now come through slower "
-    "pipes; docker run --shm-size 8g makes it larger, --num_workers 0 does without it"
+LEAST_SHARED_MEMORY = 2**30  # bytes per rank; Docker's default is 64 MiB of all ranks
+NO_WORKERS = (
+    "/dev/shm is too small for the batches of loader processes, so there are none: "
+    "docker run --shm-size 8g makes it larger"
 )
 
 
-def lacks_shared_memory(dataset: Dataset, num_workers: int, batch_size: int) -> bool:
-    """Whether /dev/shm, which kills a process that fills it, is too small for two batches each."""
+def lacks_shared_memory() -> bool:
+    """Whether /dev/shm, which kills a process that fills it, is too small for loader processes."""
     try:
         disk = os.statvfs("/dev/shm")
     except (AttributeError, OSError):  # not on Linux
         return False
     free = disk.f_bavail * disk.f_frsize / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    batch = batch_size * getattr(without_subsets(dataset), "item_bytes", 2**21)
-    return num_workers > 0 and free < max((2 * num_workers + 1) * batch, LEAST_SHARED_MEMORY)
+    return free < LEAST_SHARED_MEMORY
 
 
 def start_worker(worker: int) -> None:
@@ -300,20 +293,10 @@ def start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
-def start_worker_with_pipe(worker: int) -> None:
-    """As `start_worker`, and pickle tensors by their values, not as names in shared memory."""
-    start_worker(worker)
-    ForkingPickler.register(Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
-
-
 def open_loader(dataset: Dataset, num_workers: int | None, **options) -> DataLoader:
     """A DataLoader with the settings that all loaders share; options are DataLoader's."""
     num_workers, options = loader_processes(dataset, num_workers), {"collate_fn": collate} | options
-    batch_size = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", None)
-    batch_size = batch_size or max(map(len, options["batch_sampler"]), default=0)  # of a list
-    by_pipe = lacks_shared_memory(dataset, num_workers, batch_size)
-    start = start_worker_with_pipe if by_pipe else start_worker
-    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=start, **options)
+    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=start_worker, **options)
 
 
 @dataclass(eq=False)

@@ -90,7 +90,7 @@ def demo_images(indices: Sequence[int], chunk: int = 500) -> tuple[Tensor, Tenso
     return torch.from_numpy(images), torch.from_numpy(indices % 10)
 
 
-def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def draw_scene(index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """An image (3, 96, 96) uint8, and its boxes, labels and masks as in `demo_scenes`."""
     generator = np.random.default_rng([int(index), 1])
     image = clouds(generator.random((3, 5, 5), dtype=np.float32), SCENE_SIDE)
@@ -99,11 +99,10 @@ def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarr
     for u in generator.random((CANDIDATES, 9)):
         scale = 1.0 + 1.2 * u[0]  # of a glyph of 13 pixels
         radius = 6 * scale
-        centre = radius + (SCENE_SIDE - 2 * radius) * u[1:3]  # inside the scene in frame 0
+        centre = radius + (SCENE_SIDE - 2 * radius) * u[1:3]  # inside the scene
         if any(np.hypot(*(centre - other)) < 0.9 * (radius + r) for other, r in places):
             continue
         places.append((centre, radius))
-        centre = centre + frame * (4 * u[3:5] - 2)
         mask = np.zeros((SCENE_SIDE, SCENE_SIDE), dtype=bool)
         low, high = (np.clip(centre + d, 0, SCENE_SIDE).astype(int) for d in (-radius, radius + 2))
         window = tuple(slice(*ends) for ends in zip(low, high))
@@ -125,16 +124,15 @@ def draw_scene(index: int, frame: float) -> tuple[np.ndarray, dict[str, np.ndarr
     return (image.clip(0, 1) * 255).round().astype(np.uint8), target
 
 
-def demo_scenes(indices: Sequence[int], frame: float = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def demo_scenes(indices: Sequence[int]) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Scenes uint8 (N, 3, 96, 96) by index, and a dict of the objects in each.
 
     The same index always gives the same scene: about eight glyphs of 7 to 28 pixels on a cloudy
-    background, of one or two classes. In later frames each has moved by at most two pixels per
-    frame along each axis. The dicts are those of torchvision's detectors: boxes (n, 4) float32 of
-    left, top, right and bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES), masks
-    (n, 96, 96) uint8.
+    background, of one or two classes. The dicts are those of torchvision's detectors: boxes (n, 4)
+    float32 of left, top, right and bottom in pixels, labels (n,) int64 from 1 (see SCENE_CLASSES),
+    masks (n, 96, 96) uint8.
     """
-    drawn = [draw_scene(index, frame) for index in indices]
+    drawn = [draw_scene(index) for index in indices]
     images = torch.from_numpy(np.stack([image for image, _ in drawn]))
     targets = [{name: torch.from_numpy(value) for name, value in t.items()} for _, t in drawn]
     return images, targets

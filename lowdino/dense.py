@@ -1,4 +1,4 @@
-"""Backbones under torchvision's detectors and segmenters, mean IoU, and label propagation.
+"""Backbones under torchvision's detectors and segmenters, and mean IoU.
 
 from torchvision.models.detection import MaskRCNN
 
@@ -148,31 +148,3 @@ def mean_iou(confusion: Tensor) -> float:
     both = confusion.diag()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - both
     return (both[union > 0] / union[union > 0]).mean().item()
-
-
-def propagate(
-    maps: Tensor, labels: Tensor, memory: int = 7, k: int = 5, radius: int = 12, temperature=0.1
-) -> Tensor:
-    """Carry the labels of a film's first frame to the others, by nearest neighbours among cells.
-
-    Maps (T, D, h, w), labels (C, h, w), such as one-hot or the shares of a cell, -> (T, C, h, w).
-    A cell takes the labels of its k most similar cells in the first frame and in the `memory`
-    frames before it, weighted by exp(cosine / temperature), at most `radius` cells away on each
-    axis. It is DINO's evaluation on DAVIS 2017 (Jabri et al., 2020), without the rescaling of each
-    label's map to [0, 1] at the end.
-    """
-    frames, _, h, w = maps.shape
-    cells = F.normalize(maps.float().flatten(2), dim=1).transpose(1, 2)  # (T, h * w, D)
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    at = torch.stack([y.flatten(), x.flatten()]).to(maps.device)  # (2, h * w)
-    far = (at[:, :, None] - at[:, None]).abs().amax(dim=0) > radius  # (h * w, h * w)
-    carried = [labels.flatten(1).T.float()]  # (h * w, C) of each frame
-    for t in range(1, frames):
-        known = [0, *range(max(t - memory, 1), t)]
-        similar = [(cells[t] @ cells[i].T).masked_fill(far, -torch.inf) for i in known]
-        similar = torch.cat(similar, dim=1)
-        values, indices = similar.topk(min(k, similar.shape[1]), dim=1)  # (h * w, k)
-        weights = (values / temperature).softmax(dim=1)
-        votes = torch.cat([carried[i] for i in known])[indices]  # (h * w, k, C)
-        carried.append((weights[:, :, None] * votes).sum(dim=1))
-    return torch.stack(carried).transpose(1, 2).unflatten(2, (h, w))

@@ -188,8 +188,8 @@ def training_batch(items: list[Item], seed: int, step: int, rank: int):
     items = [flipped(*item) if flip else item for item, flip in zip(items, flips)]
     targets = []
     for _, target in items:
-        kept = ~(target["crowd"] | target["difficult"])
-        targets.append({n: v[kept] for n, v in target.items() if n not in ("crowd", "difficult")})
+        kept = ~target["crowd"]
+        targets.append({n: v[kept] for n, v in target.items() if n != "crowd"})
     return images_of(items), targets
 
 
@@ -250,9 +250,8 @@ def suitable_size(pictures: Dataset) -> int:
 def measure(subject: linear.Subject) -> dict:
     """All figures of one model: its row of the table."""
     args = subject.args
-    where = dict(source=args.data_path, root=args.data_root, download=args.download)
-    options = dict(masks=args.detector == "mask_rcnn", rank=subject.ranks.rank)
-    source, remark = linear.open_pictures(subject, partial(annotations.load, **where, **options))
+    options = dict(source=args.data_path, masks=args.detector == "mask_rcnn")
+    source, remark = linear.open_pictures(subject, partial(annotations.load, **options))
     subject = replace(subject, source=source, size=args.image_size or suitable_size(source.train))
     linear.print_pictures(subject, len(source.names), remark)
     torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape

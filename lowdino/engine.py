@@ -27,7 +27,7 @@ from lowdino.budget import Budget, adopt, describe_length
 from lowdino.datasets import Source
 from lowdino.distributed import Diverged, UserError, user_errors
 from lowdino.evaluate import knn_accuracy
-from lowdino.features import compute_features, normalisation, sampled, whitening_layer
+from lowdino.features import compute_features, normalisation, whiten_file, whitening_layer
 from lowdino.health import Health
 from lowdino.logger import BadImages, Logger
 from lowdino.methods import Method
@@ -183,7 +183,9 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
             minutes.replan(t, progress)
     signals.held = False
     if method.whitens:
-        checkpointer.save_whitening(t, progress, evaluator.whitening)
+        whiten_file(
+            checkpointer.folder, evaluator.whitening, t.source.pretrain, t.settings, t.ranks
+        )
     evaluator.finish(guard.bad_images)
     return method
 
@@ -233,8 +235,8 @@ def start(t: Training, progress: Progress, model: nn.Module, checkpointer, evalu
 def open_batches(t: Training, progress: Progress) -> Iterator[data.Batch]:
     """The batches from this step on, decoded once where --cache says so, on the device."""
     s, images, device, begun = t.settings, t.source.pretrain, t.ranks.device, time.perf_counter()
-    if data.lacks_shared_memory(images, s.num_workers, s.batch_size_per_gpu):
-        t.log.say(data.PIPES)
+    if data.lacks_shared_memory():
+        t.log.say(data.NO_WORKERS)
     where = data.where_to_cache(images, device) if s.cache == "auto" else s.cache
     kept = data.cached(images, where, device, s.num_workers)
     if kept is not images:
@@ -375,24 +377,6 @@ class Checkpointer:
         t.log.sync()
         # Written last: a run that is killed earlier resumes from the checkpoint before.
         checkpoint.save_checkpoint(self.folder, content)
-
-    @user_errors()
-    def save_whitening(self, t: Training, progress: Progress, layer: nn.Linear | None) -> None:
-        """Half-whiten the features of the last backbone.pth, by a sample's where there is no layer.
-
-        The backbone itself stays as it was trained.
-        """
-        s, path, backbone = t.settings, self.folder / "backbone.pth", t.method.backbone
-        if path.exists() and "whitening" in checkpoint.load(path):
-            return
-        if layer is None:
-            images, size = sampled(t.source.pretrain, s.seed), s.global_crops_size
-            rows = compute_features(backbone, images, size, t.ranks, workers=s.num_workers)
-            layer = whitening_layer(rows.features)
-        if self.ranks.first:
-            backbone.whitening = layer
-            checkpoint.save_backbone(path, backbone, s.arch, s.global_crops_size, progress.epoch)
-            backbone.whitening = nn.Identity()
 
 
 class Evaluator:

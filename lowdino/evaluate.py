@@ -234,10 +234,9 @@ def match(
 
     Args:
         prediction: scores (D,), labels (D,), and boxes (D, 4) or masks (D, H, W).
-        target: labels (G,), and boxes (G, 4) or masks (G, H, W). `crowd` (G,) bool marks crowds and
-            `difficult` (G,) bool VOC's difficult objects; both may be absent. Detections on either
-            do not count, and neither needs a detection. A detection that lies in a crowd meets it,
-            COCO's rule; a difficult object is met by IoU, VOC's.
+        target: labels (G,), and boxes (G, 4) or masks (G, H, W). `crowd` (G,) bool, where there is
+            one, marks crowds: a detection that lies in one meets it, and does not count; and a
+            crowd needs none. That is COCO's rule.
         kind: "boxes" or "masks", by which the overlap is measured.
 
     Tensors must be on the CPU. A ValueError where scores are not finite: they have no order.
@@ -246,21 +245,19 @@ def match(
     if not np.isfinite(scores).all():
         raise ValueError("scores of detections are not finite numbers: the detector has diverged")
     labels, true = np.asarray(prediction["labels"]), np.asarray(target["labels"])
-    none, flags = np.zeros(len(true)), ("crowd", "difficult")
-    crowd, difficult = (np.asarray(target.get(flag, none), dtype=bool) for flag in flags)
-    left_out = crowd | difficult
+    crowd = np.asarray(target.get("crowd", np.zeros(len(true))), dtype=bool)
     overlap = {"boxes": box_iou, "masks": mask_iou}[kind]
     detected, shapes = np.asarray(prediction[kind]), np.asarray(target[kind])
     orders, matched = [np.zeros(0, dtype=int)], [np.zeros((2, len(IOU_THRESHOLDS), 0), dtype=bool)]
     for label in np.unique(labels):
         order = by_score(scores, labels == label)[:MOST]
         objects = np.flatnonzero(true == label)
-        objects = objects[np.argsort(left_out[objects], kind="stable")]  # those left out are last
+        objects = objects[np.argsort(crowd[objects], kind="stable")]  # crowds are last
         overlaps = overlap(detected[order], shapes[objects], crowd[objects])
         orders.append(order)
-        matched.append(match_class(overlaps, left_out[objects]))
+        matched.append(match_class(overlaps, crowd[objects]))
     order, matched = np.concatenate(orders), np.concatenate(matched, axis=2)
-    return Matches(scores[order], labels[order], *matched, true[~left_out])
+    return Matches(scores[order], labels[order], *matched, true[~crowd])
 
 
 def by_score(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -269,15 +266,15 @@ def by_score(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return indices[np.argsort(-scores[indices], kind="stable")]
 
 
-def match_class(overlaps: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+def match_class(overlaps: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """Greedy matching: `Matches.correct` and `.ignored` of one class, (2, T, D) bool.
 
     Each detection in turn takes the free object that it overlaps most, the last of equal ones. Only
-    without one does it take an object that is left out, which many detections may take. Overlaps
-    are (D, G): detections by falling score, objects with those `left_out`, (G,) bool, last.
+    without one does it take a crowd, which many detections may take. Overlaps are (D, G):
+    detections by falling score, objects with each `crowd`, (G,) bool, last.
     """
     correct, ignored = matched = np.zeros((2, len(IOU_THRESHOLDS), len(overlaps)), dtype=bool)
-    single = int((~left_out).sum())
+    single = int((~crowd).sum())
     free = np.ones((len(IOU_THRESHOLDS), single), dtype=bool)
     enough = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
     for d in np.flatnonzero(overlaps.max(axis=1, initial=0) >= enough[0]):

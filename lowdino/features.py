@@ -229,6 +229,24 @@ def sample_pixels(images: Images, channels: int, seed: int, ranks: Ranks, worker
     return rows.clamp(0, 1).view(-1, channels, 32, 32)
 
 
+@user_errors()
+def whiten_file(folder: Path, layer: nn.Linear | None, images: Images, s, ranks: Ranks) -> None:
+    """Add a whitening to the backbone.pth in a run's folder: `layer`, else that of a sample."""
+    path = folder / "backbone.pth"
+    content = checkpoint.load(path)
+    if "whitening.weight" in content["state_dict"]:
+        return
+    if layer is None:
+        backbone = lowdino.load_backbone(path).to(ranks.device, memory_format=torch.channels_last)
+        size, workers = s.global_crops_size, s.num_workers
+        rows = compute_features(backbone, sampled(images, s.seed), size, ranks, workers=workers)
+        layer = whitening_layer(rows.features)
+    if ranks.first:
+        for name, value in layer.state_dict(prefix="whitening.").items():
+            content["state_dict"][name] = value.cpu()
+        checkpoint.save_atomic(path, content)
+
+
 def crop_recall(network: nn.Module, images: Tensor, seed: int = 0, most: int = 1000) -> float:
     """A score without labels: how often a crop's nearest features are those of the same image.
 
@@ -296,7 +314,7 @@ def fit_dictionaries(
     for dictionary in known:
         dictionary.fit(pixels, seed)
     line = f"patch dictionary of {len(pixels)} images in {time.perf_counter() - begun:.0f} s"
-    if start := getattr(module, "start", None):
+    if start := getattr(module, "patches", None):
         score, floor = (crop_recall(net, pixels) for net in (start.dictionary, module.backbone))
         start.useful.fill_(score > floor)
         line += f"; by it {score:.1%} of crops find their image, by random weights {floor:.1%}"

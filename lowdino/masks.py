@@ -1,10 +1,7 @@
-"""Pictures whose every pixel has a class: folders of pictures and masks, VOC 2012, demo scenes."""
+"""Pictures whose every pixel has a class: folders of pictures and masks, demo scenes."""
 
-import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from torchvision.datasets import VOCSegmentation
 
 from lowdino import datasets, demo, image_io
-from lowdino.annotations import need, open_voc
+from lowdino.annotations import need
 from lowdino.distributed import UserError, user_errors
 
 IGNORED = 255  # the class of pixels that count neither in training nor in evaluation
@@ -30,12 +26,6 @@ class MaskedImages(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    @cached_property
-    def item_bytes(self) -> int:
-        """Bytes of the largest picture and mask of a sample; see `data.lacks_shared_memory`."""
-        sample = self.masks[:: max(len(self) // 64, 1)]
-        return (self.pixels.channels + 1) * max(map(pixel_count, sample))
-
     @user_errors()
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = image_io.read_image(self.paths[index], None, self.pixels)
@@ -45,13 +35,6 @@ class MaskedImages(Dataset):
             words = f"a mask of {w} x {h} pixels, its picture has {width} x {height}"
             raise UserError(f"{self.masks[index]} is {words}")
         return image, mask
-
-
-def pixel_count(path: str) -> int:
-    """Number of pixels of a picture, from its header; 0 for a file that cannot be read."""
-    with suppress(Exception), image_io.open_picture(path) as image:  # reading it says why
-        return math.prod(image.size)
-    return 0
 
 
 class MaskedArrays(TensorDataset):
@@ -212,32 +195,20 @@ def load_folder(
 
 @user_errors()
 def load(
-    source: str,
-    root: str,
-    download: bool,
-    pixels: image_io.PixelFormat,
-    test_fraction: float | None = None,
-    seed: int = 0,
-    rank: int = 0,
+    source: str, pixels: image_io.PixelFormat, test_fraction: float | None = None, seed: int = 0
 ) -> MaskSource:
     """Open a source by name; a UserError where there is none, or a file is wrong.
 
     Args:
-        source: "demo_scenes"; "voc2012" under `root`, whose outlines (255) are ignored; or a folder
-            with images/ and masks/, or with such folders in its train/ and val/ (or test/), or
-            with these in both of them.
-        download: fetch VOC where `root` lacks it. `rank` 0 does, and the others wait for it.
+        source: "demo_scenes"; or a folder with images/ and masks/, or with such folders in its
+            train/ and val/ (or test/), or with these in both of them.
         test_fraction: fraction of the pictures to test on, by `seed`, for a folder without val/.
     """
     if source == "demo_scenes":
         train, test = map(demo_split, demo.splits(demo.SCENE_TRAIN, demo.SCENE_TEST))
         classes = 1 + len(demo.SCENE_CLASSES)
         return MaskSource("the built-in demo scenes", train, test, classes, [])
-    if source == "voc2012":
-        opened = open_voc(VOCSegmentation, "2012", ("train", "val"), root, download, rank)
-        train, test = (MaskedImages(split.images, split.masks, pixels) for split in opened)
-        return MaskSource("VOC 2012", train, test, 21, [])
     if source and Path(source).is_dir():  # Path("") would be the current folder
         return load_folder(Path(source), pixels, test_fraction, seed)
-    choices = "a folder with images/ and masks/, voc2012 or demo_scenes"
+    choices = "a folder with images/ and masks/, or demo_scenes"
     raise UserError(f"no data at {source or 'an empty path'}: --task segmentation takes {choices}")

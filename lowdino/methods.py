@@ -303,7 +303,7 @@ class DINO(Method):
         self.student = MultiViewNetwork(backbone, DINOHead(backbone.embed_dim, *shape))
         self.teacher = ema.make_teacher(self.student)  # a copy without gradients
         self.weights = ema.paired_parameters(self.teacher, self.student)  # theta_t, theta_s
-        self.start = PatchStart(backbone, args.patches_weight)
+        self.patches = PatchStart(backbone, args.patches_weight)
         self.loss = losses.DINOLoss(
             args.out_dim, args.student_temp, args.center_momentum, args.centering, args.alpha
         )
@@ -316,7 +316,7 @@ class DINO(Method):
         loss = self.loss.pairs(s.chunk(len(views)), P_t.chunk(2))  # equation 3
         self.loss.update_center(t)  # equation 4
         self.terms, self.last = {"cross_entropy": loss.detach()}, (step, features.detach(), P_t)
-        loss = loss + self.start(features, batch, step, self.total_steps)
+        loss = loss + self.patches(features, batch, step, self.total_steps)
         return loss + regularizers(self, features.chunk(len(views)), z.chunk(len(views)), step)
 
     def before_step(self, step=0):
@@ -455,14 +455,14 @@ class EMP(ProjectionMethod):
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
         super().__init__(backbone, args, total_steps, epoch_steps)
         self.loss = losses.CodingRateLoss(args.cosine_weight, args.rate_eps)
-        self.start = PatchStart(backbone, args.patches_weight)
+        self.patches = PatchStart(backbone, args.patches_weight)
 
     def forward(self, views, batch=None, step=0):
         features, outputs = self.student(views)
         z = outputs["projector"].unflatten(0, (len(views), -1))  # (V, B, d)
         cosine, rate = self.loss(z)
         self.keep(step, features, outputs["projector"], views, cosine=cosine, coding_rate=rate)
-        patches = self.start(features, batch, step, self.total_steps)  # fading
+        patches = self.patches(features, batch, step, self.total_steps)  # fading
         return self.loss.total(cosine, rate) + patches
 
     @classmethod

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from lowdino import augment, data, demo, dense, distributed, linear, masks, optim, probe, schedules
-from lowdino.distributed import Ranks, UserError
+from lowdino import augment, data, dense, distributed, linear, masks, optim, probe, schedules
+from lowdino.distributed import UserError
 from lowdino.features import check_finite, normalisation, open_network
 from lowdino.schedules import Stream
 from lowdino.settings import Settings
@@ -33,8 +33,6 @@ def check(args: Settings) -> str | None:
         return "--finetune and --from_scratch are two ways of training; give one"
     if linear.trains_network(args) and args.maps != "last":
         return "--maps is for the linear layer; --finetune and --from_scratch use the last map"
-    if args.test_fraction is not None and args.data_path == "voc2012":
-        return "--test_fraction is for a folder; voc2012 has test pictures"
     return linear.check_network_training(args)
 
 
@@ -288,9 +286,9 @@ def suitable_size(args, backbone: nn.Module, images: Dataset) -> int:
 def measure(subject: linear.Subject) -> dict:
     """All figures of one model: its row of the table."""
     args, ranks = subject.args, subject.ranks
-    where = dict(source=args.data_path, root=args.data_root, download=args.download)
-    split = dict(test_fraction=args.test_fraction, seed=args.seeds[0], rank=ranks.rank)
-    source, remark = linear.open_pictures(subject, partial(masks.load, **where, **split))
+    split = dict(test_fraction=args.test_fraction, seed=args.seeds[0])
+    load = partial(masks.load, source=args.data_path, **split)
+    source, remark = linear.open_pictures(subject, load)
     size, count = suitable_size(args, subject.backbone, source.train), len(source.train)
     backbone = subject.backbone.to(ranks.device).eval()
     subject = replace(subject, backbone=backbone, source=source, size=size)
@@ -321,38 +319,3 @@ def columns(args: Settings) -> dict:
     """Columns after the model's name: headings, and functions from a row to its text."""
     size = {"pixels": lambda row: str(row["image_size"])}
     return size | linear.figure_columns(args, {f"mIoU, {linear.training_name(args)}": "mean_iou"})
-
-
-@torch.no_grad()
-def propagated_iou(
-    features: Callable, size: int, mean: tuple, std: tuple, ranks: Ranks, films=40, frames=8
-) -> tuple[float, float]:
-    """Mean IoU of labels that `dense.propagate` carries through films, and of labels that stay.
-
-    A small version of DAVIS's J, on demo scenes: the mean over the classes in a film's first frame
-    and over its other frames. `features` are of images (B, 3, size, size): maps (B, D, h, w).
-    """
-    carried_ious, still_ious = [], []
-    for index in demo.splits(0, films)[1]:
-        drawn = [demo.demo_scenes([index], frame) for frame in range(frames)]
-        scenes = torch.cat([scene for scene, _ in drawn]).to(ranks.device)
-        truth = [demo.semantic_mask(target) for _, (target,) in drawn]
-        truth = torch.stack(truth).to(ranks.device).long()  # (T, H, W)
-        views = augment.resized_crop(scenes, full_box(scenes[0]).expand(frames, -1), size)
-        maps = features(augment.normalize(views, mean, std)).float()
-        classes = [0, *truth[0].unique().tolist()[1:]]
-        first = torch.stack([truth[0] == label for label in classes]).float()  # (C, H, W)
-        labels = F.adaptive_avg_pool2d(first, maps.shape[-2:])  # the shares of each cell
-        carried = dense.propagate(maps, labels)
-        carried = F.interpolate(carried, truth.shape[1:], mode="bilinear", align_corners=False)
-        predicted = torch.tensor(classes, device=ranks.device)[carried.argmax(dim=1)]
-        for label in classes[1:]:
-            carried_ious.append(iou(predicted[1:] == label, truth[1:] == label))
-            still_ious.append(iou(truth[:1] == label, truth[1:] == label))
-    return torch.stack(carried_ious).mean().item(), torch.stack(still_ious).mean().item()
-
-
-def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over frames of the intersection over union of two films of pixels, (T, H, W) bool."""
-    both, either = (x.flatten(1).sum(dim=1).cpu().double() for x in (a & b, a | b))
-    return (both / either.clamp_min(1)).mean()
