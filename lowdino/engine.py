@@ -182,10 +182,6 @@ def train(t: Training, checkpointer: "Checkpointer", knn_note: Callable[[], str]
         if replanning and not progress.finished:
             minutes.replan(t, progress)
     signals.held = False
-    if method.whitens:
-        whiten_file(
-            checkpointer.folder, evaluator.whitening, t.source.pretrain, t.settings, t.ranks
-        )
     evaluator.finish(guard.bad_images)
     return method
 
@@ -469,6 +465,8 @@ class Evaluator:
     def finish(self, bad_images: BadImages) -> None:
         """The last lines of the log."""
         t, progress, folder = self.t, self.progress, Path(self.t.settings.output_dir)
+        if t.method.whitens:
+            whiten_file(folder, self.whitening, t.source.pretrain, t.settings, t.ranks)
         if self.last_knn is not None:
             first = progress.first_knn
             before = "" if first is None else f", {first:.4f} before the first"

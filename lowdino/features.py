@@ -269,6 +269,12 @@ def crop_recall(network: nn.Module, images: Tensor, seed: int = 0, most: int = 1
     return (nearest[:, 0].cpu() == torch.arange(len(images))).float().mean().item()
 
 
+def patch_features(dictionary: descriptors.PatchDictionary, batch: data.Batch) -> Tensor:
+    """A dictionary's features of the uncropped images of a batch: (B, D)."""
+    size, normal = dictionary.image_size, (dictionary.mean, dictionary.std)
+    return dictionary(augment.central_view(batch.images, batch.sizes, size, *normal))
+
+
 class PatchStart(nn.Module):
     """A loss to begin any method with: views follow the similarities of a patch dictionary.
 
@@ -281,7 +287,7 @@ class PatchStart(nn.Module):
         super().__init__()
         self.weight = weight
         if weight:
-            self.dictionary = descriptors.PatchDictionary(len(backbone.mean))
+            self.dictionary = descriptors.PatchDictionary(len(normalisation(backbone)[0]))
             width = self.dictionary.embed_dim
             self.projector = Projector(backbone.embed_dim, max(backbone.embed_dim, width), width)
             self.loss = losses.SimilarityLoss(width, teacher_temp=0.1)
@@ -291,9 +297,9 @@ class PatchStart(nn.Module):
         """The weighted loss, a scalar, for features (V B, D) of V views of a batch."""
         if not self.weight:
             return 0.0
-        normal = self.dictionary.mean, self.dictionary.std
-        images = augment.central_view(batch.images, batch.sizes, 32, *normal)
-        loss = self.loss(self.projector(features), self.dictionary(images))
+        if batch is None:
+            raise ValueError("patches_weight needs the batch of a view; 0 does without")
+        loss = self.loss(self.projector(features), patch_features(self.dictionary, batch))
         weight = schedules.cosine(step, total_steps, self.weight, 0.0)
         return weight * self.useful * loss
 

@@ -10,10 +10,9 @@
         optimizer.step()
         method.after_step(step)
 
-`options` is in recipes.py. MV-MR, distillation and `patches_weight` also need the batch that the
-views are cut from, method(views, batch, step), and patch dictionaries to be fitted to images. This
-file has DINO, MV-MR and EMP-SSL; `baselines.py` has the methods that they are compared with. A
-new method is one class and one row in recipes.py.
+`options` is in recipes.py. MV-MR, distillation and `patches_weight` need the batch of the views too,
+method(views, batch, step); patch dictionaries are fitted before, by `features.fit_dictionaries`.
+`baselines.py` has the methods that these are compared with. A new method is one class and one row.
 """
 
 import difflib
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdino import augment, data, descriptors, distributed, ema, health, losses, schedules
-from lowdino.features import PatchStart
+from lowdino.features import PatchStart, patch_features
 from lowdino.heads import DINOHead, ManyHeads, MultiViewNetwork, Projector
 
 # -- Flags -----------------------------------------------------------------------------------------
@@ -195,7 +194,8 @@ class ProjectionMethod(Method):
     def metrics(self):
         step, features, z = self.last
         teacher = teacher_metrics(self, step) if hasattr(self, "teacher") else {}
-        return mean_terms(self) | embedding_metrics(z) | feature_metrics(features) | teacher
+        embeddings = feature_metrics(z, ("embedding_std", "embedding_rank"))
+        return mean_terms(self) | embeddings | feature_metrics(features) | teacher
 
 
 def teacher_momentum(method: Method, step: int) -> float:
@@ -236,16 +236,9 @@ def prototype_metrics(P_t: Tensor) -> dict[str, float]:
     }
 
 
-def feature_metrics(features: Tensor) -> dict[str, float]:
-    """Spread and effective rank of one view's features (B, D) on this rank."""
-    std, rank = health.spread(features)
-    return {"feature_std": std.item(), "effective_rank": rank.item()}
-
-
-def embedding_metrics(z: Tensor) -> dict[str, float]:
-    """Spread and effective rank of the embeddings (B, E) that a loss compares."""
-    std, rank = health.spread(z)
-    return {"embedding_std": std.item(), "embedding_rank": rank.item()}
+def feature_metrics(features: Tensor, names=("feature_std", "effective_rank")) -> dict[str, float]:
+    """Spread and effective rank of one view's features, or embeddings, (B, D) on this rank."""
+    return dict(zip(names, (value.item() for value in health.spread(features))))
 
 
 def teacher_metrics(method: Method, step: int) -> dict[str, float]:
@@ -290,10 +283,9 @@ class DINO(Method):
         Flag("warmup_teacher_temp_epochs", "warm-up epochs of teacher_temp", float, ">= 0"),
         Flag("centering", "how targets avoid collapse", choices=("softmax", "sinkhorn")),
         Flag("center_momentum", "EMA momentum of the softmax's centre", float, "0 to 1"),
-        *shared("alpha"),
+        *shared("alpha", "patches_weight"),
         Flag("koleo_weight", "weight of the KoLeo regulariser (DINOv2: 0.1)", float, ">= 0"),
         Flag("infonce_weight", "weight of InfoNCE at the start, fading to 0", float, ">= 0"),
-        *shared("patches_weight"),
     )
 
     def __init__(self, backbone, args, total_steps: float = math.inf, epoch_steps: int = 0):
@@ -363,7 +355,7 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
 # -- MV-MR -----------------------------------------------------------------------------------------
 
 
-DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering")
+DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering", "patches")
 MVMR_WEIGHTS = [
     f"{name}_weight" for name in "invariance variance dependence representation".split()
 ]
@@ -391,24 +383,25 @@ class MVMR(ProjectionMethod):
         if "scattering" in args.descriptors:
             with distributed.user_errors():
                 self.scattering = descriptors.Scattering(*[args.global_crops_size] * 2)
+        if "patches" in args.descriptors:
+            self.dictionary = descriptors.PatchDictionary(len(backbone.mean))
 
     def forward(self, views, batch=None, step=0):
         plain = plain_view(batch, views[0].shape[-1], self.backbone)
         features, outputs = self.student([plain, views[0]])  # (2 B, D)
         z, z_augmented = outputs["projector"].chunk(2)  # (B, E)
-        r = self.representations(plain, views[1]) if self.args.representation_weight else []
+        r = self.representations(plain, views[1], batch) if self.args.representation_weight else []
         terms = self.loss(z, z_augmented, r)  # L1, L2 and L3, equations 4 to 9
         self.terms = {f"L{i}": term.detach() for i, term in enumerate(terms, start=1)}
         self.last = features.detach().chunk(2)[0]
         return sum(terms)  # equation 10
 
-    def representations(self, plain: Tensor, augmented: Tensor) -> list[Tensor]:
+    def representations(self, plain: Tensor, augmented: Tensor, batch: data.Batch) -> list[Tensor]:
         describe = {name: getattr(descriptors, name) for name in ("pixels", "local_std", "hog")}
         describe["scattering"] = getattr(self, "scattering", None)
-        return [
-            descriptors.pixels(augmented) if name == "augmented" else describe[name](plain)
-            for name in self.args.descriptors
-        ]
+        describe["augmented"] = lambda _: descriptors.pixels(augmented)
+        describe["patches"] = lambda _: patch_features(self.dictionary, batch)
+        return [describe[name](plain) for name in self.args.descriptors]
 
     def metrics(self):
         return mean_terms(self) | feature_metrics(self.last)

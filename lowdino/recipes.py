@@ -7,11 +7,11 @@ typed win over the row. A size of None is chosen by the images, and without --pr
 too; a momentum of None by the number of steps, see `settings.fit_to_data`. An `alpha` of None is
 the mean over all pairs of views.
 
-The first row on 1.3 million images of 224 pixels and eight GPUs: 8 views of 64 images per GPU, 512
-images and 4,096 views per step, 2,502 steps per epoch, 30 epochs, which cost as much as 58 of
-DINO's with 2 x 224 + 8 x 96 pixels. The learning rate stays, because Muon's step has one length
-whatever the batch; the coding rate is over all 512 images. These numbers were chosen on 45,000
-images of 32 pixels, and nobody has made that run; --preset dino is what DINO's authors ran.
+The first row on 1.3 million images of 224 pixels and eight GPUs: 4 views of 128 images per GPU,
+1,251 steps per epoch, 30 epochs, which cost as much as 29 of DINO's with 2 x 224 + 8 x 96 pixels.
+The learning rate stays, because Muon's step has one length whatever the batch. The patch dictionary
+sees images of 32 pixels, costs minutes and fades. Chosen on 45,000 images of 32 pixels; nobody has
+made that run. --preset dino is what DINO's authors ran.
 """
 
 from types import SimpleNamespace
@@ -21,9 +21,9 @@ from lowdino.distillation import Distillation
 from lowdino.methods import DESCRIPTORS, DINO, EMP, MVMR
 
 RECIPES = {
-    # EMP-SSL (Tong et al., 2023) with Muon, for small pictures and minutes or hours: many views of
-    # few images. Chosen by runs of equal compute on held-out training images of CIFAR-10: more
-    # views, the coding rate, Muon and the rarer grey each gained.
+    # EMP-SSL (Tong et al., 2023) with Muon, begun by a dictionary of the images' patches, for small
+    # pictures and minutes or hours. Chosen by runs of equal compute on held-out training images of
+    # CIFAR-10: tests/RESULTS.md, "The start from patches".
     "emp": dict(
         method=EMP, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
@@ -57,8 +57,8 @@ RECIPES = {
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.2, blur=1.0, solarize=0.2,
-        projector=[512] * 3, descriptors=[*DESCRIPTORS], invariance_weight=1.0, variance_weight=1.0,
-        dependence_weight=1.0, representation_weight=1.0,
+        projector=[512] * 3, descriptors=[*DESCRIPTORS[:5]], invariance_weight=1.0,
+        variance_weight=1.0, dependence_weight=1.0, representation_weight=1.0,
     ),
     # The compared methods on one small machine: as "emp", but with two views, and with networks and
     # queues for thousands of images. Each rate is the best of a few for mobilevit_xxs on the demo
@@ -213,7 +213,7 @@ RECIPES = {
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.08, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.2, blur=1.0, solarize=0.2,
-        projector=[8192] * 3, descriptors=[*DESCRIPTORS], invariance_weight=1.0,
+        projector=[8192] * 3, descriptors=[*DESCRIPTORS[:5]], invariance_weight=1.0,
         variance_weight=1.0, dependence_weight=1.0, representation_weight=1.0,
     ),
     # The papers' settings for ImageNet and ResNet-50, or those of their code where the two differ.
@@ -321,10 +321,8 @@ def preset_for(name: str, arch: str) -> str:
 def options(method: str, **given) -> SimpleNamespace:
     """Settings of a method for one's own loop, by the row of its name, but for those given.
 
-    That is its paper's row. `emp` and `distillation` have only ours.
-
-    MV-MR with the descriptor "scattering" needs `global_crops_size`, the side of its views. A
-    ValueError for an unknown method.
+    That is its paper's row. `emp` and `distillation` have only ours. MV-MR with "scattering" needs
+    `global_crops_size`, the side of its views. A ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")

@@ -31,7 +31,7 @@ from pathlib import Path
 from comparison import Probe, compare
 
 # Passes an image by the default recipe: 3 for each view of the student, 1 for each of a teacher.
-PASSES = dict(dino=8, emp=24, mvmr=6, byol=8, moco=4, swav=6, simclr=6, vicreg=6, barlow=6)
+PASSES = dict(dino=8, emp=12, mvmr=6, byol=8, moco=4, swav=6, simclr=6, vicreg=6, barlow=6)
 
 LOCAL = 4  # local views of a row that has them; of the side of the global ones
 

@@ -472,7 +472,7 @@ def test_wrong_labels_are_one_sentence(picture_folder, tmp_path, call_script):
         ),
         (
             ["pixels", "--finetune"],
-            "the whole network is trained without --pool, and pixels have none",
+            "the whole network is trained without --pool, and pixels has none",
         ),
         (["pixels", "--augment"], "--augment and --pool need backbones"),
         (["pixels", "resnet18", "--pool", "max"], "--augment and --pool need backbones"),

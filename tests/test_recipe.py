@@ -44,12 +44,12 @@ def fitted(text="", images=45_000, side=32, world=1, script=train):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("", dict(method="emp", optimizer="muon", lr=0.12, global_crops_number=8)),
+        ("", dict(method="emp", optimizer="muon", lr=0.12, global_crops_number=4)),
         # Images and views make up 512 views per step.
         ("--global_crops_number 4", dict(method="emp", batch_size_per_gpu=128)),
         ("--global_crops_number 32", dict(method="emp", batch_size_per_gpu=16)),
         ("--global_crops_number 4 --batch_size_per_gpu 8", dict(batch_size_per_gpu=8)),
-        ("--preset emp --global_crops_number 4", dict(batch_size_per_gpu=64)),
+        ("--preset emp --global_crops_number 8", dict(batch_size_per_gpu=128)),
         ("--method dino", dict(optimizer="adamw", lr=2e-3, out_dim=1024)),
         ("--method dino --alpha 0.4", dict(local_crops_number=6)),
         ("--method dino --alpha 0.4 --local_crops_number 2", dict(local_crops_number=2)),
@@ -113,10 +113,10 @@ def test_flags_that_contradict_each_other_are_refused(flags, message):
     "images, ranks, flags, expected",
     [
         # Never fewer than 2,000 steps.
-        (45_000, 1, "", dict(epochs=30, batch_size_per_gpu=64)),
-        (640, 1, "", dict(epochs=200, batch_size_per_gpu=64)),
+        (45_000, 1, "", dict(epochs=30, batch_size_per_gpu=128)),
+        (640, 1, "", dict(epochs=400, batch_size_per_gpu=128)),
         (640, 1, "--epochs 3", dict(epochs=3, warmup_epochs=0.3)),
-        (1_281_167, 8, "", dict(epochs=30, batch_size_per_gpu=64, global_crops_size=224)),
+        (1_281_167, 8, "", dict(epochs=30, batch_size_per_gpu=128, global_crops_size=224)),
         # A folder smaller than a batch.
         (24, 1, "", dict(epochs=2000, batch_size_per_gpu=24, warmup_epochs=20)),
         (24, 4, "", dict(epochs=2000, batch_size_per_gpu=6)),
