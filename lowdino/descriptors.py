@@ -252,7 +252,8 @@ class PatchDictionary(nn.Module):
             standard = (codes - self.code_mean) / std
             rank = min(self.embed_dim, *codes.shape)
             _, singular, directions = torch.pca_lowrank(standard, rank, center=False)
-            values = (singular**2 / len(codes)).clamp_min(1e-12)
+            values = singular**2 / len(codes)
+            values = values.clamp_min(1e-6 * values[0])  # those below are rounding
             self.projection.zero_()
             self.projection[:, :rank] = directions * values**-0.25 / std[:, None]
 

@@ -10,9 +10,9 @@
         optimizer.step()
         method.after_step(step)
 
-`options` is in recipes.py. MV-MR, distillation and `patches_weight` need the batch of the views too,
-method(views, batch, step); patch dictionaries are fitted before, by `features.fit_dictionaries`.
-`baselines.py` has the methods that these are compared with. A new method is one class and one row.
+`options` is in recipes.py. MV-MR, distillation and `patches_weight` need the batch of the views,
+method(views, batch, step), and patch dictionaries `features.fit_dictionaries` before the first one.
+`baselines.py` has the methods to compare with. A new method is one class and one row of numbers.
 """
 
 import difflib
@@ -434,8 +434,7 @@ class EMP(ProjectionMethod):
     the largest coding rate. There is no teacher and no contrast; a patch dictionary begins it.
     """
 
-    name = "emp"
-    whitens, pairs_views = True, False
+    name, whitens, pairs_views = "emp", True, False
     remedy = "lower --cosine_weight, or --lr"
     views_per_step = 512  # on a rank, where the number of views is typed
     flags = (
