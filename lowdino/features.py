@@ -200,9 +200,10 @@ def compute_features(
 def whitening_layer(features: Tensor) -> nn.Linear:
     """A layer that half-whitens such features (N, D), (B, D) -> (B, D); see `probe.HalfWhitening`.
 
-    Cosines of whitened features hear all directions, not only those of the largest variance.
+    Cosines of whitened features hear all directions, not only those of the largest variance. The
+    power, 0.35, was the best of three for k-NN of held-out training images.
     """
-    scaler, D = probe.HalfWhitening(features), features.shape[1]
+    scaler, D = probe.HalfWhitening(features, power=0.35), features.shape[1]
     layer = nn.Linear(D, D, device=features.device).requires_grad_(False)
     layer.weight.copy_(scaler.matrix.T)
     layer.bias.copy_(-scaler.mean @ scaler.matrix)

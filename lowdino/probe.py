@@ -18,7 +18,7 @@ Settings = Sequence[tuple[float, float]]  # learning rate and weight decay of ea
 class HalfWhitening:
     """Centre features (N, D), half-whiten them and scale their mean squared length to 1.
 
-    A principal direction with a fraction v of the variance is divided by (v + 1e-5)^(1/4). With raw
+    A principal direction with a fraction v of the variance is divided by (v + 1e-5)^power. With raw
     or standardised features SGD is far from the optimum after 100 epochs on random networks, whose
     variance lies in a few directions; with full whitening it fits the noise of the weak directions
     when labels are few. Half-whitening was best or near it at 500 and 5,000 labels (CIFAR-10, one
@@ -28,7 +28,7 @@ class HalfWhitening:
     that scales each coordinate, such as AdamW, needs `symmetric` (D, D), which does not rotate.
     """
 
-    def __init__(self, features: Tensor):
+    def __init__(self, features: Tensor, power: float = 0.25):
         self.mean = features.mean(dim=0)
         centred = features - self.mean
         covariance = centred.T @ centred / len(features)
@@ -36,7 +36,7 @@ class HalfWhitening:
         variance, directions = torch.linalg.eigh(covariance.to(solver))
         variance, directions = variance.to(self.mean).clamp_min(0), directions.to(self.mean)
         share = variance / variance.sum().clamp_min(1e-12)
-        stretch = (share + 1e-5) ** -0.25
+        stretch = (share + 1e-5) ** -power
         length = (variance * stretch**2).sum().sqrt().clamp_min(1e-12)
         self.matrix, self.directions = directions * (stretch / length), directions
 

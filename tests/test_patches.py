@@ -263,7 +263,7 @@ def test_a_whitening_layer_half_whitens():
     torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(6).double(), atol=1e-4, rtol=0)
     given = torch.linalg.eigvalsh(torch.cov(rows.double().T, correction=0))
     values = torch.linalg.eigvalsh(whitened.T @ whitened / len(rows))
-    ratio = values / given.sqrt()  # half of the exponent, up to one factor
+    ratio = values / given**0.3  # 1 - 2 * 0.35, up to one factor
     torch.testing.assert_close(ratio, ratio.mean().expand(6), rtol=0.05, atol=0)
 
 
