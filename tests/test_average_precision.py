@@ -82,18 +82,6 @@ def test_detections_on_a_crowd_do_not_count():
     assert score((detections((0.9, 1, A)), both)).ap50 == 1
 
 
-def test_difficult_objects_are_met_by_iou():
-    """What lies in a difficult object, and is much smaller, is wrong; what has its place is not."""
-    true = objects((1, A), (1, (20, 0, 60, 10)))
-    true["difficult"] = true.pop("crowd") | [False, True]
-    inside, alike = detections((0.9, 1, B), (0.7, 1, A)), (20, 0, 50, 10)  # IoU 0.75
-    assert score((inside, true)).ap50 == pytest.approx(1 / 2)
-    assert score((detections((0.9, 1, alike), (0.8, 1, alike), (0.7, 1, A)), true)).ap50 == 1
-    # At an IoU of 0.8 and more it is no longer met, and its detection is wrong.
-    aps = score((detections((0.9, 1, alike), (0.7, 1, A)), true)).by_class[1]
-    np.testing.assert_allclose(aps, [1] * 6 + [1 / 2] * 4)
-
-
 def test_a_class_of_crowds_alone_has_no_ap():
     got = score((detections((0.9, 1, A)), objects((1, A, True))))
     assert math.isnan(got.ap) and got.by_class == {}

@@ -84,10 +84,9 @@ def test_training_batches_depend_on_seed_and_step_alone():
     assert len({tuple(row) for row in flips.values()}) > 3
 
 
-@pytest.mark.parametrize("kind", ["crowd", "difficult"])
-def test_crowds_and_difficult_objects_are_not_trained_on(kind):
+def test_crowds_are_not_trained_on():
     image, target = scenes(masks=True).train[0]
-    target = target | {kind: torch.arange(len(target["labels"])) == 1}
+    target = target | {"crowd": torch.arange(len(target["labels"])) == 1}
     _, (kept,) = detection.training_batch([(image, target)], 0, 0, 0)
     assert set(kept) == {"boxes", "labels", "masks"}
     assert all(len(value) == len(target["labels"]) - 1 for value in kept.values())
@@ -148,13 +147,13 @@ def test_size_is_the_pictures_own():
 
 @pytest.mark.parametrize("workers, shared_memory", [(0, True), (1, True), (1, False)])
 def test_batches_are_the_items(workers, shared_memory, monkeypatch):
-    monkeypatch.setattr(data, "lacks_shared_memory", lambda *_: not shared_memory)
+    monkeypatch.setattr(data, "lacks_shared_memory", lambda: not shared_memory)
     source, order = scenes(masks=True).train, [[2, 0], [1]]
     batches = list(linear.picture_batches(subject_of(num_workers=workers), source, order))
     assert [len(items) for items in batches] == [2, 1]
     for (image, target), i in zip((item for items in batches for item in items), (2, 0, 1)):
         assert (image == source[i][0]).all()
-        assert {*target} == {"boxes", "labels", "masks", "crowd", "difficult"}
+        assert {*target} == {"boxes", "labels", "masks", "crowd"}
         assert all((value == source[i][1][name]).all() for name, value in target.items())
 
 
