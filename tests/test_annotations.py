@@ -1,68 +1,20 @@
-"""Readers of pictures with boxes and masks, against files written by hand."""
+"""Readers of pictures with boxes, against files written by hand."""
 
 import json
 import re
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from lowdino import annotations, demo
-from lowdino.annotations import Picture, UserError, load, polygon_mask, run_length_mask
+from lowdino.annotations import UserError, load
 from lowdino.image_io import PixelFormat, read_image
-
-# ---------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------
-
-
-def test_polygons_by_hand():
-    square = np.array([[1.0, 1], [4, 1], [4, 3], [1, 3]])
-    wanted = np.zeros((5, 6), dtype=bool)
-    wanted[1:3, 1:4] = True
-    np.testing.assert_array_equal(polygon_mask(square, 5, 6), wanted)
-    np.testing.assert_array_equal(polygon_mask(square[::-1], 5, 6), wanted)
-    # What lies outside is cut; pixels whose centres it misses are not part of it.
-    assert polygon_mask(square * 10, 5, 6).sum() == 0
-    assert polygon_mask((square - 2) * 10, 5, 6).all()
-    np.testing.assert_array_equal(polygon_mask(square + 0.4, 5, 6), wanted)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_polygons_equal_pillows_up_to_their_edges(seed):
-    """Pillow draws the edge too, so it is compared at 64 times the size."""
-    rng = np.random.default_rng(seed)
-    angles, radius = np.sort(rng.uniform(0, 2 * np.pi, 9)), rng.uniform(3, 25, 9)
-    points = np.stack([20 + radius * np.cos(angles), 15 + radius * np.sin(angles)], axis=1)
-    large = Image.new("L", (2560, 1920))
-    ImageDraw.Draw(large).polygon([tuple(64 * point - 0.5) for point in points], fill=1)
-    wanted = np.array(large)[32::64, 32::64]
-    assert (polygon_mask(points, 30, 40) != wanted).sum() <= 2
-    assert 50 < wanted.sum() < 1150
-
-
-def test_a_small_polygon_takes_no_more_memory_than_its_mask():
-    tracemalloc.start()
-    mask = polygon_mask(np.array([[100.0, 200], [130, 200], [130, 230]]), 600, 800)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    # Its rows have 30, 29, ..., 1 pixels: those whose centres lie on the slope are inside.
-    assert mask.sum() == sum(range(1, 31)) and peak < 1.2 * mask.nbytes
-
-
-def test_run_lengths_by_hand():
-    # Columns of three pixels: the first is 0 0 1, the second 1 1 0.
-    mask = run_length_mask(np.array([2, 3, 1]), 3, 2)
-    np.testing.assert_array_equal(mask, [[0, 1], [0, 1], [1, 0]])
-
 
 # ---------------------------------------------------------------------------------------------
 # COCO's form
 # ---------------------------------------------------------------------------------------------
-
-L = [2, 2, 12, 2, 12, 7, 7, 7, 7, 12, 2, 12]  # a polygon of 10 x 10 without its lower right
 
 
 def content():
@@ -72,12 +24,10 @@ def content():
         {"id": 3, "file_name": "sub/b.jpg", "height": 30, "width": 40},
     ]
     rows = [
-        {"id": 1, "image_id": 7, "category_id": 90, "bbox": [2, 2, 10, 10], "segmentation": [L]},
+        {"id": 1, "image_id": 7, "category_id": 90, "bbox": [2, 2, 10, 10]},
         {"id": 2, "image_id": 7, "category_id": 18, "bbox": [30.5, 20, 5, 4.5]},
         {"id": 3, "image_id": 7, "category_id": 18, "bbox": [0, 0, 40, 30], "iscrowd": 1},
     ]
-    rows[1]["segmentation"] = {"size": [30, 40], "counts": [30 * 32 + 22, 3, 30 * 8 - 25]}
-    rows[2]["segmentation"] = {"size": [30, 40], "counts": [0, 1200]}
     categories = [{"id": 90, "name": "cat"}, {"id": 18, "name": "dog"}]
     return {"images": images, "annotations": rows, "categories": categories}
 
@@ -100,7 +50,7 @@ def write(folder, train=None, val=None, names=("instances_train", "instances_val
     "names", [("instances_train2017", "instances_val2017"), ("instances_train", "val")]
 )
 def test_coco(tmp_path, names):
-    source = load(str(write(tmp_path, names=names)), masks=True)
+    source = load(str(write(tmp_path, names=names)))
     assert source.names == ["dog", "cat"]  # by their ids, 18 and 90
     assert source.notes == []
     for part in (source.train, source.test):
@@ -111,25 +61,12 @@ def test_coco(tmp_path, names):
         assert target["boxes"].tolist() == [[2, 2, 12, 12], [30.5, 20, 35.5, 24.5], [0, 0, 40, 30]]
         assert target["labels"].tolist() == [2, 1, 1]
         assert target["crowd"].tolist() == [False, False, True]
-        masks = target["masks"]
-        assert masks.shape == (3, 30, 40) and masks.dtype == torch.uint8
-        assert masks.sum(dim=(1, 2)).tolist() == [75, 3, 1200]
-        assert masks[0, 2:7, 2:12].all() and masks[0, 7:12, 2:7].all()
-        assert masks[1, 22:25, 32].all()
         # An image without boxes is kept.
         image, target = part[1]
         assert image[2, 0, 0] > 200
-        shapes = [list(target[name].shape) for name in target]
-        assert shapes == [[0, 4], [0], [0], [0, 30, 40]]
+        shapes = {name: list(value.shape) for name, value in target.items()}
+        assert shapes == {"boxes": [0, 4], "labels": [0], "crowd": [0]}
         assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
-
-
-def test_without_masks_nothing_is_asked_of_them(tmp_path):
-    coco = content()
-    del coco["annotations"][1]["segmentation"]
-    coco["annotations"][0]["segmentation"] = "nonsense"
-    source = load(str(write(tmp_path, coco, coco)))
-    assert set(source.train[0][1]) == {"boxes", "labels", "crowd"}
 
 
 def test_files_beside_the_folders(tmp_path):
@@ -145,10 +82,10 @@ def test_boxes_that_leave_their_picture_are_cut(tmp_path):
     coco["annotations"][0]["bbox"] = [-5, 20, 10, 1e200]
     coco["annotations"][1]["bbox"] = [40, 5, 5, 5]  # outside
     coco["annotations"][2] |= {"bbox": [5, 5, 0, 3], "iscrowd": 0}  # of no area
-    source = load(str(write(tmp_path, coco)), masks=True)
+    source = load(str(write(tmp_path, coco)))
     target = source.train[0][1]
     assert target["boxes"].tolist() == [[0, 20, 5, 30]]
-    assert target["labels"].tolist() == [2] and len(target["masks"]) == 1
+    assert target["labels"].tolist() == [2] and target["crowd"].tolist() == [False]
     file = tmp_path / "annotations/instances_train.json"
     assert source.notes == [
         f"{file}: 1 boxes reach beyond their pictures and are cut, 2 have no area inside theirs "
@@ -168,7 +105,7 @@ def change(*path, to):
     return apply
 
 
-ROW, POLYGON = ("annotations", 0), [[1, 2, 3, 4]]
+ROW = ("annotations", 0)
 WRONG = {
     "category 18 twice": (change("categories", 0, "id", to=18), '"categories" has id 18 twice'),
     "image twice": (change("images", 0, "id", to=3), '"images" has id 3 twice'),
@@ -200,27 +137,6 @@ WRONG = {
     ),
     "box that is no numbers": (change(*ROW, "bbox", to=[1, 2, 3, float("nan")]), "bbox of annot"),
     "box beyond all numbers": (change(*ROW, "bbox", to=[1, 2, 3, 10**400]), "bbox of annotation 1"),
-    "no mask": (
-        change(*ROW, "segmentation", to=[]),
-        "annotation 1 has no segmentation, which Mask",
-    ),
-    "polygon of two points": (
-        change(*ROW, "segmentation", to=POLYGON),
-        "a polygon that is no list",
-    ),
-    "mask in words": (change(*ROW, "segmentation", to="x"), "neither polygons nor a list"),
-    "mask of another size": (
-        change("annotations", 1, "segmentation", "size", to=[40, 30]),
-        r"the mask of annotation 2 has height and width \[40, 30\], its picture \[30, 40\]",
-    ),
-    "short mask": (
-        change("annotations", 1, "segmentation", "counts", to=[3, 4]),
-        "the run lengths of annotation 2 do not fill its mask of 30 x 40 pixels",
-    ),
-    "negative run": (
-        change("annotations", 1, "segmentation", "counts", to=[1300, -100]),
-        "the run lengths of annotation 2",
-    ),
 }
 
 
@@ -230,7 +146,7 @@ def test_wrong_json(tmp_path, case):
     coco = content()
     spoil(coco)
     with pytest.raises(UserError, match=sentence) as error:
-        load(str(write(tmp_path, coco)), masks=True)
+        load(str(write(tmp_path, coco)))
     assert str(error.value).startswith(str(tmp_path / "annotations/instances_train.json"))
 
 
@@ -297,7 +213,7 @@ def test_pictures_that_are_arrays(tmp_path):
         coco = content()
         coco["images"] = [coco["images"][0] | {"file_name": "a.npy"}]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
-    source = load(str(tmp_path), masks=True, pixels=PixelFormat(channels=5))
+    source = load(str(tmp_path), pixels=PixelFormat(channels=5))
     for part in (source.train, source.test):
         assert part.sizes == [(30, 40)]
         np.testing.assert_array_equal(part[0][0], values)
@@ -331,21 +247,12 @@ def test_no_source(tmp_path):
 def test_demo_scenes(monkeypatch):
     monkeypatch.setattr(demo, "SCENE_TRAIN", 5)
     monkeypatch.setattr(demo, "SCENE_TEST", 3)
-    source = load("demo_scenes", masks=True)
+    source = load("demo_scenes")
     assert (len(source.train), len(source.test), len(source.names)) == (5, 3, 10)
     images, targets = demo.demo_scenes([demo.TEST_START + 1])
     image, target = source.test[1]
     assert (image == images[0]).all() and source.test.sizes[1] == (96, 96)
-    for name in ("boxes", "labels", "masks"):
+    assert set(target) == {"boxes", "labels", "crowd"}
+    for name in ("boxes", "labels"):
         assert (target[name] == targets[0][name]).all()
     assert not target["crowd"].any() and len(target["crowd"]) == len(target["labels"])
-    assert "masks" not in load("demo_scenes").train[0][1]
-
-
-def test_masks_of_a_picture_are_unions_of_polygons():
-    squares = [np.array([[a, a], [a + 2, a], [a + 2, a + 2], [a, a + 2]]) for a in (0.0, 1.0)]
-    box = np.zeros((1, 4), dtype=np.float32)
-    picture = Picture("", 4, 4, box, np.ones(1), np.zeros(1), [squares])
-    wanted = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(picture.masks()[0], wanted)
-    assert annotations.is_polygon([1, 2, 3, 4, 5, 6]) and not annotations.is_polygon([1] * 7)

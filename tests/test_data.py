@@ -206,7 +206,7 @@ def test_loader_processes_are_for_files_alone(monkeypatch, picture_folder):
     monkeypatch.setattr(data, "cores", lambda: 4)
     monkeypatch.setattr(data, "lacks_shared_memory", lambda: False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    scenes = annotations.Scenes(range(2), masks=False)
+    scenes = annotations.Scenes(range(2))
     painted = masks.MaskedArrays(scenes.images, scenes.images[:, 0])
     for held in (demo_array(range(3)), scenes, painted):
         assert data.loader_processes(Subset(Subset(held, [1, 0]), [1]), None) == 0
