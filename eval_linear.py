@@ -52,14 +52,6 @@ FLAGS = {
         Flag("epochs", "default: 100; segmentation: 20", int, ">= 1"),
         Flag("batch_size_per_gpu", "per process; default: 256, 16 or 8, by task", int, ">= 1"),
         Flag("maps", MAPS, str, "", "last", ("last", "pyramid")),
-        Flag(
-            "detector",
-            "mask_rcnn needs pictures with masks",
-            str,
-            "",
-            "faster_rcnn",
-            (*detection.NAMES,),
-        ),
         Flag("steps", "steps of a detector, whatever --label_fraction; default: 300", int, ">= 1"),
     ),
     "labels": (

@@ -1,4 +1,4 @@
-"""Objects in boxes: torchvision's Faster R-CNN or Mask R-CNN on a backbone, all of it trained.
+"""Objects in boxes: torchvision's Faster R-CNN on a backbone, all of it trained.
 
 `eval_linear.py --task detection` runs it.
 """
@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -28,7 +27,7 @@ from lowdino.schedules import Stream
 from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
-FLAGS = ("detector", "steps", "layer_decay")
+FLAGS = ("steps", "layer_decay")
 MAX_NORM = 10.0  # limit of the gradient's norm
 
 
@@ -46,16 +45,12 @@ def defaults(args: Settings) -> dict:
     return dict(lr=[1e-3], weight_decay=[0.05], layer_decay=1.0, steps=300, batch_size_per_gpu=8)
 
 
-NAMES = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN"}
-KINDS = {"faster_rcnn": ["boxes"], "mask_rcnn": ["boxes", "masks"]}  # of AP
-
-
 def protocol(args: Settings) -> str:
     """The training and its settings, in one sentence for people who compare."""
     rates = f"learning rate {args.lr[0]:g}"
     rates += f", x {args.layer_decay:g} per block downwards" if args.layer_decay < 1 else ""
     return (
-        f"torchvision's {NAMES[args.detector]} on an FPN, all weights trained: AdamW, {rates}, "
+        f"torchvision's Faster R-CNN on an FPN, all weights trained: AdamW, {rates}, "
         f"weight decay {args.weight_decay[0]:g}, {args.steps} steps of {args.batch_size_per_gpu} "
         "pictures per process with flips, the same at every fraction of the pictures; batch norm "
         f"is frozen in pre-trained weights on pictures of {SMALL_SIDE} pixels or more, else "
@@ -70,7 +65,7 @@ class DetectorSize(NamedTuple):
     """The numbers of a detector."""
 
     strides: tuple[int, ...]  # of the maps
-    width: int  # channels of the maps and of the mask head
+    width: int  # channels of the maps
     hidden: int  # width of the box head
     anchors: int  # per image to train on
     proposals: int  # per image to train on
@@ -128,26 +123,17 @@ class RoIAlign(MultiScaleRoIAlign):
         return super().forward(x, boxes, [(FINEST * height, FINEST * width)])
 
 
-def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bool) -> FasterRCNN:
+def build(backbone: nn.Module, classes: int, size: int, freeze_bn: bool) -> FasterRCNN:
     """torchvision's detector on a backbone, for images with a shorter side of `size` pixels.
 
-    `kind` is "faster_rcnn" or "mask_rcnn"; `classes` does not count the background.
+    `classes` does not count the background.
     """
     numbers, (mean, std) = detector_size(size), normalisation(backbone)
     width, strides = numbers.width, numbers.strides
     maps = Maps(dense.fpn_backbone(backbone, width, strides, freeze_bn))
     pooled = ["0", "1", "2", "3"]  # names of the maps; a fifth map is for proposals only
-    heads = {
-        "box_roi_pool": RoIAlign(pooled, output_size=7, sampling_ratio=2),
-        "box_head": TwoMLPHead(width * 7**2, numbers.hidden),
-        "box_predictor": FastRCNNPredictor(numbers.hidden, classes + 1),
-    }
-    if kind == "mask_rcnn":
-        heads["mask_roi_pool"] = RoIAlign(pooled, output_size=14, sampling_ratio=2)
-        heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
-        heads["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)
     anchors = AnchorGenerator(anchor_sizes(size, strides), ((0.5, 1.0, 2.0),) * len(strides))
-    return (MaskRCNN if kind == "mask_rcnn" else FasterRCNN)(
+    return FasterRCNN(
         maps,
         min_size=size,
         max_size=round(size * 1333 / 800),
@@ -160,7 +146,9 @@ def build(kind: str, backbone: nn.Module, classes: int, size: int, freeze_bn: bo
         rpn_pre_nms_top_n_test=numbers.kept // 2,
         rpn_post_nms_top_n_test=numbers.kept // 2,
         box_batch_size_per_image=numbers.proposals,
-        **heads,
+        box_roi_pool=RoIAlign(pooled, output_size=7, sampling_ratio=2),
+        box_head=TwoMLPHead(width * 7**2, numbers.hidden),
+        box_predictor=FastRCNNPredictor(numbers.hidden, classes + 1),
     )
 
 
@@ -175,10 +163,7 @@ def flipped(image: Tensor, target: dict[str, Tensor]) -> Item:
     """An image and its target, left and right exchanged."""
     left, top, right, bottom = target["boxes"].unbind(dim=1)
     left, right = image.shape[2] - right, image.shape[2] - left
-    target = target | {"boxes": torch.stack([left, top, right, bottom], dim=1)}
-    if "masks" in target:
-        target["masks"] = target["masks"].flip(2)
-    return image.flip(2), target
+    return image.flip(2), target | {"boxes": torch.stack([left, top, right, bottom], dim=1)}
 
 
 def training_batch(items: list[Item], seed: int, step: int, rank: int):
@@ -186,10 +171,7 @@ def training_batch(items: list[Item], seed: int, step: int, rank: int):
     generator = augment.seeded_generator("cpu", Stream.LABELLED_VIEWS, seed, step, rank)
     flips = torch.rand(len(items), generator=generator) < 0.5
     items = [flipped(*item) if flip else item for item, flip in zip(items, flips)]
-    targets = []
-    for _, target in items:
-        kept = ~target["crowd"]
-        targets.append({n: v[kept] for n, v in target.items() if n != "crowd"})
+    targets = [{n: t[n][~t["crowd"]] for n in ("boxes", "labels")} for _, t in items]
     return images_of(items), targets
 
 
@@ -201,8 +183,7 @@ def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
     _, backbone = open_network(subject.name, seed)
     torch.manual_seed(seed)
     freeze_bn = detector_size(size).freeze_bn and subject.name not in lowdino.ARCHS
-    detector = build(args.detector, backbone, len(source.names), size, freeze_bn)
-    detector = distributed.on_device(detector, ranks)
+    detector = distributed.on_device(build(backbone, len(source.names), size, freeze_bn), ranks)
     pictures, body = Subset(source.train, indices), {*backbone.parameters()}
     head = nn.ParameterList(p for p in detector.parameters() if p not in body)
     groups = optim.layerwise_groups(backbone, head, args.layer_decay)
@@ -221,25 +202,17 @@ def train(subject: linear.Subject, indices: list[int], seed: int) -> FasterRCNN:
 
 @user_errors()
 @torch.no_grad()
-def evaluate(subject: linear.Subject, detector: FasterRCNN) -> dict[str, Score]:
-    """The detector's AP by kind, "boxes" and, for Mask R-CNN, "masks"; each rank does its share."""
+def evaluate(subject: linear.Subject, detector: FasterRCNN) -> Score:
+    """The detector's AP; each rank does its share."""
     detector.eval()
-    pictures, world = subject.source.test, subject.ranks.world
-    matches = {kind: [] for kind in KINDS[subject.args.detector]}
+    pictures, world, matches = subject.source.test, subject.ranks.world, []
     order = linear.rank_batches(subject, len(pictures))
     for items in linear.picture_batches(subject, pictures, order):
-        detections = detector(images_of(items))
-        for detected, (_, target) in zip(detections, items):
-            if "masks" in detected:
-                detected["masks"] = detected["masks"][:, 0] > 0.5
+        for detected, (_, target) in zip(detector(images_of(items)), items):
             pair = [{k: v.cpu() for k, v in part.items()} for part in (detected, target)]
-            for kind in matches:
-                matches[kind].append(match(*pair, kind))
+            matches.append(match(*pair))
     parts = distributed.gather_objects(matches)
-    return {
-        kind: average_precision([parts[i % world][kind][i // world] for i in range(len(pictures))])
-        for kind in matches
-    }
+    return average_precision([parts[i % world][i // world] for i in range(len(pictures))])
 
 
 def suitable_size(pictures: Dataset) -> int:
@@ -250,18 +223,14 @@ def suitable_size(pictures: Dataset) -> int:
 def measure(subject: linear.Subject) -> dict:
     """All figures of one model: its row of the table."""
     args = subject.args
-    options = dict(source=args.data_path, masks=args.detector == "mask_rcnn")
-    source, remark = linear.open_pictures(subject, partial(annotations.load, **options))
+    source, remark = linear.open_pictures(subject, partial(annotations.load, args.data_path))
     subject = replace(subject, source=source, size=args.image_size or suitable_size(source.train))
     linear.print_pictures(subject, len(source.names), remark)
     torch.backends.cudnn.benchmark = False  # it would time its algorithms for every shape
 
     def learn(indices: Sequence[int], seed: int, _: str) -> tuple[dict, str]:
-        scores = evaluate(subject, train(subject, indices, seed))
-        aps = [(kind, name) for kind in scores for name in ("ap50", "ap")]
-        figures = {f"{kind}_{name}": getattr(scores[kind], name) for kind, name in aps}
-        words = (f"AP50 of {k} {s.ap50:.4f}, AP {s.ap:.4f}" for k, s in scores.items())
-        return figures, ", ".join(words)
+        ap50, ap, _ = evaluate(subject, train(subject, indices, seed))
+        return {"ap50": ap50, "ap": ap}, f"AP50 {ap50:.4f}, AP {ap:.4f}"
 
     subsets = linear.subsets_of(args, partial(linear.random_subset, len(source.train)))
     parameters = sum(p.numel() for p in subject.backbone.parameters()) / 1e6
@@ -271,6 +240,5 @@ def measure(subject: linear.Subject) -> dict:
 
 def columns(args: Settings) -> dict:
     """Columns after the model's name: headings, and functions from a row to its text."""
-    aps = {"AP50": "ap50", "AP": "ap"}
-    figures = {f"{ap} of {k},": f"{k}_{aps[ap]}" for k in KINDS[args.detector] for ap in aps}
-    return {"pixels": lambda row: str(row["image_size"])} | linear.figure_columns(args, figures)
+    figures = linear.figure_columns(args, {"AP50,": "ap50", "AP,": "ap"})
+    return {"pixels": lambda row: str(row["image_size"])} | figures

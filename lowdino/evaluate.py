@@ -201,43 +201,28 @@ class Score(NamedTuple):
     by_class: dict[int, np.ndarray]  # (T,) for each class that has objects
 
 
-def iou(intersection: np.ndarray, detected: np.ndarray, true: np.ndarray, crowd) -> np.ndarray:
-    """Intersection (D, G) over union, by areas (D,) and (G,); over the detection's in a crowd."""
-    union = np.where(crowd, detected[:, None], detected[:, None] + true - intersection)
-    return np.divide(intersection, union, out=np.zeros(union.shape), where=intersection > 0)
-
-
 def box_iou(detected: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU of boxes (left, top, right, bottom): (D, 4), (G, 4), (G,) bool -> (D, G) float64."""
+    """IoU of boxes (left, top, right, bottom): (D, 4), (G, 4), (G,) bool -> (D, G) float64.
+
+    In a crowd it is the intersection over the detection's area.
+    """
     detected, true = (np.asarray(boxes, dtype=np.float64) for boxes in (detected, true))
     low = np.maximum(detected[:, None, :2], true[:, :2])
     high = np.minimum(detected[:, None, 2:], true[:, 2:])
     intersection = (high - low).clip(min=0).prod(axis=2)
-    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (detected, true))
-    return iou(intersection, *areas, crowd)
+    area, true_area = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (detected, true))
+    union = np.where(crowd, area[:, None], area[:, None] + true_area - intersection)
+    return np.divide(intersection, union, out=np.zeros(union.shape), where=intersection > 0)
 
 
-def mask_iou(detected: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU of masks, on where not 0: (D, H, W), (G, H, W), (G,) bool -> (D, G) float64."""
-    masks = (np.asarray(masks) != 0 for masks in (detected, true))
-    detected, true = (m.reshape(len(m), math.prod(m.shape[1:])) for m in masks)
-    intersection = np.zeros((len(detected), len(true)))
-    for g, mask in enumerate(true):
-        intersection[:, g] = detected[:, mask].sum(axis=1)
-    return iou(intersection, detected.sum(axis=1), true.sum(axis=1), crowd)
-
-
-def match(
-    prediction: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], kind: str = "boxes"
-) -> Matches:
+def match(prediction: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray]) -> Matches:
     """Match one picture's detections to its objects, class by class.
 
     Args:
-        prediction: scores (D,), labels (D,), and boxes (D, 4) or masks (D, H, W).
-        target: labels (G,), and boxes (G, 4) or masks (G, H, W). `crowd` (G,) bool, where there is
-            one, marks crowds: a detection that lies in one meets it, and does not count; and a
-            crowd needs none. That is COCO's rule.
-        kind: "boxes" or "masks", by which the overlap is measured.
+        prediction: scores (D,), labels (D,), and boxes (D, 4).
+        target: labels (G,), and boxes (G, 4). `crowd` (G,) bool, where there is one, marks crowds:
+            a detection that lies in one meets it, and does not count; and a crowd needs none. That
+            is COCO's rule.
 
     Tensors must be on the CPU. A ValueError where scores are not finite: they have no order.
     """
@@ -246,14 +231,13 @@ def match(
         raise ValueError("scores of detections are not finite numbers: the detector has diverged")
     labels, true = np.asarray(prediction["labels"]), np.asarray(target["labels"])
     crowd = np.asarray(target.get("crowd", np.zeros(len(true))), dtype=bool)
-    overlap = {"boxes": box_iou, "masks": mask_iou}[kind]
-    detected, shapes = np.asarray(prediction[kind]), np.asarray(target[kind])
+    detected, boxes = np.asarray(prediction["boxes"]), np.asarray(target["boxes"])
     orders, matched = [np.zeros(0, dtype=int)], [np.zeros((2, len(IOU_THRESHOLDS), 0), dtype=bool)]
     for label in np.unique(labels):
         order = by_score(scores, labels == label)[:MOST]
         objects = np.flatnonzero(true == label)
         objects = objects[np.argsort(crowd[objects], kind="stable")]  # crowds are last
-        overlaps = overlap(detected[order], shapes[objects], crowd[objects])
+        overlaps = box_iou(detected[order], boxes[objects], crowd[objects])
         orders.append(order)
         matched.append(match_class(overlaps, crowd[objects]))
     order, matched = np.concatenate(orders), np.concatenate(matched, axis=2)

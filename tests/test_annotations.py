@@ -1,102 +1,20 @@
-"""Readers of pictures with boxes and masks, against files written by hand."""
+"""Readers of pictures with boxes, against files written by hand."""
 
 import json
 import re
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
-from torchvision import datasets
+from PIL import Image
 
 from lowdino import annotations, demo
-from lowdino.annotations import Picture, UserError, load, polygon_mask, run_length_mask, run_lengths
+from lowdino.annotations import UserError, load
 from lowdino.image_io import PixelFormat, read_image
-
-# ---------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------
-
-
-def test_polygons_by_hand():
-    square = np.array([[1.0, 1], [4, 1], [4, 3], [1, 3]])
-    wanted = np.zeros((5, 6), dtype=bool)
-    wanted[1:3, 1:4] = True
-    np.testing.assert_array_equal(polygon_mask(square, 5, 6), wanted)
-    np.testing.assert_array_equal(polygon_mask(square[::-1], 5, 6), wanted)
-    # What lies outside is cut; pixels whose centres it misses are not part of it.
-    assert polygon_mask(square * 10, 5, 6).sum() == 0
-    assert polygon_mask((square - 2) * 10, 5, 6).all()
-    np.testing.assert_array_equal(polygon_mask(square + 0.4, 5, 6), wanted)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_polygons_equal_pillows_up_to_their_edges(seed):
-    """Pillow draws the edge too, so it is compared at 64 times the size."""
-    rng = np.random.default_rng(seed)
-    angles, radius = np.sort(rng.uniform(0, 2 * np.pi, 9)), rng.uniform(3, 25, 9)
-    points = np.stack([20 + radius * np.cos(angles), 15 + radius * np.sin(angles)], axis=1)
-    large = Image.new("L", (2560, 1920))
-    ImageDraw.Draw(large).polygon([tuple(64 * point - 0.5) for point in points], fill=1)
-    wanted = np.array(large)[32::64, 32::64]
-    assert (polygon_mask(points, 30, 40) != wanted).sum() <= 2
-    assert 50 < wanted.sum() < 1150
-
-
-def test_a_small_polygon_takes_no_more_memory_than_its_mask():
-    tracemalloc.start()
-    mask = polygon_mask(np.array([[100.0, 200], [130, 200], [130, 230]]), 600, 800)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    # Its rows have 30, 29, ..., 1 pixels: those whose centres lie on the slope are inside.
-    assert mask.sum() == sum(range(1, 31)) and peak < 1.2 * mask.nbytes
-
-
-def test_run_lengths_by_hand():
-    # Columns of three pixels: the first is 0 0 1, the second 1 1 0.
-    mask = run_length_mask(np.array([2, 3, 1]), 3, 2)
-    np.testing.assert_array_equal(mask, [[0, 1], [0, 1], [1, 0]])
-    # 3 -> "3"; 40 is 01000 and 1 beyond it: chr(48 + 8 + 32), chr(48 + 1).
-    assert run_lengths("3X1") == [3, 40]
-    # The fourth number, 5, stands as 5 - 40 = -35: 11101 and 11110 beyond it.
-    assert run_lengths("3X12" + chr(48 + 29 + 32) + chr(48 + 30)) == [3, 40, 2, 5]
-
-
-# Of pycocotools 2.0.11: `mask.encode` of RandomState(0).random_sample((12, 10)) < share, by share.
-ENCODED = {
-    0.02: "c11Q20QN",
-    0.5: "321O010O34ML211021N2MM100O14NO0M1065NLKO10O000030M1",
-    0.98: "0m01m1",
-}
-# And `mask.frPyObjects` of polygons in pictures of 30 x 40.
-DRAWN = [
-    ([[16.5, 21.5], [18.1, 16.3], [12.7, 19.4]], "i<1l0101N10NUd0"),
-    ([[12.5, 21.6], [0.0, 9.1], [4.4, 2.8]], "82k02M3N2N21O2M2O1O1O2N1Odi0"),
-    ([[13.1, 0.8], [16.5, 13.1], [12.6, 9.9]], "X<9h0M4MVf0"),
-]
-
-
-@pytest.mark.parametrize("share", ENCODED)
-def test_run_lengths_equal_pycocotools(share):
-    mask = np.random.RandomState(0).random_sample((12, 10)) < share
-    counts = np.array(run_lengths(ENCODED[share]))
-    np.testing.assert_array_equal(run_length_mask(counts, 12, 10), mask)
-
-
-@pytest.mark.parametrize("points, text", DRAWN)
-def test_polygons_equal_pycocotools_up_to_their_edges(points, text):
-    """Theirs is drawn on a grid five times as fine, so that it differs at edges."""
-    wanted = run_length_mask(np.array(run_lengths(text)), 30, 40)
-    ours = polygon_mask(np.array(points), 30, 40)
-    assert (ours != wanted).sum() <= 0.2 * wanted.sum()
-
 
 # ---------------------------------------------------------------------------------------------
 # COCO's form
 # ---------------------------------------------------------------------------------------------
-
-L = [2, 2, 12, 2, 12, 7, 7, 7, 7, 12, 2, 12]  # a polygon of 10 x 10 without its lower right
 
 
 def content():
@@ -106,12 +24,10 @@ def content():
         {"id": 3, "file_name": "sub/b.jpg", "height": 30, "width": 40},
     ]
     rows = [
-        {"id": 1, "image_id": 7, "category_id": 90, "bbox": [2, 2, 10, 10], "segmentation": [L]},
+        {"id": 1, "image_id": 7, "category_id": 90, "bbox": [2, 2, 10, 10]},
         {"id": 2, "image_id": 7, "category_id": 18, "bbox": [30.5, 20, 5, 4.5]},
         {"id": 3, "image_id": 7, "category_id": 18, "bbox": [0, 0, 40, 30], "iscrowd": 1},
     ]
-    rows[1]["segmentation"] = {"size": [30, 40], "counts": [30 * 32 + 22, 3, 30 * 8 - 25]}
-    rows[2]["segmentation"] = {"size": [30, 40], "counts": "0`U1"}  # 0, then 1200 ones
     categories = [{"id": 90, "name": "cat"}, {"id": 18, "name": "dog"}]
     return {"images": images, "annotations": rows, "categories": categories}
 
@@ -134,7 +50,7 @@ def write(folder, train=None, val=None, names=("instances_train", "instances_val
     "names", [("instances_train2017", "instances_val2017"), ("instances_train", "val")]
 )
 def test_coco(tmp_path, names):
-    source = load(str(write(tmp_path, names=names)), masks=True)
+    source = load(str(write(tmp_path, names=names)))
     assert source.names == ["dog", "cat"]  # by their ids, 18 and 90
     assert source.notes == []
     for part in (source.train, source.test):
@@ -144,26 +60,13 @@ def test_coco(tmp_path, names):
         assert image[:, 5, 5].tolist() == [255, 0, 0]
         assert target["boxes"].tolist() == [[2, 2, 12, 12], [30.5, 20, 35.5, 24.5], [0, 0, 40, 30]]
         assert target["labels"].tolist() == [2, 1, 1]
-        assert target["crowd"].tolist() == [False, False, True] and not target["difficult"].any()
-        masks = target["masks"]
-        assert masks.shape == (3, 30, 40) and masks.dtype == torch.uint8
-        assert masks.sum(dim=(1, 2)).tolist() == [75, 3, 1200]
-        assert masks[0, 2:7, 2:12].all() and masks[0, 7:12, 2:7].all()
-        assert masks[1, 22:25, 32].all()
+        assert target["crowd"].tolist() == [False, False, True]
         # An image without boxes is kept.
         image, target = part[1]
         assert image[2, 0, 0] > 200
-        shapes = [list(target[name].shape) for name in target]
-        assert shapes == [[0, 4], [0], [0], [0], [0, 30, 40]]
+        shapes = {name: list(value.shape) for name, value in target.items()}
+        assert shapes == {"boxes": [0, 4], "labels": [0], "crowd": [0]}
         assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
-
-
-def test_without_masks_nothing_is_asked_of_them(tmp_path):
-    coco = content()
-    del coco["annotations"][1]["segmentation"]
-    coco["annotations"][0]["segmentation"] = "nonsense"
-    source = load(str(write(tmp_path, coco, coco)))
-    assert set(source.train[0][1]) == {"boxes", "labels", "crowd", "difficult"}
 
 
 def test_files_beside_the_folders(tmp_path):
@@ -179,10 +82,10 @@ def test_boxes_that_leave_their_picture_are_cut(tmp_path):
     coco["annotations"][0]["bbox"] = [-5, 20, 10, 1e200]
     coco["annotations"][1]["bbox"] = [40, 5, 5, 5]  # outside
     coco["annotations"][2] |= {"bbox": [5, 5, 0, 3], "iscrowd": 0}  # of no area
-    source = load(str(write(tmp_path, coco)), masks=True)
+    source = load(str(write(tmp_path, coco)))
     target = source.train[0][1]
     assert target["boxes"].tolist() == [[0, 20, 5, 30]]
-    assert target["labels"].tolist() == [2] and len(target["masks"]) == 1
+    assert target["labels"].tolist() == [2] and target["crowd"].tolist() == [False]
     file = tmp_path / "annotations/instances_train.json"
     assert source.notes == [
         f"{file}: 1 boxes reach beyond their pictures and are cut, 2 have no area inside theirs "
@@ -202,7 +105,7 @@ def change(*path, to):
     return apply
 
 
-ROW, POLYGON = ("annotations", 0), [[1, 2, 3, 4]]
+ROW = ("annotations", 0)
 WRONG = {
     "category 18 twice": (change("categories", 0, "id", to=18), '"categories" has id 18 twice'),
     "image twice": (change("images", 0, "id", to=3), '"images" has id 3 twice'),
@@ -234,27 +137,6 @@ WRONG = {
     ),
     "box that is no numbers": (change(*ROW, "bbox", to=[1, 2, 3, float("nan")]), "bbox of annot"),
     "box beyond all numbers": (change(*ROW, "bbox", to=[1, 2, 3, 10**400]), "bbox of annotation 1"),
-    "no mask": (
-        change(*ROW, "segmentation", to=[]),
-        "annotation 1 has no segmentation, which Mask",
-    ),
-    "polygon of two points": (
-        change(*ROW, "segmentation", to=POLYGON),
-        "a polygon that is no list",
-    ),
-    "mask in words": (change(*ROW, "segmentation", to="x"), "neither polygons nor run lengths"),
-    "mask of another size": (
-        change("annotations", 1, "segmentation", "size", to=[40, 30]),
-        r"the mask of annotation 2 has height and width \[40, 30\], its picture \[30, 40\]",
-    ),
-    "short mask": (
-        change("annotations", 1, "segmentation", "counts", to=[3, 4]),
-        "the run lengths of annotation 2 do not fill its mask of 30 x 40 pixels",
-    ),
-    "negative run": (
-        change("annotations", 1, "segmentation", "counts", to=[1300, -100]),
-        "the run lengths of annotation 2",
-    ),
 }
 
 
@@ -264,7 +146,7 @@ def test_wrong_json(tmp_path, case):
     coco = content()
     spoil(coco)
     with pytest.raises(UserError, match=sentence) as error:
-        load(str(write(tmp_path, coco)), masks=True)
+        load(str(write(tmp_path, coco)))
     assert str(error.value).startswith(str(tmp_path / "annotations/instances_train.json"))
 
 
@@ -331,7 +213,7 @@ def test_pictures_that_are_arrays(tmp_path):
         coco = content()
         coco["images"] = [coco["images"][0] | {"file_name": "a.npy"}]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
-    source = load(str(tmp_path), masks=True, pixels=PixelFormat(channels=5))
+    source = load(str(tmp_path), pixels=PixelFormat(channels=5))
     for part in (source.train, source.test):
         assert part.sizes == [(30, 40)]
         np.testing.assert_array_equal(part[0][0], values)
@@ -352,118 +234,25 @@ def test_what_was_looked_for(tmp_path, missing):
 
 
 def test_no_source(tmp_path):
-    for name in ("", str(tmp_path / "nowhere"), "cifar10"):
+    for name in ("", str(tmp_path / "nowhere"), "cifar10", "voc2007"):
         with pytest.raises(UserError, match="no pictures with boxes at .*give a folder in COCO's"):
             load(name)
 
 
 # ---------------------------------------------------------------------------------------------
-# PASCAL VOC and the demo scenes
+# Demo scenes
 # ---------------------------------------------------------------------------------------------
-
-
-def voc_object(name="dog", box=(1, 1, 10, 20), difficult=0):
-    corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
-    return (
-        f"<object><name>{name}</name><difficult>{difficult}</difficult>"
-        f"<part><name>head</name><bndbox><xmin>3</xmin></bndbox></part>"
-        f"<bndbox>{corners}</bndbox></object>"
-    )
-
-
-def write_voc(root, *objects):
-    """One picture to train on and one to test on, both with the same objects."""
-    top = root / "VOCdevkit/VOC2007"
-    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (top / name).mkdir(parents=True)
-    for split, number in (("trainval", "000005"), ("test", "000001")):
-        (top / f"ImageSets/Main/{split}.txt").write_text(f"{number}\n")
-        Image.new("RGB", (40, 30), "red").save(top / f"JPEGImages/{number}.jpg")
-        text = f"<annotation><folder>VOC2007</folder>{''.join(objects)}</annotation>"
-        (top / f"Annotations/{number}.xml").write_text(text)
-    return str(root)
-
-
-def test_voc(tmp_path):
-    hard = voc_object("person", (11, 5, 45, 30), difficult=1)
-    source = load("voc2007", write_voc(tmp_path, voc_object(), hard))
-    assert len(source.names) == 20
-    for part in (source.train, source.test):
-        image, target = part[0]
-        assert image.shape == (3, 30, 40)
-        assert target["boxes"].tolist() == [[0, 0, 10, 20], [10, 4, 40, 30]]
-        assert [source.names[i - 1] for i in target["labels"]] == ["dog", "person"]
-        assert target["difficult"].tolist() == [False, True] and not target["crowd"].any()
-    assert source.notes[0] == "2 objects marked as difficult are not counted"
-    assert source.notes[1].startswith("VOC 2007: 2 boxes reach beyond their pictures and are cut")
-
-
-def test_voc_is_what_torchvision_reads(tmp_path):
-    root = write_voc(tmp_path, voc_object(box=(3, 4, 17, 28)), voc_object("cow"))
-    (xml,) = (target["annotation"] for _, target in datasets.VOCDetection(root, "2007", "test"))
-    boxes = [[int(v) for v in row["bndbox"].values()] for row in xml["object"]]
-    target = load("voc2007", root).test[0][1]
-    assert (target["boxes"] + torch.tensor([1, 1, 0, 0])).tolist() == boxes
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("<annotation>", "no element found"),
-        (voc_object("unicorn"), "'unicorn' is not in list"),
-        (f"<a>{voc_object(box=('x', 1, 2, 3))}</a>", "could not convert"),
-        (f"<a>{voc_object(box=('nan', 1, 2, 3))}</a>", "a box that is no numbers"),
-    ],
-)
-def test_wrong_voc(tmp_path, text, message):
-    root = write_voc(tmp_path, voc_object())
-    text = text if text.startswith("<a") else f"<a>{text}</a>"
-    (tmp_path / "VOCdevkit/VOC2007/Annotations/000001.xml").write_text(text)
-    with pytest.raises(UserError, match=rf"000001\.xml .*{re.escape(message)}"):
-        load("voc2007", root)
-
-
-def test_no_voc(tmp_path):
-    with pytest.raises(UserError, match="voc2007, trainval, under .*: not found; add --download"):
-        load("voc2007", str(tmp_path))
-    with pytest.raises(UserError, match="voc2007 is read for its boxes alone"):
-        load("voc2007", str(tmp_path), masks=True)
-
-
-def test_voc_without_an_object_that_counts(tmp_path):
-    root = write_voc(tmp_path, voc_object(difficult=1))
-    with pytest.raises(UserError, match="voc2007, trainval, under .* has no box of an object that"):
-        load("voc2007", root)
-
-
-def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
-    def failing(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(datasets.voc, "download_and_extract_archive", failing)
-    with pytest.raises(UserError, match="voc2007, trainval, .*: the download failed"):
-        load("voc2007", str(tmp_path), download=True)
 
 
 def test_demo_scenes(monkeypatch):
     monkeypatch.setattr(demo, "SCENE_TRAIN", 5)
     monkeypatch.setattr(demo, "SCENE_TEST", 3)
-    source = load("demo_scenes", masks=True)
+    source = load("demo_scenes")
     assert (len(source.train), len(source.test), len(source.names)) == (5, 3, 10)
     images, targets = demo.demo_scenes([demo.TEST_START + 1])
     image, target = source.test[1]
     assert (image == images[0]).all() and source.test.sizes[1] == (96, 96)
-    for name in ("boxes", "labels", "masks"):
+    assert set(target) == {"boxes", "labels", "crowd"}
+    for name in ("boxes", "labels"):
         assert (target[name] == targets[0][name]).all()
-    for name in ("crowd", "difficult"):
-        assert not target[name].any() and len(target[name]) == len(target["labels"])
-    assert "masks" not in load("demo_scenes").train[0][1]
-
-
-def test_masks_of_a_picture_are_unions_of_polygons():
-    squares = [np.array([[a, a], [a + 2, a], [a + 2, a + 2], [a, a + 2]]) for a in (0.0, 1.0)]
-    box = np.zeros((1, 4), dtype=np.float32)
-    picture = Picture("", 4, 4, box, np.ones(1), np.zeros(1), np.zeros(1), [squares])
-    wanted = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(picture.masks()[0], wanted)
-    assert annotations.is_polygon([1, 2, 3, 4, 5, 6]) and not annotations.is_polygon([1] * 7)
+    assert not target["crowd"].any() and len(target["crowd"]) == len(target["labels"])

@@ -1,4 +1,4 @@
-"""Pyramids of maps, and torchvision's detectors and segmenters on them; label propagation."""
+"""Pyramids of maps, and torchvision's detectors and segmenters on them; mean IoU."""
 
 import numpy as np
 import pytest
@@ -178,41 +178,6 @@ def test_mean_iou_against_sets_of_pixels():
             ious.append((true & here).sum() / (true | here).sum())
     matrix = dense.confusion(torch.from_numpy(predicted), torch.from_numpy(mask), 6)
     assert len(ious) == 4 and dense.mean_iou(matrix) == pytest.approx(np.mean(ious))
-
-
-def test_propagation_against_a_loop():
-    torch.manual_seed(0)
-    maps, labels = torch.randn(4, 6, 3, 5), torch.rand(2, 3, 5)
-    memory, k, radius, temperature = 1, 3, 2, 0.3
-    carried_by_torch = dense.propagate(maps, labels, memory, k, radius, temperature)
-    known = [labels]
-    for t in range(1, 4):
-        carried = torch.zeros(2, 3, 5)
-        for y in range(3):
-            for x in range(5):
-                near = []
-                for i in sorted({0, t - 1}):
-                    for v in range(3):
-                        for u in range(5):
-                            if max(abs(v - y), abs(u - x)) <= radius:
-                                pair = maps[t, :, y, x], maps[i, :, v, u]
-                                cosine = F.cosine_similarity(*pair, dim=0).item()
-                                near.append((cosine, known[i][:, v, u]))
-                near = sorted(near, key=lambda pair: -pair[0])[:k]
-                weights = torch.tensor([np.exp(cosine / temperature) for cosine, _ in near])
-                for weight, (_, label) in zip(weights / weights.sum(), near):
-                    carried[:, y, x] += weight * label
-        known.append(carried)
-    torch.testing.assert_close(carried_by_torch, torch.stack(known), rtol=1e-4, atol=1e-5)
-
-
-def test_propagation_follows_a_square_that_moves():
-    frames = torch.zeros(6, 1, 12, 12)
-    for t in range(6):
-        frames[t, 0, 4:8, t : t + 4] = 1
-    maps = torch.cat([frames, 1 - frames], dim=1)
-    carried = dense.propagate(maps, maps[0])
-    assert torch.equal(carried.argmax(dim=1), 1 - frames[:, 0].long())
 
 
 @pytest.mark.parametrize("patch", [14, 16])

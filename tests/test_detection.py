@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 from torchvision.transforms.v2 import functional
@@ -36,13 +36,13 @@ def with_defaults(**changes):
 
 def subject_of(name="mobilevit_xxs", source=None, size=64, ranks=ALONE, **changes):
     """A network and its scenes."""
-    source = source or scenes(masks=changes.get("detector") == "mask_rcnn")
+    source = source or scenes()
     backbone = features.open_network(name)[1]
     return linear.Subject(with_defaults(**changes), ranks, 1, name, name, backbone, source, size)
 
 
-def scenes(train=4, test=2, masks=False):
-    splits = (annotations.Scenes(range(count), masks) for count in (train, test))
+def scenes(train=4, test=2):
+    splits = (annotations.Scenes(range(count)) for count in (train, test))
     return annotations.BoxSource("scenes", *splits, demo.SCENE_CLASSES)
 
 
@@ -56,17 +56,12 @@ def train(name="mobilevit_xxs", indices=(0, 1, 2, 3), seed=0, **changes):
 
 
 def test_flips_equal_torchvisions():
-    image, target = scenes(masks=True).train[0]
+    image, target = scenes().train[0]
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(96, 96))
     flipped_image, flipped = detection.flipped(image, target)
     assert (flipped_image == functional.horizontal_flip(image)).all()
     assert (flipped["boxes"] == functional.horizontal_flip(boxes)).all()
-    assert (flipped["masks"] == functional.horizontal_flip(target["masks"])).all()
     assert (flipped["labels"] == target["labels"]).all()
-    # The boxes are still those of the masks.
-    for box, mask in zip(flipped["boxes"].int().tolist(), flipped["masks"]):
-        columns = mask.any(dim=0).nonzero()
-        assert [columns.min(), columns.max() + 1] == [box[0], box[2]]
 
 
 def test_training_batches_depend_on_seed_and_step_alone():
@@ -84,12 +79,11 @@ def test_training_batches_depend_on_seed_and_step_alone():
     assert len({tuple(row) for row in flips.values()}) > 3
 
 
-@pytest.mark.parametrize("kind", ["crowd", "difficult"])
-def test_crowds_and_difficult_objects_are_not_trained_on(kind):
-    image, target = scenes(masks=True).train[0]
-    target = target | {kind: torch.arange(len(target["labels"])) == 1}
+def test_crowds_are_not_trained_on():
+    image, target = scenes().train[0]
+    target = target | {"crowd": torch.arange(len(target["labels"])) == 1}
     _, (kept,) = detection.training_batch([(image, target)], 0, 0, 0)
-    assert set(kept) == {"boxes", "labels", "masks"}
+    assert set(kept) == {"boxes", "labels"}
     assert all(len(value) == len(target["labels"]) - 1 for value in kept.values())
 
 
@@ -101,7 +95,7 @@ def test_anchors_at_800_pixels_are_cocos():
 def test_anchors_suit_the_demo_scenes():
     """Nearly every object has an anchor that counts as found, 0.5 and more."""
     _, backbone = features.open_network("mobilevit_xxs")
-    detector = detection.build("faster_rcnn", backbone, 10, 96, freeze_bn=False)
+    detector = detection.build(backbone, 10, 96, freeze_bn=False)
     pictures = ImageList(torch.zeros(1, 3, 96, 96), [(96, 96)])
     maps = [torch.zeros(1, 64, 96 // stride, 96 // stride) for stride in detection.SMALL.strides]
     (anchors,) = detector.rpn.anchor_generator(pictures, maps)
@@ -116,12 +110,10 @@ def test_anchors_suit_the_demo_scenes():
 def test_boxes_are_pooled_where_they_lie(size, height, width):
     """Whatever torchvision's padding adds to the first picture; the scales are kept from it on."""
     _, backbone = features.open_network("mobilevit_xxs")
-    detector = detection.build("mask_rcnn", backbone, 2, size, freeze_bn=True)
+    detector = detection.build(backbone, 2, size, freeze_bn=True)
     target = {"boxes": torch.tensor([[4.0, 4, 20, 30]]), "labels": torch.tensor([1])}
-    target["masks"] = torch.ones(1, height, width, dtype=torch.uint8)
     detector.train()([torch.rand(3, height, width)], [target])
-    for pool in (detector.roi_heads.box_roi_pool, detector.roi_heads.mask_roi_pool):
-        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert detector.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     # A map whose cells hold their own x in pixels, the first one's 0, as torchvision has it.
     x = 4 * torch.arange(16.0).expand(1, 1, 16, 16)
     maps = {"0": x} | {str(i): torch.zeros(1, 1, 16 >> i, 16 >> i) for i in (1, 2, 3)}
@@ -148,25 +140,24 @@ def test_size_is_the_pictures_own():
 
 @pytest.mark.parametrize("workers, shared_memory", [(0, True), (1, True), (1, False)])
 def test_batches_are_the_items(workers, shared_memory, monkeypatch):
-    monkeypatch.setattr(data, "lacks_shared_memory", lambda *_: not shared_memory)
-    source, order = scenes(masks=True).train, [[2, 0], [1]]
+    monkeypatch.setattr(data, "lacks_shared_memory", lambda: not shared_memory)
+    source, order = scenes().train, [[2, 0], [1]]
     batches = list(linear.picture_batches(subject_of(num_workers=workers), source, order))
     assert [len(items) for items in batches] == [2, 1]
     for (image, target), i in zip((item for items in batches for item in items), (2, 0, 1)):
         assert (image == source[i][0]).all()
-        assert {*target} == {"boxes", "labels", "masks", "crowd", "difficult"}
+        assert {*target} == {"boxes", "labels", "crowd"}
         assert all((value == source[i][1][name]).all() for name, value in target.items())
 
 
 def test_batches_read_what_they_give_alone(monkeypatch):
-    source, read = scenes(masks=False).train, []
+    source, read = scenes().train, []
     item = annotations.Scenes.__getitem__
     monkeypatch.setattr(
         annotations.Scenes, "__getitem__", lambda data_set, i: read.append(i) or item(data_set, i)
     )
-    batches = list(linear.picture_batches(subject_of(), source, [[2], [1]]))
+    list(linear.picture_batches(subject_of(), source, [[2], [1]]))
     assert read == [2, 1]
-    assert all("masks" not in target for items in batches for _, target in items)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,7 +189,7 @@ def statistics(module):
 
 @pytest.mark.parametrize("large", [True, False])
 def test_batch_norm_of_pretrained_weights(saved, large, monkeypatch):
-    """It is frozen on large pictures, as Mask R-CNN has it, and trained on small ones."""
+    """It is frozen on large pictures, as torchvision has it, and trained on small ones."""
     small = detection.SMALL._replace(freeze_bn=large)
     monkeypatch.setattr(detection, "SMALL", small)
     _, backbone = features.open_network(saved)
@@ -266,19 +257,15 @@ def test_pictures_without_boxes_are_negatives():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
-def test_a_detector_learns_two_scenes_by_heart(kind):
-    source = scenes(2, 2, masks=kind == "mask_rcnn")
-    subject = subject_of(source=source, size=96, steps=150, lr=[1e-3], detector=kind)
-    scores = detection.evaluate(subject, detection.train(subject, [0, 1], 0))
-    assert set(scores) == {"boxes", *["masks"] * (kind == "mask_rcnn")}
-    assert all(score.ap50 > 0.9 for score in scores.values())
+def test_a_detector_learns_two_scenes_by_heart():
+    subject = subject_of(source=scenes(2, 2), size=96, steps=150, lr=[1e-3])
+    assert detection.evaluate(subject, detection.train(subject, [0, 1], 0)).ap50 > 0.9
 
 
 def test_large_pictures_take_torchvisions_own_numbers():
     _, backbone = features.open_network("mobilevit_xxs")
-    detector = detection.build("mask_rcnn", backbone, 90, 320, freeze_bn=True)
-    usual = MaskRCNN(detector.backbone, 91)
+    detector = detection.build(backbone, 90, 320, freeze_bn=True)
+    usual = FasterRCNN(detector.backbone, 91)
     ours, theirs = ({n: v.shape for n, v in m.state_dict().items()} for m in (detector, usual))
     assert ours == theirs
     for name in ("_pre_nms_top_n", "_post_nms_top_n", "nms_thresh"):
@@ -313,7 +300,7 @@ def test_evaluation_is_that_of_average_precision():
         scores = torch.linspace(0.9, 0.1, len(boxes))
         answers.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
     detector = Known(answers)
-    score = detection.evaluate(subject_of(source=scenes(test=5)), detector)["boxes"]
+    score = detection.evaluate(subject_of(source=scenes(test=5)), detector)
     assert detector.sizes == [2, 2, 1]
     wanted = average_precision([match(*pair) for pair in zip(answers, pictures.targets)])
     assert score.ap == wanted.ap and 0.2 < score.ap < score.ap50
@@ -327,7 +314,7 @@ def test_ranks_share_the_evaluation(monkeypatch):
         boxes = target["boxes"] + 30 * (i % 2)
         answers.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
     subject = subject_of(source=scenes(test=5))
-    wanted = detection.evaluate(subject, Known(answers))["boxes"]
+    wanted = detection.evaluate(subject, Known(answers))
 
     class Gathered(Exception):
         pass
@@ -337,7 +324,7 @@ def test_ranks_share_the_evaluation(monkeypatch):
 
     def evaluate(rank):
         of_rank = replace(subject, ranks=distributed.Ranks(rank, 2, ALONE.device))
-        return detection.evaluate(of_rank, Known(answers[rank::2]))["boxes"]
+        return detection.evaluate(of_rank, Known(answers[rank::2]))
 
     monkeypatch.setattr(distributed, "gather_objects", gather)
     parts = []
@@ -345,7 +332,7 @@ def test_ranks_share_the_evaluation(monkeypatch):
         with pytest.raises(Gathered) as caught:
             evaluate(rank)
         parts.append(caught.value.args[0])
-    assert [len(part["boxes"]) for part in parts] == [3, 2]
+    assert [len(part) for part in parts] == [3, 2]
     monkeypatch.setattr(distributed, "gather_objects", lambda matches: parts)
     for rank in (0, 1):
         assert evaluate(rank)[:2] == wanted[:2]
@@ -384,24 +371,22 @@ def row_of(args):
 
 
 def test_a_row(few_scenes, capsys):
-    args = with_defaults(detector="mask_rcnn", label_fraction=[0.5], seeds=[0, 1])
+    args = with_defaults(label_fraction=[0.5], seeds=[0, 1])
     row = row_of(args)
     json.dumps(row)
     assert row["image_size"] == 96 and row["parameters_M"] == pytest.approx(0.951024)
     (half,) = row["trained"]
     assert half["images"] == [2, 2]
-    for kind in ("boxes", "masks"):
-        for ap, ap50 in zip(half[f"{kind}_ap"], half[f"{kind}_ap50"]):
-            assert 0 <= ap <= ap50 <= 1
+    for ap, ap50 in zip(half["ap"], half["ap50"]):
+        assert 0 <= ap <= ap50 <= 1
     args, row["trained"] = args.replace(label_fraction=[0.5, 1.0]), [half, half]
     columns = detection.columns(args)
     headings, cells = [*columns], [cell(row) for cell in columns.values()]
-    assert len(headings) == 9
-    assert headings[:3] == ["pixels", "AP50 of boxes, 50 %", "AP of boxes, 50 %"]
-    assert headings[-1] == "AP of masks, 100 %" and "±" in cells[-1]
+    assert headings == ["pixels", "AP50, 50 %", "AP, 50 %", "AP50, 100 %", "AP, 100 %"]
+    assert "±" in cells[-1]
     printed = capsys.readouterr().out
     assert "4 training and 3 test pictures, 10 classes, 96 px" in printed
-    assert "0.5 of the pictures (2 images), seed 1: AP50 of boxes " in printed
+    assert "0.5 of the pictures (2 images), seed 1: AP50 " in printed
 
 
 @pytest.fixture
@@ -428,8 +413,6 @@ def test_a_folder_in_cocos_form(coco_folder, capsys):
     row = row_of(with_defaults(data_path=coco_folder, num_workers=0))
     assert row["image_size"] == 32 and len(row["trained"]) == 1
     assert "instances_train.json: 2 boxes reach beyond" in capsys.readouterr().out
-    with pytest.raises(distributed.UserError, match="annotation 0 has no segmentation"):
-        row_of(with_defaults(data_path=coco_folder, detector="mask_rcnn"))
 
 
 def test_networks_of_other_channels(few_scenes, tmp_path):
@@ -446,7 +429,6 @@ def test_protocol_says_what_is_done():
     assert "Faster R-CNN on an FPN" in detection.protocol(args)
     for part in ("learning rate 0.002, x 0.7 per block", "70 steps of 2 pictures per process"):
         assert part in detection.protocol(args)
-    assert "Mask R-CNN" in detection.protocol(with_defaults(detector="mask_rcnn"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -461,7 +443,7 @@ def test_eval_linear(few_scenes, call_script, tmp_path):
     )
     assert "protocol: torchvision's Faster R-CNN on an FPN" in done.stdout
     heads, _, row = (tmp_path / "table.md").read_text().splitlines()
-    assert heads == "| model | pixels | AP50 of boxes, 100 % | AP of boxes, 100 % |"
+    assert heads == "| model | pixels | AP50, 100 % | AP, 100 % |"
     assert row.startswith("| mobilevit_xxs at random initialisation | 96 | ")
     assert row in done.stdout
     table = json.loads((tmp_path / "table.json").read_text())
@@ -513,7 +495,7 @@ def run_ranks(run_script, coco_folder, tmp_path):
 @pytest.mark.parametrize("arch", ["mobilevit_xxs", "resnet5m", "vit_tiny"])
 def test_two_ranks_train(run_ranks, arch):
     cell = run_ranks(arch, 2, steps=3)
-    assert 0 <= cell["boxes_ap"][0] <= cell["boxes_ap50"][0] <= 1
+    assert 0 <= cell["ap"][0] <= cell["ap50"][0] <= 1
 
 
 @pytest.mark.slow
@@ -521,4 +503,4 @@ def test_two_ranks_find_what_one_finds(run_ranks):
     """Of the same weights: of random ones, in which no step at a learning rate of 0 does anything,
     and without batch norm, which would see one picture in place of two."""
     one, two = (run_ranks("vit_tiny", ranks, steps=1, lr=0) for ranks in (1, 2))
-    assert one == two and one["boxes_ap50"][0] > 0
+    assert one == two and one["ap50"][0] > 0
