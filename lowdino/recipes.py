@@ -28,7 +28,7 @@ RECIPES = {
         method=EMP, epochs=30, batch_size_per_gpu=128, drop_path_rate=0.1,
         optimizer="muon", lr=0.12, lr_reference_batch=0, min_lr=1e-6, warmup_epochs=0.3,
         weight_decay=0.04, weight_decay_end=0.04, clip_grad=3.0,
-        global_crops_number=4, global_crops_size=None, global_crops_scale=[0.35, 1.0],
+        global_crops_number=4, global_crops_size=None, global_crops_scale=[0.4, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.1, blur=1.0, solarize=0.2,
         projector=[512, 512, 256], cosine_weight=200.0, rate_eps=0.2, patches_weight=300.0,
