@@ -321,7 +321,10 @@ def fit_to_data(s: Settings, images: int, side: int, world: int = 1) -> Settings
     A UserError where the images are fewer than one batch, or a warm-up outlasts the run.
     """
     if s.global_crops_size is None:
-        s = s.fit("global_crops_size", side, "the median side of the images, 224 at most")
+        reason = "the median side of the images, 224 at most"
+        if s.arch.startswith("mobilevit") and side < 64:
+            side, reason = 64, "at 32 the last stage of a MobileViT sees a single position"
+        s = s.fit("global_crops_size", side, reason)
     if "preset" not in s.typed:
         s = METHODS[s.method].fit(s)
         batch = max(min(s.batch_size_per_gpu, images // world), 2)
