@@ -173,9 +173,8 @@ def run(args: settings.Settings, ranks: distributed.Ranks) -> None:
     train, test = splits
     print_accuracies(args, train, test)
     if args.whiten:
-        layer = features.whitening_layer(train.features)
-        rows = (part._replace(features=layer(part.features)) for part in (train, test))
-        print_accuracies(args, *rows, " of half-whitened features")
+        _, whitened = features.whiten(train, test)
+        print_accuracies(args, *whitened, " of half-whitened features")
     if args.map:
         print(f"retrieval mAP {evaluate.retrieval_map(train, test):.4f}")
 

@@ -233,7 +233,10 @@ class PatchDictionary(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, seed: int = 0) -> None:
-        images = self.reduced(images.float())
+        home = self.filters.device
+        if home.type == "mps":  # which has neither eigh nor svd
+            self.cpu()
+        images = self.reduced(images.float().to(self.filters.device))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             patches = contrast_normalised(random_patches(images, self.width))
@@ -256,6 +259,7 @@ class PatchDictionary(nn.Module):
             values = values.clamp_min(1e-6 * values[0])  # those below are rounding
             self.projection.zero_()
             self.projection[:, :rank] = directions * values**-0.25 / std[:, None]
+        self.to(home)
 
 
 CONTRAST = 10 / 255**2  # added to the variance of a patch, so that flat ones stay small

@@ -27,7 +27,7 @@ from lowdino.budget import Budget, adopt, describe_length
 from lowdino.datasets import Source
 from lowdino.distributed import Diverged, UserError, user_errors
 from lowdino.evaluate import knn_accuracy
-from lowdino.features import compute_features, normalisation, whiten_file, whitening_layer
+from lowdino.features import compute_splits, normalisation, patch_accuracy, whiten, whiten_file
 from lowdino.health import Health
 from lowdino.logger import BadImages, Logger
 from lowdino.methods import Method
@@ -399,6 +399,7 @@ class Evaluator:
         if "knn_freq" in t.settings.typed:
             minutes.every = self.progress.knn_steps
         if self.labelled:
+            patch_accuracy(t.method, t.source, t.settings, t.ranks)  # once
             network = t.method.backbone
             minutes.evaluated(budget.seconds_of_evaluation(network, t.settings, t.source, t.ranks))
             self.knn_note()  # evaluates a teacher, once
@@ -425,26 +426,23 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """The k-NN accuracy of the backbone, and a report."""
-        t, progress, begun = self.t, self.progress, time.perf_counter()
-        s, backbone = t.settings, t.method.backbone
+        t, progress, s, backbone = self.t, self.progress, self.t.settings, self.t.method.backbone
+        floor = patch_accuracy(t.method, t.source, s, t.ranks)
+        begun = time.perf_counter()
         distributed.broadcast_buffers(backbone)
-        train, test = (
-            compute_features(backbone, images, s.global_crops_size, t.ranks, workers=s.num_workers)
-            for images in (t.source.train, t.source.test)
-        )
-        self.last_knn = plain = knn_accuracy(train, test, s.nb_knn, t.source.classes)
-        words = ""
+        pair = compute_splits(backbone, t.source, s.global_crops_size, t.ranks, s.num_workers)
+        self.last_knn = plain = knn_accuracy(*pair, s.nb_knn, t.source.classes)
+        words = "".join(f", of the patch dictionary {x:.4f}" for x in floor.values())
         if t.method.whitens:
-            self.whitening = whitening_layer(train.features)
-            train, test = (x._replace(features=self.whitening(x.features)) for x in (train, test))
-            self.last_knn = knn_accuracy(train, test, s.nb_knn, t.source.classes)
-            words = f" ({plain:.4f} not whitened)"
+            self.whitening, pair = whiten(*pair)
+            self.last_knn = knn_accuracy(*pair, s.nb_knn, t.source.classes)
+            words = f" ({plain:.4f} not whitened){words}"
         self.minutes.evaluated(time.perf_counter() - begun)
         accuracy = f"k-NN (k={s.nb_knn}) of the {t.method.evaluated.replace('_', ' ')}"
         t.log.say(f"epoch {progress.epoch}: {accuracy} {self.last_knn:.4f}{words}{self.knn_note()}")
-        values = dict(knn=self.last_knn, plain_knn=plain)
+        values = dict(knn=self.last_knn, plain_knn=plain) | floor
         t.log.record(step=progress.step, epoch=progress.epoch, **values)
-        self.report((train, test))
+        self.report(pair)
 
     def report(self, features=None, page: bool = True) -> None:
         """Pictures, of features where an evaluation has them, and the page that shows them."""

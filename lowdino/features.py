@@ -197,11 +197,27 @@ def compute_features(
     return features
 
 
+def compute_splits(
+    backbone, source: datasets.Source, size: int, ranks: Ranks, workers=0
+) -> list[evaluate.Features]:
+    """`compute_features` of the labelled training images and of the test images."""
+    splits = source.train, source.test
+    return [compute_features(backbone, part, size, ranks, workers=workers) for part in splits]
+
+
+def whiten(
+    train: evaluate.Features, test: evaluate.Features
+) -> tuple[nn.Linear, list[evaluate.Features]]:
+    """The whitening layer of the training features, and both splits through it."""
+    layer = whitening_layer(train.features)
+    return layer, [part._replace(features=layer(part.features)) for part in (train, test)]
+
+
 def whitening_layer(features: Tensor) -> nn.Linear:
     """A layer that half-whitens such features (N, D), (B, D) -> (B, D); see `probe.HalfWhitening`.
 
-    Cosines of whitened features hear all directions, not only those of the largest variance. The
-    power, 0.35, was the best of three for k-NN of held-out training images.
+    Then all directions count in a cosine, not only those of the largest variance. The power, 0.35,
+    was the best of three for k-NN of held-out training images.
     """
     scaler, D = probe.HalfWhitening(features, power=0.35), features.shape[1]
     layer = nn.Linear(D, D, device=features.device).requires_grad_(False)
@@ -234,8 +250,8 @@ def sample_pixels(images: Images, channels: int, seed: int, ranks: Ranks, worker
 def whiten_file(folder: Path, layer: nn.Linear | None, images: Images, s, ranks: Ranks) -> None:
     """Add a whitening to the backbone.pth in a run's folder: `layer`, else that of a sample."""
     path = folder / "backbone.pth"
-    content = checkpoint.load(path)
-    if "whitening.weight" in content["state_dict"]:
+    content = checkpoint.load(path) if path.exists() else {}
+    if "whitening.weight" in content.get("state_dict", ["whitening.weight"]):
         return
     if layer is None:
         backbone = lowdino.load_backbone(path).to(ranks.device, memory_format=torch.channels_last)
@@ -286,7 +302,7 @@ class PatchStart(nn.Module):
 
     def __init__(self, backbone: nn.Module, weight: float):
         super().__init__()
-        self.weight = weight
+        self.weight, self.accuracy = weight, None  # the dictionary's, of k-NN
         if weight:
             self.dictionary = descriptors.PatchDictionary(len(normalisation(backbone)[0]))
             width = self.dictionary.embed_dim
@@ -305,13 +321,27 @@ class PatchStart(nn.Module):
         return weight * self.useful * loss
 
 
+def patch_accuracy(method: nn.Module, source: datasets.Source, s, ranks: Ranks) -> dict[str, float]:
+    """The k-NN accuracy of a method's patch dictionary, as `patches_knn`, computed once: a floor.
+
+    Empty without a dictionary, and in runs of less than ten minutes, which have no time for it.
+    """
+    start = getattr(method, "patches", None)
+    if not (start and start.weight) or (s.minutes or 10) < 10:
+        return {}
+    if start.accuracy is None:
+        pair = compute_splits(start.dictionary, source, 32, ranks, s.num_workers)
+        start.accuracy = evaluate.knn_accuracy(*pair, s.nb_knn, source.classes)
+    return {"patches_knn": start.accuracy}
+
+
 def fit_dictionaries(
     module: nn.Module, images: Images, ranks: Ranks, workers=0, seed=0
 ) -> list[str]:
     """Fit the patch dictionaries of a network or method, on all ranks alike; lines for the log.
 
-    One that recognises no more crops than the untrained backbone does is left out of a method's
-    loss. Without dictionaries nothing is done.
+    One that recognises no more crops than the network does before its training is left out of a
+    method's loss. Without dictionaries nothing is done.
     """
     known = [part for part in module.modules() if isinstance(part, descriptors.PatchDictionary)]
     if not known:
@@ -324,7 +354,7 @@ def fit_dictionaries(
     if start := getattr(module, "patches", None):
         score, floor = (crop_recall(net, pixels) for net in (start.dictionary, module.backbone))
         start.useful.fill_(score > floor)
-        line += f"; by it {score:.1%} of crops find their image, by random weights {floor:.1%}"
+        line += f"; by it {score:.1%} of crops find their image, by the network {floor:.1%}"
         line += ", so the run does without it" * (score <= floor)
     distributed.broadcast_buffers(module)
     return [line]

@@ -356,9 +356,8 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
 
 
 DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering", "patches")
-MVMR_WEIGHTS = [
-    f"{name}_weight" for name in "invariance variance dependence representation".split()
-]
+TERMS = "invariance variance dependence representation".split()
+MVMR_WEIGHTS = [f"{term}_weight" for term in TERMS]
 
 
 class MVMR(ProjectionMethod):

@@ -7,11 +7,10 @@ typed win over the row. A size of None is chosen by the images, and without --pr
 too; a momentum of None by the number of steps, see `settings.fit_to_data`. An `alpha` of None is
 the mean over all pairs of views.
 
-The first row on 1.3 million images of 224 pixels and eight GPUs: 4 views of 128 images per GPU,
-1,251 steps per epoch, 30 epochs, which cost as much as 29 of DINO's with 2 x 224 + 8 x 96 pixels.
-The learning rate stays, because Muon's step has one length whatever the batch. The patch dictionary
-sees images of 32 pixels, costs minutes and fades. Chosen on 45,000 images of 32 pixels; nobody has
-made that run. --preset dino is what DINO's authors ran.
+The first row on 1.3 million images of 224 pixels and eight GPUs: 4 views of 128 images per GPU, 30
+epochs of 1,251 steps, which cost as much as 29 of DINO's with 2 x 224 + 8 x 96 pixels. The patch
+dictionary sees images of 32 pixels, costs minutes and fades. Nobody has made that run; --preset
+dino is what DINO's authors ran.
 """
 
 from types import SimpleNamespace

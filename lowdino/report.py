@@ -84,8 +84,8 @@ class RunRecord:
         k = self.facts.get("out_dim")
         for record in self.records:
             numbers = {name: finite(value) for name, value in record.items()}
-            if numbers.get("knn") is not None:
-                numbers["knn"] *= 100
+            for name in KNN.values() & numbers.keys():
+                numbers[name] = numbers[name] and 100 * numbers[name]
             if {"entropy", "cross_entropy"} <= numbers.keys():
                 pair = numbers["cross_entropy"], numbers["entropy"]
                 numbers["kl"] = None if None in pair else pair[0] - pair[1]
@@ -210,8 +210,9 @@ STYLE += "\n".join(
 
 ENTROPIES = {"of an image": "entropy", "of the mean": "entropy_of_mean", "ln K": "ln_k"}
 RANKS = {"features": "effective_rank", "embeddings": "embedding_rank"}
+KNN = {"k-NN": "knn", "not whitened": "plain_knn", "patch dictionary": "patches_knn"}
 CHARTS = (  # heading, unit, and the curves by name: their keys in `RunRecord.curves`
-    ("k-NN accuracy", "%", {"k-NN": "knn"}),
+    ("k-NN accuracy", "%", KNN),
     ("Loss", "cross-entropy / ln K", {"loss": "loss_over_lnk"}),
     ("Loss", "loss", {"loss": "loss"}),
     ("Entropy of the teacher", "nats", ENTROPIES),
@@ -221,7 +222,8 @@ CHARTS = (  # heading, unit, and the curves by name: their keys in `RunRecord.cu
     ("Throughput", "images/s", {"images/s": "images_per_s"}),
 )
 NOTES = {  # by the key of a chart's first curve
-    "knn": "Held-out images, classified by their nearest training images. It should rise.",
+    "knn": "Held-out images, classified by their nearest training images. It should rise, above "
+    "the patch dictionary, which learns nothing but k-means.",
     "loss_over_lnk": "At 1 the student knows nothing yet. It should fall.",
     "loss": "It should fall, fast at first. Its height means nothing by itself.",
     "entropy": "Both at ln K, or both near 0: a collapse. The wider apart, the better.",
