@@ -322,8 +322,8 @@ def fit_to_data(s: Settings, images: int, side: int, world: int = 1) -> Settings
     """
     if s.global_crops_size is None:
         reason = "the median side of the images, 224 at most"
-        if s.arch.startswith("mobilevit") and side < 64:
-            side, reason = 64, "at 32 the last stage of a MobileViT sees a single position"
+        if s.arch.startswith("mobilevit") and side < 48:
+            side, reason = 48, "at 32 the last stage of a MobileViT sees a single position"
         s = s.fit("global_crops_size", side, reason)
     if "preset" not in s.typed:
         s = METHODS[s.method].fit(s)

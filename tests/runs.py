@@ -22,7 +22,7 @@ from lowdino import checkpoint, distributed, optim, settings
 SMALL = (
     "--method dino --arch mobilevit_xxs --batch_size_per_gpu 4 --local_crops_number 1 --out_dim 16 "
     "--hidden_dim 32 --warmup_epochs 1 --log_freq 2 --device cpu --knn_freq 1 --infonce_weight 1 "
-    "--cache none --amp none"
+    "--cache none --amp none --global_crops_size 32"
 ).split()
 
 

@@ -287,6 +287,8 @@ def test_settings_are_those_of_before(case):
     s = fitted(f"{teacher} {flags}", images, side, world, module)
     if script == "distill" and "--preset" in flags:
         expected = {name: value for name, value in expected.items() if name not in CHANGED}
+    if s.arch.startswith("mobilevit") and expected.get("global_crops_size") == 32:
+        expected = expected | {"global_crops_size": 48}  # since then, its least
     lists = {k: list(v) if isinstance(v, tuple) else v for k, v in s.values.items()}
     assert {name: lists[name] for name in expected} == expected
 

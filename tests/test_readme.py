@@ -305,12 +305,13 @@ def test_rows_of_the_readmes_results():
     lines = [line for line in text(RESULTS).splitlines() if line.startswith("|")]
     table = rows(section(README, "## Results"))
     assert len(table) >= 5
-    for images, network, trained, time, before, after, floor in table:
+    for images, network, trained, time, before, after, pixels, patches in table:
         seconds = time.removesuffix(" s")
         wanted = [network, before, after, seconds]
         wanted += [f"{trained.strip('`')}"] if trained.startswith("`--") else ["taught"]
         assert any(all(part in line for part in wanted) for line in lines), (images, network, time)
-        assert any("raw pixels" in line and floor in line for line in lines), floor
+        for name, floor in (("raw pixels", pixels), ("patch dictionary", patches)):
+            assert any(name in line and floor in line for line in lines), (name, floor)
 
 
 def test_figures_of_the_methods_stand_beside_them():
