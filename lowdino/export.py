@@ -19,6 +19,7 @@ import copy
 import importlib.util
 import io
 import json
+import math
 import os
 import statistics
 import time
@@ -208,13 +209,13 @@ def export(backbone, path: str, image_size: int | None = None, normalise=False) 
     Args:
         backbone: of `lowdino.load_backbone` or `lowdino.build_backbone`; it does not change.
         image_size: side in pixels at which the file is run, the only one for a Vision Transformer;
-            default: that of the backbone, or 224.
+            default: that of the backbone in whole 32s or patches, or 224.
         normalise: whether the file applies `mean` and `std`, so that it takes pixels.
     """
     if sentence := problem(path, normalise):
         raise UserError(sentence)
-    side = image_size or getattr(backbone, "image_size", 224)
     unit = getattr(backbone, "patch_size", 32)
+    side = image_size or math.ceil(getattr(backbone, "image_size", 224) / unit) * unit
     if side < unit or side % unit:
         near = max(round(side / unit), 1) * unit
         raise UserError(f"image size {side} is not in whole {unit}s: give --image_size {near}")

@@ -40,8 +40,9 @@ def test_a_training_is_timed_between_bare_passes(preset, tmp_path):
     row = whole_runs.measure_train(whole_runs.training_flags(*run, preset=preset), 24)
     assert [record["step"] for record in whole_runs.logged(tmp_path)] == [10, 20, 24]
     assert 0 < row["train_images_per_s"] and 0 < row["floor_images_per_s"]
-    # A step is more than its passes; other programs may have slowed either.
-    assert 0.2 < row["train_over_floor"] < 1.5
+    # A step is more than its passes; a patch dictionary is much beside 8 images, and other
+    # programs may have slowed either.
+    assert 0.1 < row["train_over_floor"] < 1.5
 
 
 @pytest.mark.slow

@@ -165,7 +165,10 @@ def test_bad_input_of_the_command(command, tmp_path, monkeypatch):
         ((tmp_path / "none.pth", out), "no file"),
         (("mobilevit_s", out), "no file mobilevit_s"),
         ((tmp_path / "checkpoint.pth", out), "give the backbone.pth beside it"),
-        ((path, out), "image size 40 is not in whole 32s: give --image_size 32"),
+        (
+            (path, out, "--image_size", 40),
+            "image size 40 is not in whole 32s: give --image_size 32",
+        ),
         ((path, out, "--image_size", -32), "image size -32 is not in whole 32s"),
     ]
     for words, sentence in cases:
