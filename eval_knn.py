@@ -17,7 +17,7 @@ import lowdino
 from lowdino import distributed, evaluate, features, pictures, settings
 from lowdino.distributed import user_errors
 from lowdino.evaluate import Features
-from lowdino.features import compute_features, open_network
+from lowdino.features import FLOORS, compute_features, open_network
 from lowdino.methods import Flag
 
 # Flags that do not go with another one.
@@ -60,11 +60,11 @@ def get_parser() -> settings.Parser:
 
 def check(args: settings.Settings) -> str | None:
     """The first thing wrong with the flags by themselves, in one sentence, or None."""
-    given = args.pixels, args.patches, args.weights or args.arch, args.from_features
-    if sum(map(bool, given)) != 1:
-        others = "--pixels, --patches or --from_features FILE"
-        return f"give a backbone, --weights FILE or --arch NAME, or else {others}"
-    if args.maps and (args.pixels or args.patches or args.from_features):
+    others = args.pixels, args.patches, args.from_features
+    if sum(map(bool, (args.weights or args.arch, *others))) != 1:
+        choices = "--pixels, --patches or --from_features FILE"
+        return f"give a backbone, --weights FILE or --arch NAME, or else {choices}"
+    if args.maps and any(others):
         return "--maps needs a backbone, --weights or --arch, and is written alone"
     for mode, foreign in FOREIGN.items():
         for name in foreign:
@@ -91,8 +91,9 @@ def check(args: settings.Settings) -> str | None:
 
 def open_model(args: settings.Settings) -> tuple[str, torch.nn.Module]:
     """The title and the network of the model that the flags name."""
-    floor = "pixels" if args.pixels else "patches" if args.patches else None
-    return open_network(floor or "=".join(filter(None, (args.arch, args.weights))), args.seed)
+    floor = [name for name in FLOORS if getattr(args, name)]
+    name = floor[0] if floor else "=".join(filter(None, (args.arch, args.weights)))
+    return open_network(name, args.seed)
 
 
 def read_features(args, ranks: distributed.Ranks) -> tuple[Features, Features] | None:

@@ -10,9 +10,8 @@ begins with a dictionary of the images' patches. dino matches a teacher's distri
 prototypes. mvmr raises the distance correlation with the plain image's embedding and with fixed
 descriptors. Baselines: byol predicts a teacher's projections; moco finds the key of its image in a
 queue; swav predicts the cluster of another view; simclr finds the other view in the batch; vicreg
-and barlow pull two views together and decorrelate.
-dino, byol, moco and swav also take local views (--local_crops_number); --alpha is the weight of
-the global ones.
+and barlow pull two views together and decorrelate. dino, byol, moco and swav also take local views
+(--local_crops_number); --alpha is the weight of the global ones.
 """
 
 import torch

@@ -43,9 +43,9 @@ def load_backbone(path: str, arch: str | None = None) -> nn.Module:
         arch: name of the architecture, needed for the file of a ConvNet that does not name it.
 
     It also has `arch` and, where the file has them, `image_size`, `value_range`, `epoch` and
-    `whitening`, a linear layer that half-whitens its features (else an identity). Its
-    input, as `open_image` makes it, is float images in [0, 1], resized to about `image_size`, minus
-    `mean`, over `std`. A UserError says that the file is missing, damaged or of another kind.
+    `whitening`, a linear layer that half-whitens its features (else an identity). Its input, as
+    `open_image` makes it, is float images in [0, 1], resized to about `image_size`, minus `mean`,
+    over `std`. A UserError says that the file is missing, damaged or of another kind.
     """
     content = load(path)
     if arch and content.get("arch", arch) != arch:

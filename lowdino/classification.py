@@ -26,7 +26,7 @@ from torch import Tensor
 from lowdino import evaluate, linear, probe, settings
 from lowdino.distributed import UserError, user_errors
 from lowdino.evaluate import Features
-from lowdino.features import FLOORS, compute_features, open_images
+from lowdino.features import FLOORS, compute_features, compute_splits, open_images
 from lowdino.settings import Settings
 
 # The flags of eval_linear.py that belong to this task and not to every task.
@@ -144,10 +144,8 @@ def features_of_images(subject: linear.Subject) -> tuple[linear.Subject, dict, F
     backbone = subject.backbone.to(ranks.device, memory_format=torch.channels_last)
     row = {"model": subject.title, "image_size": size, **linear.cost(backbone, size, ranks.device)}
     start = time.perf_counter()
-    train, test = (
-        compute_features(backbone, images, size, ranks, args.batch_size_per_gpu, workers, args.pool)
-        for images in (source.train, source.test)
-    )
+    options = dict(batch_size=args.batch_size_per_gpu, pool=args.pool)
+    train, test = compute_splits(backbone, source, size, ranks, workers, **options)
     if ranks.first:
         counts = f"{len(train.labels)} training and {len(test.labels)} test images"
         seconds, width = time.perf_counter() - start, train.features.shape[1]

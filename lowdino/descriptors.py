@@ -169,6 +169,11 @@ class Scattering(nn.Module):
 # -- Patch dictionary ------------------------------------------------------------------------------
 
 
+def reduced(x: Tensor, side: int = 32) -> Tensor:
+    """Images larger than `side` x `side`, reduced to it by area means."""
+    return F.adaptive_avg_pool2d(x, side) if max(x.shape[-2:]) > side else x
+
+
 class PatchDictionary(nn.Module):
     """Responses to a dictionary of the pictures' own patches (Coates, Lee and Ng, 2011).
 
@@ -187,21 +192,17 @@ class PatchDictionary(nn.Module):
     pictures not reduced. `mean`, `std` and `image_size` are those of a backbone.
     """
 
-    image_size, embed_dim, pyramid_strides = 32, 512, (4,)
+    image_size, embed_dim = 32, 512
 
     def __init__(self, channels: int = 3, width: int = 8, atoms: int = 256, grid: int = 3):
         super().__init__()
         self.width, self.grid, self.threshold = width, grid, 0.35
         self.mean, self.std = (0.0,) * channels, (1.0,) * channels
-        self.pyramid_dims = (2 * atoms,)
         codes = 2 * atoms * grid**2
         self.register_buffer("filters", torch.zeros(atoms, channels, width, width))
         self.register_buffer("offset", torch.zeros(atoms, 1, 1))
         self.register_buffer("code_mean", torch.zeros(codes))
         self.register_buffer("projection", torch.zeros(codes, self.embed_dim))
-
-    def reduced(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(x, 32) if max(x.shape[-2:]) > 32 else x
 
     def responses(self, x: Tensor, stride: int = 1) -> Tensor:
         """r of every `stride`-th patch: (B, C, H, W) -> (B, 2 K, h, w)."""
@@ -215,7 +216,7 @@ class PatchDictionary(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Mean responses of the cells: (B, C, S, S) -> (B, 2 K G^2)."""
-        x = self.reduced(x).contiguous(memory_format=torch.channels_last)
+        x = reduced(x).contiguous(memory_format=torch.channels_last)
         # On a CPU, blocks whose responses stay in its cache are three times as fast.
         blocks = x.split(8) if x.device.type == "cpu" else [x]
         cells = [F.adaptive_avg_pool2d(self.responses(block), self.grid) for block in blocks]
@@ -236,7 +237,7 @@ class PatchDictionary(nn.Module):
         home = self.filters.device
         if home.type == "mps":  # which has neither eigh nor svd
             self.cpu()
-        images = self.reduced(images.float().to(self.filters.device))
+        images = reduced(images.float().to(self.filters.device))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             patches = contrast_normalised(random_patches(images, self.width))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -387,6 +388,11 @@ class Evaluator:
         self.whitening: nn.Linear | None = None  # of the last evaluation
         self.reporter = report.Reporter(Path(s.output_dir), s.global_crops_size, t.ranks.device)
 
+    @cached_property
+    def floor(self) -> dict[str, float]:
+        """The accuracy of the method's patch dictionary, see `patch_accuracy`."""
+        return patch_accuracy(self.t.method, self.t.source, self.t.settings, self.t.ranks)
+
     def is_due(self) -> bool:
         """Every --knn_freq epochs, or as often as --minutes leave time for, and at the end."""
         progress = self.progress
@@ -399,8 +405,7 @@ class Evaluator:
         if "knn_freq" in t.settings.typed:
             minutes.every = self.progress.knn_steps
         if self.labelled:
-            patch_accuracy(t.method, t.source, t.settings, t.ranks)  # once
-            network = t.method.backbone
+            network, _ = t.method.backbone, self.floor  # which takes its time before the plan
             minutes.evaluated(budget.seconds_of_evaluation(network, t.settings, t.source, t.ranks))
             self.knn_note()  # evaluates a teacher, once
         self.report(page=False)
@@ -427,8 +432,7 @@ class Evaluator:
     def evaluate(self) -> None:
         """The k-NN accuracy of the backbone, and a report."""
         t, progress, s, backbone = self.t, self.progress, self.t.settings, self.t.method.backbone
-        floor = patch_accuracy(t.method, t.source, s, t.ranks)
-        begun = time.perf_counter()
+        floor, begun = self.floor, time.perf_counter()
         distributed.broadcast_buffers(backbone)
         pair = compute_splits(backbone, t.source, s.global_crops_size, t.ranks, s.num_workers)
         self.last_knn = plain = knn_accuracy(*pair, s.nb_knn, t.source.classes)

@@ -42,7 +42,7 @@ class RawPixels(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return (nn.functional.adaptive_avg_pool2d(x, 32) if x.shape[-1] > 32 else x).flatten(1)
+        return descriptors.reduced(x).flatten(1)
 
 
 class Pooled(nn.Module):
@@ -198,11 +198,12 @@ def compute_features(
 
 
 def compute_splits(
-    backbone, source: datasets.Source, size: int, ranks: Ranks, workers=0
+    backbone, source: datasets.Source, size: int, ranks: Ranks, workers=0, **options
 ) -> list[evaluate.Features]:
     """`compute_features` of the labelled training images and of the test images."""
     splits = source.train, source.test
-    return [compute_features(backbone, part, size, ranks, workers=workers) for part in splits]
+    options["workers"] = workers
+    return [compute_features(backbone, part, size, ranks, **options) for part in splits]
 
 
 def whiten(
@@ -302,7 +303,7 @@ class PatchStart(nn.Module):
 
     def __init__(self, backbone: nn.Module, weight: float):
         super().__init__()
-        self.weight, self.accuracy = weight, None  # the dictionary's, of k-NN
+        self.weight = weight
         if weight:
             self.dictionary = descriptors.PatchDictionary(len(normalisation(backbone)[0]))
             width = self.dictionary.embed_dim
@@ -322,17 +323,16 @@ class PatchStart(nn.Module):
 
 
 def patch_accuracy(method: nn.Module, source: datasets.Source, s, ranks: Ranks) -> dict[str, float]:
-    """The k-NN accuracy of a method's patch dictionary, as `patches_knn`, computed once: a floor.
+    """The k-NN accuracy of a method's patch dictionary, as `patches_knn`: a floor.
 
     Empty without a dictionary, and in runs of less than ten minutes, which have no time for it.
     """
     start = getattr(method, "patches", None)
     if not (start and start.weight) or (s.minutes or 10) < 10:
         return {}
-    if start.accuracy is None:
-        pair = compute_splits(start.dictionary, source, 32, ranks, s.num_workers)
-        start.accuracy = evaluate.knn_accuracy(*pair, s.nb_knn, source.classes)
-    return {"patches_knn": start.accuracy}
+    dictionary = start.dictionary
+    pair = compute_splits(dictionary, source, dictionary.image_size, ranks, s.num_workers)
+    return {"patches_knn": evaluate.knn_accuracy(*pair, s.nb_knn, source.classes)}
 
 
 def fit_dictionaries(

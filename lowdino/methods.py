@@ -355,9 +355,9 @@ def dino_metrics(method: Method, step: int, features: Tensor, P_t: Tensor) -> di
 # -- MV-MR -----------------------------------------------------------------------------------------
 
 
-DESCRIPTORS = ("pixels", "augmented", "local_std", "hog", "scattering", "patches")
-TERMS = "invariance variance dependence representation".split()
-MVMR_WEIGHTS = [f"{term}_weight" for term in TERMS]
+OF_THE_PAPER = "pixels", "augmented", "local_std", "hog", "scattering"
+DESCRIPTORS = (*OF_THE_PAPER, "patches")
+MVMR_WEIGHTS = [f"{w}_weight" for w in "invariance variance dependence representation".split()]
 
 
 class MVMR(ProjectionMethod):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from lowdino.baselines import BYOL, BarlowTwins, MoCo, SimCLR, SwAV, VICReg
 from lowdino.distillation import Distillation
-from lowdino.methods import DESCRIPTORS, DINO, EMP, MVMR
+from lowdino.methods import DINO, EMP, MVMR, OF_THE_PAPER
 
 RECIPES = {
     # EMP-SSL (Tong et al., 2023) with Muon, begun by a dictionary of the images' patches, for small
@@ -56,7 +56,7 @@ RECIPES = {
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.2, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.2, blur=1.0, solarize=0.2,
-        projector=[512] * 3, descriptors=[*DESCRIPTORS[:5]], invariance_weight=1.0,
+        projector=[512] * 3, descriptors=[*OF_THE_PAPER], invariance_weight=1.0,
         variance_weight=1.0, dependence_weight=1.0, representation_weight=1.0,
     ),
     # The compared methods on one small machine: as "emp", but with two views, and with networks and
@@ -212,7 +212,7 @@ RECIPES = {
         global_crops_number=2, global_crops_size=None, global_crops_scale=[0.08, 1.0],
         local_crops_number=0, local_crops_size=None, local_crops_scale=[0.05, 0.4],
         vertical_flip=0.0, jitter=1.0, grayscale=0.2, blur=1.0, solarize=0.2,
-        projector=[8192] * 3, descriptors=[*DESCRIPTORS[:5]], invariance_weight=1.0,
+        projector=[8192] * 3, descriptors=[*OF_THE_PAPER], invariance_weight=1.0,
         variance_weight=1.0, dependence_weight=1.0, representation_weight=1.0,
     ),
     # The papers' settings for ImageNet and ResNet-50, or those of their code where the two differ.
